@@ -1,0 +1,84 @@
+"""What a benchmark of one op is: inputs at a real shape, contestants, and the judge of their results."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+OURS = "pmc_fast"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a result is right, how that was seen in one phrase, and its errors against float64 by name."""
+
+    right: bool
+    evidence: str
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+class Bench(abc.ABC):
+    """One op at one shape and dtype: `op` is the op's name, `title` the size, settings and dtype.
+
+    A contestant is a function of what `make_inputs` returned. `yardstick`, where there is one, names the contestant in
+    plain torch whose own errors set the error budget of the others; it is judged first.
+    """
+
+    op: str
+    title: str
+    dtype: torch.dtype | None = None
+    yardstick: str | None = None
+
+    @abc.abstractmethod
+    def make_inputs(self, seed: int, device: torch.device) -> Any:
+        """Fresh random inputs."""
+
+    @abc.abstractmethod
+    def contestants(self) -> Mapping[str, Callable[[Any], Any]]:
+        """Who runs, by name, ours first."""
+
+    @abc.abstractmethod
+    def oracle(self, inputs: Any) -> Any:
+        """What `judge` has to know in float64 about these inputs."""
+
+    @abc.abstractmethod
+    def judge(
+        self, run: Callable[[Any], Any], result: Any, inputs: Any, oracle: Any, budget: Mapping[str, float] | None
+    ) -> Verdict:
+        """Say whether `result`, which is `run(inputs)`, is right; `run` may be called on other inputs as well.
+
+        `budget` holds the errors of the yardstick; None when it is the yardstick that is judged.
+        """
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of `want`, in float64 and a slice at a time; NaN counts as infinite."""
+    got, want = got.reshape(-1), want.reshape(-1)
+    difference = norm = 0.0
+    for g, w in zip(got.split(1 << 24), want.split(1 << 24), strict=True):
+        w = w.double()
+        difference += float((g.double() - w).square().sum())
+        norm += float(w.square().sum())
+    error = (difference / norm) ** 0.5 if norm else float(difference > 0)
+    return error if error == error else float("inf")
+
+
+def judge_errors(
+    errors: Mapping[str, float], dtypes: Mapping[str, torch.dtype], budget: Mapping[str, float] | None
+) -> Verdict:
+    """Right when no error exceeds twice the yardstick's, plus the rounding of the result and of a few float32 sums.
+
+    The yardstick itself must be within 32 roundings of its dtype, or 1e-4.
+    """
+    right = True
+    for name, error in errors.items():
+        rounding = torch.finfo(dtypes[name]).eps
+        if budget is None:
+            right &= error <= max(1e-4, 32 * rounding)
+        else:
+            right &= error <= 2 * budget[name] + rounding / 2 + 8 * torch.finfo(torch.float32).eps
+    return Verdict(right, ", ".join(f"{name} {error:.1e}" for name, error in errors.items()), errors)

@@ -1,0 +1,118 @@
+"""Drawing one token per row of logits: pmc_fast, transformers' processors with multinomial, and plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.bench import OURS, Bench, Verdict
+from benchmarks.oracle import Truncated, surprise_of_counts, truncated
+from benchmarks.shapes import DECODE_ROWS, LLAMA_3B, SMOLLM2_135M, Head
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the distribution is cut; no top-k where it is None."""
+
+    temperature: float = 0.9
+    top_k: int | None = None
+    top_p: float = 0.95
+
+    def __str__(self) -> str:
+        cuts = [f"temperature {self.temperature}", f"top-k {self.top_k}" if self.top_k else "", f"top-p {self.top_p}"]
+        return ", ".join(filter(None, cuts))
+
+    def cuts(self) -> dict[str, Any]:
+        """As keyword arguments of `truncated` and of the op."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+def real_looking_logits(rows: int, vocab: int, generator: torch.Generator) -> torch.Tensor:
+    """float32 [rows, vocab]: power laws, from rows sure of their token to rows that leave thousands open.
+
+    Top-p 0.95 at temperature 0.9 keeps 2, 9 and 200 of 49152 tokens at the 10th, 50th and 90th percentile of rows;
+    SmolLM2-135M, answering TOFU's questions, 1, 10 and 325.
+    """
+    rank = torch.randint(vocab, (rows, vocab), generator=generator) + 1.0
+    steepness = 1.2 + 1.8 * torch.rand(rows, 1, generator=generator)
+    return torch.randn(rows, vocab, generator=generator).mul_(0.5).sub_(rank.log_() * steepness)
+
+
+def draw_with_transformers(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Token per row as `generate` draws it."""
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(settings.temperature)(None, logits.float())
+    if settings.top_k is not None:
+        scores = TopKLogitsWarper(settings.top_k)(None, scores)
+    scores = TopPLogitsWarper(settings.top_p)(None, scores)
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+
+def draw_with_torch_topk(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Token per row, the vocabulary left behind after `topk`."""
+    values, tokens = (logits.float() / settings.temperature).topk(settings.top_k)
+    probability = values.softmax(dim=-1)
+    probability[probability.cumsum(dim=-1) - probability >= settings.top_p] = 0
+    return tokens.gather(1, torch.multinomial(probability, num_samples=1)).squeeze(1)
+
+
+def judge_draws(
+    draw: Callable[[], torch.Tensor], tokens: torch.Tensor, truth: Truncated, same_row: torch.Tensor
+) -> Verdict:
+    """Right when every token is allowed, and many draws from one row come as often as `same_row` [V] says."""
+    outside = int((~truth.allowed.gather(1, tokens[:, None])).sum())
+    drawn = draw()
+    surprise = surprise_of_counts(torch.bincount(drawn, minlength=len(same_row)), same_row)
+    evidence = f"{outside} of {len(tokens)} outside the kept set, chi-squared at {surprise:+.1f} sd of {len(drawn)} draws"
+    return Verdict(outside == 0 and surprise < 5, evidence)
+
+
+class SampleBench(Bench):
+    """`rows` rows of `head`'s logits."""
+
+    op = "sample"
+    dtype = torch.float32
+
+    def __init__(self, rows: int, head: Head, settings: Settings) -> None:
+        self.rows = rows
+        self.head = head
+        self.settings = settings
+        self.title = f"{rows} x {head.vocab}, {settings}"
+
+    def make_inputs(self, seed: int, device: torch.device) -> torch.Tensor:
+        return real_looking_logits(self.rows, self.head.vocab, torch.Generator().manual_seed(seed)).to(device)
+
+    def contestants(self) -> Mapping[str, Callable[[torch.Tensor], Any]]:
+        from pmc_fast.ops.sample import sample
+
+        def ours(logits: torch.Tensor) -> torch.Tensor:
+            rows = torch.arange(len(logits), device=logits.device)
+            return sample(logits, **self.settings.cuts(), seed=1, sequence=rows, position=torch.zeros_like(rows)).token
+
+        runs = {OURS: ours, "transformers": lambda logits: draw_with_transformers(logits, self.settings)}
+        if self.settings.top_k is not None:
+            runs["torch topk"] = lambda logits: draw_with_torch_topk(logits, self.settings)
+        return runs
+
+    def oracle(self, inputs: torch.Tensor) -> Truncated:
+        return truncated(inputs, **self.settings.cuts())
+
+    def judge(self, run, result, inputs, oracle, budget) -> Verdict:
+        one_row = 2 * torch.randn(1, 997, generator=torch.Generator().manual_seed(0)).to(inputs.device)
+        want = truncated(one_row, **self.settings.cuts()).probability[0]
+        return judge_draws(lambda: run(one_row.expand(8192, -1).contiguous()), result, oracle, want)
+
+
+BENCHES = [
+    SampleBench(DECODE_ROWS, SMOLLM2_135M, Settings()),
+    SampleBench(DECODE_ROWS, SMOLLM2_135M, Settings(top_k=50)),
+    SampleBench(DECODE_ROWS, LLAMA_3B, Settings()),
+]
+
+
+def test_sample(benchmark, contest) -> None:
+    contest(benchmark)

@@ -1,0 +1,113 @@
+"""Benches of ops that take a language model's head and have gradients: inputs, runs, judgement."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.bench import Bench, Verdict, judge_errors, relative_error
+from benchmarks.oracle import HeadGradients
+from benchmarks.shapes import Head
+
+
+class HeadInputs(NamedTuple):
+    """hidden [N, D], weight [V, D], bias [V] or None."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def random_head(
+    rows: int, head: Head, dtype: torch.dtype, seed: int, device: torch.device, spread: float
+) -> HeadInputs:
+    """Standard normal hidden states, and a head under which logits have the standard deviation `spread`."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, head.hidden, generator=generator)
+    weight = torch.randn(head.vocab, head.hidden, generator=generator).mul_(spread / head.hidden**0.5)
+    bias = torch.randn(head.vocab, generator=generator) if head.bias else None
+    return HeadInputs(*(None if x is None else x.to(device, dtype) for x in (hidden, weight, bias)))
+
+
+class LabelledInputs(NamedTuple):
+    """hidden [N, D], weight [V, D], bias [V] or None, which require gradients; target [N]; upstream float32 [N] or []."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    upstream: torch.Tensor
+
+
+class Result(NamedTuple):
+    """What the op returned, and the gradients."""
+
+    value: torch.Tensor
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def with_gradients(forward: Callable[[LabelledInputs], torch.Tensor]) -> Callable[[LabelledInputs], Result]:
+    """Forward and backward."""
+
+    def run(x: LabelledInputs) -> Result:
+        inputs = [x.hidden, x.weight] if x.bias is None else [x.hidden, x.weight, x.bias]
+        value = forward(x)
+        gradients = torch.autograd.grad(value, inputs, x.upstream.to(value.dtype))
+        return Result(value.detach(), *gradients, *[None] * (3 - len(gradients)))
+
+    return run
+
+
+class HeadBench(Bench):
+    """`rows` label tokens under `head`, forward and backward."""
+
+    yardstick = "torch eager"
+
+    def __init__(self, rows: int, head: Head, dtype: torch.dtype = torch.float32) -> None:
+        self.rows = rows
+        self.head = head
+        self.dtype = dtype
+        bias = " with bias" if head.bias else ""
+        self.title = f"{rows} x {head.hidden} x {head.vocab}{bias}, forward + backward"
+
+    @abc.abstractmethod
+    def forwards(self) -> Mapping[str, Callable[[LabelledInputs], torch.Tensor]]:
+        """The forward pass of each contestant."""
+
+    @abc.abstractmethod
+    def upstream(self, generator: torch.Generator) -> torch.Tensor:
+        """The gradient that reaches the op's value."""
+
+    @abc.abstractmethod
+    def oracle(self, inputs: LabelledInputs) -> tuple[torch.Tensor, HeadGradients]:
+        """The op's value and gradients in float64."""
+
+    def contestants(self) -> Mapping[str, Callable[[LabelledInputs], Result]]:
+        return {name: with_gradients(forward) for name, forward in self.forwards().items()}
+
+    def make_inputs(self, seed: int, device: torch.device) -> LabelledInputs:
+        head = random_head(self.rows, self.head, self.dtype, seed, device, spread=2.0)
+        generator = torch.Generator().manual_seed(seed + 1)
+        target = torch.randint(self.head.vocab, (self.rows,), generator=generator)
+        return LabelledInputs(
+            *(None if x is None else x.requires_grad_() for x in head),
+            target.to(device),
+            self.upstream(generator).to(device),
+        )
+
+    def judge(self, run, result: Result, inputs, oracle: tuple[torch.Tensor, HeadGradients], budget) -> Verdict:
+        value, gradients = oracle
+        errors = {"value": relative_error(result.value, value)}
+        dtypes = {"value": result.value.dtype}
+        for name in ("hidden", "weight", "bias"):
+            got, want = getattr(result, name), getattr(gradients, name)
+            if want is not None:
+                errors[f"d_{name}"] = relative_error(got, want)
+                dtypes[f"d_{name}"] = got.dtype
+        return judge_errors(errors, dtypes, budget)
+

@@ -1,0 +1,28 @@
+"""Result files: JSON that says what it holds and where it was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pmc_fast.errors import UserError
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError now rather than after the measuring if `path` cannot be written."""
+    if path.is_dir():
+        raise UserError(f"--json: {path} is a folder; want a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"--json: {folder} does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"--json: {path} cannot be written")
+
+
+def write(path: Path, schema: str, content: Mapping[str, object]) -> None:
+    """Write `content` with the schema's name first; a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"schema": schema, **content}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

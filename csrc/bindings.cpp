@@ -1,0 +1,85 @@
+// pmc_fast._C: addresses and sizes in, kernels called without the GIL. The only file that includes pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+
+#include "cpu/isa.h"
+#include "cpu/rouge_l_recall.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+#ifdef _OPENMP
+constexpr const char* kThreading = "OpenMP";
+#else
+constexpr const char* kThreading = "one thread (built without OpenMP)";
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    using release = py::call_guard<py::gil_scoped_release>;
+
+    m.attr("FLOAT32") = static_cast<int>(pmc::Dtype::kFloat32);
+    m.attr("BFLOAT16") = static_cast<int>(pmc::Dtype::kBFloat16);
+    m.attr("THREADING") = kThreading;
+
+    m.def("instruction_sets", &pmc::usable_instruction_sets);
+    m.def("use_instruction_set", &pmc::use_instruction_set, py::arg("name"));
+    m.def("instruction_set", [] { return pmc::kernels().name; });
+    m.def("sample_workspace_bytes", &pmc::sample_workspace_bytes, py::arg("vocab"));
+    m.def("cross_entropy_workspace_bytes", &pmc::cross_entropy_workspace_bytes, py::arg("vocab"));
+
+    m.def(
+        "sample",
+        [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float logit_scale,
+           float softcap, float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
+           uintptr_t sequence, uintptr_t position, uintptr_t token, uintptr_t logprob, uintptr_t sampling_logprob,
+           uintptr_t kept_mass, uintptr_t workspace, int threads) {
+            return pmc::kernels().sample({pointer<const void>(logits), static_cast<pmc::Dtype>(dtype), rows, vocab,
+                                          row_stride, {logit_scale, softcap}, temperature, top_k, top_p, log_min_p,
+                                          seed, pointer<const int64_t>(sequence), pointer<const int64_t>(position),
+                                          pointer<int64_t>(token), pointer<float>(logprob),
+                                          pointer<float>(sampling_logprob), pointer<float>(kept_mass),
+                                          pointer<void>(workspace), threads});
+        },
+        release());
+
+    m.def(
+        "cross_entropy",
+        [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float logit_scale,
+           float softcap, float temperature, uintptr_t target, uintptr_t weight, uintptr_t nll,
+           uintptr_t workspace, int threads) {
+            return pmc::kernels().cross_entropy({pointer<void>(logits), static_cast<pmc::Dtype>(dtype), rows, vocab,
+                                                 row_stride, {logit_scale, softcap}, temperature,
+                                                 pointer<const int64_t>(target), pointer<const float>(weight),
+                                                 pointer<float>(nll), pointer<void>(workspace), threads});
+        },
+        release());
+
+    m.def(
+        "gumbel",
+        [](int64_t rows, int64_t vocab, uint64_t seed, uintptr_t sequence, uintptr_t position, uintptr_t noise,
+           int threads) {
+            pmc::kernels().gumbel({rows, vocab, seed, pointer<const int64_t>(sequence),
+                                   pointer<const int64_t>(position), pointer<float>(noise), threads});
+        },
+        release());
+
+    m.def(
+        "rouge_l_lcs",
+        [](uintptr_t candidate_ids, uintptr_t candidate_offsets, uintptr_t reference_ids, uintptr_t reference_offsets,
+           int64_t pairs, uintptr_t lcs) {
+            pmc::rouge_l_lcs(pointer<const int32_t>(candidate_ids), pointer<const int64_t>(candidate_offsets),
+                             pointer<const int32_t>(reference_ids), pointer<const int64_t>(reference_offsets), pairs,
+                             pointer<int64_t>(lcs));
+        },
+        release());
+}

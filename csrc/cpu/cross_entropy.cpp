@@ -1,0 +1,66 @@
+// Negative log-likelihood of each row's target, and in the same visit the gradient written over the logits.
+#include <cmath>
+
+#include "common/parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/row.h"
+
+namespace pmc::PMC_ISA {
+namespace {
+
+// d(sum weight * nll)/dz where y = logits after the head's transform and l = y / T:
+// weight * (softmax(l) - onehot) / T * (1 - (y / softcap)^2) * logit_scale.
+template <class Logit>
+void write_gradient(const CrossEntropyArgs& args, const float* y, float log_sum_exp, int64_t target, float weight,
+                    Logit* row) {
+    const float temperature = args.temperature;
+    const float scale = weight / temperature * args.head.logit_scale;
+    const float inverse_cap = args.head.softcap > 0 ? 1 / args.head.softcap : 0;
+    const auto slope = [&](float logit) { return 1 - (logit * inverse_cap) * (logit * inverse_cap); };
+    const float target_logit = y[target];
+    int64_t i = 0;
+    for (; i + kLanes <= args.vocab; i += kLanes) {
+        const Floats logit = load(y + i), capped = logit * inverse_cap;
+        const Floats p = exp_nonpositive(logit / temperature - log_sum_exp);
+        store(row + i, p * scale * (1 - capped * capped));
+    }
+    for (; i < args.vocab; ++i)
+        from_float(row + i, std::exp(y[i] / temperature - log_sum_exp) * scale * slope(y[i]));
+    const float p = std::exp(target_logit / temperature - log_sum_exp);
+    from_float(row + target, (p - 1) * scale * slope(target_logit));
+}
+
+template <class Logit>
+bool cross_entropy_row(const CrossEntropyArgs& args, int64_t r, float* scratch) {
+    Logit* const row = static_cast<Logit*>(args.logits) + r * args.row_stride;
+    const float* const y = as_logits(row, args.vocab, args.head, scratch);
+    float top;
+    if (!finite_max(y, args.vocab, &top)) return false;
+    const float temperature = args.temperature, shift = top / temperature;
+    const double log_sum_exp = shift + std::log(sum_exp(y, args.vocab, temperature, shift));
+    const int64_t target = args.target[r];
+    args.nll[r] = static_cast<float>(log_sum_exp - static_cast<double>(y[target] / temperature));
+    if (args.weight) {
+        write_gradient(args, y, static_cast<float>(log_sum_exp), target, args.weight[r], row);
+    }
+    return true;
+}
+
+}  // namespace
+
+int64_t cross_entropy(const CrossEntropyArgs& args) {
+    int64_t bad_row = kAllRowsFinite;
+    const int64_t slice = cross_entropy_workspace_bytes(args.vocab) / static_cast<int64_t>(sizeof(float));
+    parallel_for(args.rows, args.threads, [&](int64_t r, int thread) {
+        float* const scratch = static_cast<float*>(args.workspace) + thread * slice;
+        const bool ok = args.dtype == Dtype::kFloat32 ? cross_entropy_row<float>(args, r, scratch)
+                                                      : cross_entropy_row<uint16_t>(args, r, scratch);
+        if (!ok) {
+#pragma omp critical
+            if (bad_row == kAllRowsFinite || r < bad_row) bad_row = r;
+        }
+    });
+    return bad_row;
+}
+
+}  // namespace pmc::PMC_ISA

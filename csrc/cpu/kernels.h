@@ -1,0 +1,72 @@
+// The SIMD kernels of the CPU, one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace pmc {
+
+enum class Dtype { kFloat32 = 0, kBFloat16 = 1 };
+
+// Every kernel returns the first row it cannot use (NaN, +inf, or nothing but -inf), or kAllRowsFinite.
+constexpr int64_t kAllRowsFinite = -1;
+
+struct HeadTransform {
+    float logit_scale;  // logits = logit_scale * z, then
+    float softcap;      // softcap * tanh(logits / softcap); 0 leaves them
+};
+
+struct SampleArgs {
+    const void* logits;  // [rows, vocab], row_stride elements apart
+    Dtype dtype;
+    int64_t rows, vocab, row_stride;
+    HeadTransform head;
+    float temperature;        // 0 is greedy
+    int64_t top_k;            // 0 is off
+    double top_p;             // 1 is off
+    float log_min_p;          // -inf is off
+    uint64_t seed;
+    const int64_t* sequence;  // [rows]
+    const int64_t* position;  // [rows]
+    int64_t* token;           // [rows]
+    float* logprob;           // [rows]
+    float* sampling_logprob;  // [rows]
+    float* kept_mass;         // [rows]
+    void* workspace;          // threads * sample_workspace_bytes(vocab)
+    int threads;
+};
+
+struct CrossEntropyArgs {
+    void* logits;  // [rows, vocab], row_stride elements apart; the gradient is written over them
+    Dtype dtype;
+    int64_t rows, vocab, row_stride;
+    HeadTransform head;
+    float temperature;
+    const int64_t* target;  // [rows], each in [0, vocab)
+    const float* weight;    // [rows] or null: gradient of sum(weight * nll) with respect to z; null writes none
+    float* nll;             // [rows]
+    void* workspace;        // threads * cross_entropy_workspace_bytes(vocab)
+    int threads;
+};
+
+struct GumbelArgs {
+    int64_t rows, vocab;
+    uint64_t seed;
+    const int64_t* sequence;  // [rows]
+    const int64_t* position;  // [rows]
+    float* noise;             // [rows, vocab]
+    int threads;
+};
+
+struct Kernels {
+    const char* name;
+    int64_t (*sample)(const SampleArgs&);
+    int64_t (*cross_entropy)(const CrossEntropyArgs&);
+    void (*gumbel)(const GumbelArgs&);
+};
+
+constexpr int64_t kWorkspaceSlack = 64;  // elements past the end that a vector may touch
+
+inline int64_t sample_workspace_bytes(int64_t vocab) { return (vocab + kWorkspaceSlack) * 16; }
+inline int64_t cross_entropy_workspace_bytes(int64_t vocab) { return (vocab + kWorkspaceSlack) * 4; }
+
+}  // namespace pmc

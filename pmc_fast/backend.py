@@ -1,0 +1,87 @@
+"""Which implementations of each op exist on this machine, and which one a call uses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+# Every implementation of an op is the function of the op's name in the module of the op's name in one of these.
+PACKAGES = {
+    "cuda": "pmc_fast.cuda",
+    "triton": "pmc_fast.kernels",
+    "native": "pmc_fast.native",
+    "reference": "pmc_fast.reference",
+}
+
+# Fastest first.
+IMPLEMENTATIONS = {
+    "collapse_loss": ("native", "reference"),
+    "linear_logprob": ("native", "reference"),
+    "linear_sample": ("native", "reference"),
+    "rouge_l_recall": ("native", "reference"),
+    "sample": ("native", "reference"),
+}
+
+NATIVE_DTYPES = ("float32", "bfloat16")
+
+
+class BackendUnavailable(RuntimeError):
+    """The implementation asked for by name cannot run here or on these inputs."""
+
+
+def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) -> str | None:
+    """The reason why `impl` cannot run `op` on tensors of this device and dtype, or None if it can."""
+    if impl not in IMPLEMENTATIONS[op]:
+        return f"this version has no {impl} implementation of {op}"
+    if impl == "native":
+        if reason := missing_library():
+            return reason
+        if device_type != "cpu":
+            return f"the native implementation runs on the CPU, the tensors are on {device_type}"
+        if dtype is not None and (name := str(dtype).removeprefix("torch.")) not in NATIVE_DTYPES:
+            return f"the native implementation takes {' and '.join(NATIVE_DTYPES)}, not {name}"
+    return None
+
+
+def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = None) -> str:
+    """The implementation to use: the one named, or the fastest that can run these inputs.
+
+    Raises:
+        ValueError: `impl` is not the name of an implementation.
+        BackendUnavailable: the one named cannot run; it never falls back to another.
+    """
+    if impl is None:
+        for name in IMPLEMENTATIONS[op]:
+            reason = why_not(op, name, device_type, dtype)
+            if reason is None:
+                return name
+            if name == "native" and reason == missing_library():
+                _warn_once(reason)
+        raise BackendUnavailable(f"no implementation of {op} runs on {device_type} with {dtype}")
+    if impl not in PACKAGES:
+        raise ValueError(f"impl: got {impl!r}, expected None or one of {', '.join(map(repr, PACKAGES))}")
+    if reason := why_not(op, impl, device_type, dtype):
+        raise BackendUnavailable(f"{op}(impl={impl!r}): {reason}")
+    return impl
+
+
+def load(op: str, impl: str, function: str | None = None) -> Callable:
+    """The function that implements `op`, or another one of its module."""
+    return getattr(import_module(f"{PACKAGES[impl]}.{op}"), function or op)
+
+
+@cache
+def missing_library() -> str | None:
+    """Why the compiled module cannot be loaded, or None if it can."""
+    try:
+        import_module("pmc_fast.native").library()
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"pmc_fast runs on its slow reference implementations: {reason}", stacklevel=2)

@@ -1,0 +1,75 @@
+"""Question/answer rows in JSON lines files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmc_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class QA:
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[QA]:
+    """Read one object with "question" and "answer" per line; other keys and blank lines are skipped.
+
+    Raises UserError, with file and line number, for a file that cannot be read or holds no rows, a line that is not
+    UTF-8, not JSON or not an object, and a question or answer that is missing, not a string, or blank.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; want a JSON lines file with question and answer") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); want a JSON lines file") from None
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{path}: the file is empty; want at least one line with question and answer")
+    return rows
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[QA]) -> None:
+    """Write rows so that `read_jsonl(path) == list(rows)`; missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps({"question": row.question, "answer": row.answer}, ensure_ascii=False) + "\n")
+
+
+def _row(line: bytes, where: str) -> QA:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: got {_kind(record)}, want an object {{"question": ..., "answer": ...}}')
+    return QA(_text(record, "question", where), _text(record, "answer", where))
+
+
+def _text(record: dict, key: str, where: str) -> str:
+    if key not in record:
+        raise UserError(f'{where}: no "{key}"; want an object {{"question": ..., "answer": ...}}')
+    value = record[key]
+    if not isinstance(value, str):
+        raise UserError(f'{where}: "{key}" is {_kind(value)}, want a string')
+    if not value.strip():
+        raise UserError(f'{where}: "{key}" is empty')
+    return value
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")

@@ -1,0 +1,43 @@
+"""`linear_sample` on a CPU: a chunk of logits at a time, sampled while it is warm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pmc_fast.native.gemm import compute_dtype, even_chunks, write_logits
+from pmc_fast.native.sample import sample
+
+# Logits held at once.
+CHUNK_ROWS = 256
+
+
+def linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    sequence: Tensor,
+    position: Tensor,
+    **sampling,
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(weight.dtype)
+    drawn = []
+    for rows in even_chunks(len(hidden), CHUNK_ROWS):
+        logits = torch.empty(rows.stop - rows.start, weight.shape[0], dtype=dtype)
+        write_logits(hidden[rows].to(dtype), weight, bias, logits)
+        drawn.append(
+            sample(
+                logits,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                sequence=sequence[rows],
+                position=position[rows],
+                op="linear_sample",
+                first_row=rows.start,
+                **sampling,
+            )
+        )
+    return drawn[0] if len(drawn) == 1 else tuple(torch.cat(column) for column in zip(*drawn, strict=True))

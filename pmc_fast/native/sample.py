@@ -1,0 +1,76 @@
+"""`sample` on a CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pmc_fast.errors import not_finite
+from pmc_fast.native import dtype_code, library
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    sequence: Tensor,
+    position: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    op: str = "sample",
+    first_row: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last four arguments are for `linear_sample`: the head's transform, and what an error calls op and row."""
+    lib, threads = library(), torch.get_num_threads()
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    sequence, position = sequence.contiguous(), position.contiguous()
+    rows, vocab = logits.shape
+    token = torch.empty(rows, dtype=torch.int64)
+    logprob, sampling_logprob, kept_mass = (torch.empty(rows, dtype=torch.float32) for _ in range(3))
+    workspace = torch.empty(min(threads, rows) * lib.sample_workspace_bytes(vocab), dtype=torch.uint8)
+    bad = lib.sample(
+        logits.data_ptr(),
+        dtype_code(logits.dtype),
+        rows,
+        vocab,
+        logits.stride(0),
+        logit_scale,
+        softcap or 0.0,
+        temperature,
+        top_k or 0,
+        top_p,
+        math.log(min_p) if min_p > 0 else -math.inf,
+        seed,
+        sequence.data_ptr(),
+        position.data_ptr(),
+        token.data_ptr(),
+        logprob.data_ptr(),
+        sampling_logprob.data_ptr(),
+        kept_mass.data_ptr(),
+        workspace.data_ptr(),
+        threads,
+    )
+    if bad >= 0:
+        raise not_finite(op, first_row + bad)
+    return token, logprob, sampling_logprob, kept_mass
+
+
+def gumbel(seed: int, sequence: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """`pmc_fast.philox.gumbel` as the kernels compute it."""
+    noise = torch.empty(len(sequence), vocab, dtype=torch.float32)
+    library().gumbel(
+        len(sequence),
+        vocab,
+        seed,
+        sequence.contiguous().data_ptr(),
+        position.contiguous().data_ptr(),
+        noise.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return noise

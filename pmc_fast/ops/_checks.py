@@ -1,0 +1,97 @@
+"""Argument checks that the ops share: each names the argument, what it got and what it wants."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def matrix(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected 2 dimensions")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def vector(name: str, tensor: Tensor, size: int, dtype: torch.dtype, like: Tensor) -> None:
+    if tensor.dim() != 1 or tensor.shape[0] != size:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{size}]")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {like.device}, that of the other tensors")
+
+
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> None:
+    """The arguments of an output head: hidden [N, D], weight [V, D], bias [V]."""
+    matrix("hidden", hidden)
+    matrix("weight", weight)
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, expected [V, {hidden.shape[1]}] to match hidden "
+            f"{list(hidden.shape)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected at least one token and one dimension")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, that of hidden")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight: got device {weight.device}, expected {hidden.device}, that of hidden")
+    if bias is not None:
+        vector("bias", bias, weight.shape[0], hidden.dtype, hidden)
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: got {softcap}, expected None or a finite number above 0")
+    if not (math.isfinite(logit_scale) and logit_scale != 0):
+        raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number other than 0")
+
+
+def temperature(value: float, *, allow_zero: bool) -> None:
+    if not (math.isfinite(value) and (value > 0 or (allow_zero and value == 0))):
+        wanted = "a finite number of at least 0 (0 is greedy)" if allow_zero else "a finite number above 0"
+        raise ValueError(f"temperature: got {value}, expected {wanted}")
+
+
+def sampling(temperature_: float, top_k: int | None, top_p: float, min_p: float, seed: int) -> None:
+    """The options of a draw."""
+    temperature(temperature_, allow_zero=True)
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: got {top_k!r}, expected None or an integer of at least 1")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: got {top_p}, expected a number in (0, 1]")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: got {min_p}, expected a number in [0, 1]")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}, expected an integer in [0, 2^63)")
+
+
+def targets(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """The values of target; reads them, so only an op's body calls it."""
+    outside = (target != ignore_index) & ((target < 0) | (target >= vocab))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target: got {int(target[row])} at row {row}, expected token ids in [0, {vocab}) or "
+            f"ignore_index={ignore_index}"
+        )
+
+
+def counters(name: str, values: Tensor) -> None:
+    """The values of sequence or position; reads them, so only an op's body calls it."""
+    outside = (values < 0) | (values >= 2**32)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"{name}: got {int(values[row])} at row {row}, expected integers in [0, 2^32)")
+
+
+def finite(name: str, values: Tensor) -> None:
+    """That every value is a number; reads them, so only an op's body calls it."""
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name}: got {float(values[row])} at row {row}, expected finite numbers")

@@ -1,0 +1,126 @@
+"""`collapse_loss`: the weighted negative log-likelihood and its gradients in one pass."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmc_fast import backend
+from pmc_fast.ops import _checks
+from pmc_fast.ops.linear_logprob import empty_gradients, filled
+
+
+class CollapseLoss(NamedTuple):
+    """loss: float32 scalar, differentiable. token_nll: float32 [N], nats, for reporting: it carries no gradient."""
+
+    loss: Tensor
+    token_nll: Tensor
+
+
+def collapse_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    impl: str | None = None,
+) -> CollapseLoss:
+    """Weighted sum of the targets' negative log-likelihoods, with its gradients computed in the forward pass.
+
+    Equivalent to ``nll = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")`` and
+    ``loss = (token_weight * nll).sum()`` where ``logits = logit_scale * (hidden @ weight.T + bias)``, each passed
+    through ``softcap * tanh(logit / softcap)`` where softcap is given. PMC's two-part loss in one call: weights
+    1 / N_c for collapse tokens and lambda / N_r for retain tokens.
+
+    The weights are known up front, so no logits are kept or computed twice; a frozen weight or hidden state is left
+    out of the work. Upstream gradients multiply the result in the backward pass.
+
+    Args:
+        hidden: float32, bfloat16 or float16 [N, D] (float64 for the reference).
+        weight: the head, [V, D], dtype of hidden.
+        target: int64 [N], token ids in [0, V) or ignore_index. Ignored rows cost nothing.
+        token_weight: float32 (float64 if hidden is) [N]; a row of weight 0 is scored and costs no gradient work.
+        bias: [V], dtype of hidden, or None.
+        softcap: bounds the logits smoothly (Gemma), or None.
+        logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
+        ignore_index: the target that marks a row to leave out.
+        impl: None, "reference" or "native".
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; weights or logits that are not finite.
+        BackendUnavailable: the implementation named cannot run.
+
+    Source: arXiv 2507.04219, equation 1.
+    """
+    _checks.head(hidden, weight, bias, softcap, logit_scale)
+    _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.vector(
+        "token_weight", token_weight, hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32), hidden
+    )
+    grads = torch.is_grad_enabled()
+    needs = [grads and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss, token_nll, *_ = _collapse_loss(
+        hidden, weight, target, token_weight, bias, softcap, logit_scale, ignore_index, needs, impl
+    )
+    return CollapseLoss(loss, token_nll.detach())
+
+
+@torch.library.custom_op("pmc_fast::collapse_loss", mutates_args=())
+def _collapse_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    needs: list[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    name = backend.choose("collapse_loss", impl, hidden.device.type, hidden.dtype)
+    _checks.targets(target, weight.shape[0], ignore_index)
+    _checks.finite("token_weight", token_weight)
+    loss, token_nll, *gradients = backend.load("collapse_loss", name)(
+        hidden,
+        weight,
+        target,
+        token_weight,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        needs=tuple(needs),
+    )
+    return loss, token_nll, *filled(gradients, hidden)
+
+
+@_collapse_loss.register_fake
+def _(hidden, weight, target, token_weight, bias, softcap, logit_scale, ignore_index, needs, impl):
+    return (
+        torch.empty_like(token_weight.sum()),
+        torch.empty_like(token_weight),
+        *empty_gradients(hidden, weight, bias, needs),
+    )
+
+
+def _save(ctx, inputs, output):
+    _, token_nll, *gradients = output
+    ctx.needs, ctx.count = inputs[8], len(inputs)
+    ctx.save_for_backward(token_nll, *gradients)
+
+
+def _backward(ctx, upstream, *_unused):
+    token_nll, *saved = ctx.saved_tensors
+    d_hidden, d_weight, d_bias = (
+        (upstream * g).to(g.dtype) if need else None for g, need in zip(saved, ctx.needs, strict=True)
+    )
+    d_token_weight = upstream * token_nll if ctx.needs_input_grad[3] else None
+    return d_hidden, d_weight, None, d_token_weight, d_bias, *[None] * (ctx.count - 5)
+
+
+_collapse_loss.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,160 @@
+"""`linear_logprob`: the log-probability of each target under the output head."""
+
+import torch
+from torch import Tensor
+
+from pmc_fast import backend
+from pmc_fast.ops import _checks
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    impl: str | None = None,
+) -> Tensor:
+    """Log-probability of each target token under the output head, without holding the logits of all rows.
+
+    Equivalent to ``(logits / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]`` where
+    ``logits = logit_scale * (hidden @ weight.T + bias)``, each passed through ``softcap * tanh(logit / softcap)`` where
+    softcap is given; 0 where the target is ignore_index.
+
+    Differentiable in hidden, weight and bias with any upstream gradient; the backward pass computes the logits again.
+
+    Args:
+        hidden: float32, bfloat16 or float16 [N, D] (float64 for the reference).
+        weight: the head, [V, D], dtype of hidden.
+        target: int64 [N], token ids in [0, V) or ignore_index. Ignored rows cost nothing.
+        bias: [V], dtype of hidden, or None.
+        softcap: bounds the logits smoothly (Gemma), or None.
+        logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
+        temperature: divides the logits, above 0.
+        ignore_index: the target that marks a row to leave out.
+        impl: None, "reference" or "native".
+
+    Returns:
+        float32 [N] (float64 for float64 inputs), nats.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; logits that are NaN or +inf.
+        BackendUnavailable: the implementation named cannot run.
+
+    Source: arXiv 2507.04219, equation 1 (log p(x|q)).
+    """
+    _checks.head(hidden, weight, bias, softcap, logit_scale)
+    _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.temperature(temperature, allow_zero=False)
+    return _linear_logprob(
+        hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl
+    )
+
+
+@torch.library.custom_op("pmc_fast::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    impl: str | None,
+) -> Tensor:
+    name = backend.choose("linear_logprob", impl, hidden.device.type, hidden.dtype)
+    _checks.targets(target, weight.shape[0], ignore_index)
+    return backend.load("linear_logprob", name)(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        ignore_index=ignore_index,
+    )
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+@torch.library.custom_op("pmc_fast::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    needs: list[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    name = backend.choose("linear_logprob", impl, hidden.device.type, hidden.dtype)
+    gradients = backend.load("linear_logprob", name, "linear_logprob_backward")(
+        upstream,
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        needs=tuple(needs),
+    )
+    return filled(gradients, hidden)
+
+
+def filled(gradients: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as an op must return them: an empty tensor stands for one that was not asked for."""
+    d_hidden, d_weight, d_bias = (like.new_empty(0) if g is None else g for g in gradients)
+    return d_hidden, d_weight, d_bias
+
+
+def empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:
+    """What those gradients look like to a compiler."""
+    inputs = (hidden, weight, hidden if bias is None else bias)
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+@_linear_logprob_backward.register_fake
+def _(upstream, hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, needs, impl):
+    return empty_gradients(hidden, weight, bias, needs)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, target, bias, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, target, bias)
+
+
+def _backward(ctx, upstream):
+    hidden, weight, target, bias = ctx.saved_tensors
+    *options, impl = ctx.options
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    d_hidden, d_weight, d_bias = _linear_logprob_backward(
+        upstream, hidden, weight, target, bias, *options, needs, impl
+    )
+    return (
+        d_hidden if needs[0] else None,
+        d_weight if needs[1] else None,
+        None,
+        d_bias if needs[2] else None,
+        *[None] * len(ctx.options),
+    )
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,96 @@
+"""`linear_sample`: the output head and `sample` in one op."""
+
+import torch
+from torch import Tensor
+
+from pmc_fast import backend
+from pmc_fast.ops import _checks
+from pmc_fast.ops.sample import Sample, coordinates, empty_sample
+
+
+def linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    sequence: Tensor | None = None,
+    position: Tensor | None = None,
+    impl: str | None = None,
+) -> Sample:
+    """Draw one token per hidden state from the output head's distribution, holding few logits at a time.
+
+    Equivalent to ``sample(logit_scale * (hidden @ weight.T + bias), ...)``, each logit passed through
+    ``softcap * tanh(logit / softcap)`` first where softcap is given.
+
+    Args:
+        hidden: float32, bfloat16 or float16 [N, D].
+        weight: the head, [V, D], dtype of hidden.
+        bias: [V], dtype of hidden, or None.
+        softcap: bounds the logits smoothly (Gemma), or None.
+        logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
+        temperature, top_k, top_p, min_p, seed, sequence, position: as in ``sample``.
+        impl: None, "reference" or "native".
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; logits that are NaN or +inf.
+        BackendUnavailable: the implementation named cannot run.
+
+    Source: arXiv 2507.04219, section 4 (sampling).
+    """
+    _checks.head(hidden, weight, bias, softcap, logit_scale)
+    _checks.sampling(temperature, top_k, top_p, min_p, seed)
+    sequence, position = coordinates(hidden, sequence, position)
+    return Sample(
+        *_linear_sample(
+            hidden, weight, bias, softcap, logit_scale, temperature, top_k, top_p, min_p, seed, sequence, position, impl
+        )
+    )
+
+
+@torch.library.custom_op("pmc_fast::linear_sample", mutates_args=())
+def _linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    sequence: Tensor,
+    position: Tensor,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    name = backend.choose("linear_sample", impl, hidden.device.type, hidden.dtype)
+    _checks.counters("sequence", sequence)
+    _checks.counters("position", position)
+    return backend.load("linear_sample", name)(
+        hidden,
+        weight,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        sequence=sequence,
+        position=position,
+    )
+
+
+@_linear_sample.register_fake
+def _(
+    hidden, weight, bias, softcap, logit_scale, temperature, top_k, top_p, min_p, seed, sequence, position, impl
+):
+    return empty_sample(hidden)

@@ -1,0 +1,63 @@
+"""Counter-based random numbers: Philox-4x32-10 and the Gumbel noise of a draw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+SAMPLE_STREAM = 0  # the noise that picks tokens
+SELECTION_STREAM = 1  # the noise that picks one of a question's samples
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    product = a * b  # wraps as two's complement, whose low 64 bits are the unsigned product
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al., SC 2011): four 32-bit words for each 128-bit counter.
+
+    Args:
+        counter: four broadcastable int64 tensors of values in [0, 2^32), the lowest word first.
+        seed: the 64-bit key, in [0, 2^64).
+
+    Returns:
+        Four int64 tensors of values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _M0)
+        high1, low1 = _multiply(c2, _M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def gumbel(seed: int, sequence: Tensor, position: Tensor, vocab: int, stream: int = SAMPLE_STREAM) -> Tensor:
+    """The Gumbel noise of every token of every row; it depends on nothing but its coordinates.
+
+    Equivalent to ``-log(-log1p(-u))`` with ``u = (word + 0.5) * 2**-32``, ``word`` being word ``token % 4`` of Philox
+    with key ``seed`` at counter ``(token // 4, position, sequence, stream)``; computed in float64, rounded once.
+
+    Args:
+        seed: in [0, 2^64).
+        sequence: int64 [N], in [0, 2^32): which text a row belongs to.
+        position: int64 [N], in [0, 2^32): which token of that text is drawn.
+        vocab: the number of tokens, V.
+        stream: separates uses of one seed.
+
+    Returns:
+        float32 [N, V].
+    """
+    rows, blocks = sequence.numel(), (vocab + 3) // 4
+    block = torch.arange(blocks, device=sequence.device).expand(rows, blocks)
+    zero = torch.zeros((), dtype=torch.int64, device=sequence.device)
+    words = philox_4x32((block, position[:, None] + zero, sequence[:, None] + zero, zero + stream), seed)
+    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(rows, 4 * blocks)[:, :vocab]
+    u = (word.double() + 0.5) * 2.0**-32
+    return (-torch.log(-torch.log1p(-u))).float()

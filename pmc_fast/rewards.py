@@ -1,0 +1,66 @@
+"""Rewards: how much of what is to be forgotten a candidate answer still says."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pmc_fast.ops.rouge_l_recall import rouge_l_recall
+from pmc_fast.reference.rouge_l_recall import words
+
+
+class Reward(Protocol):
+    """Scores candidate answers; PMC trains on each question's lowest.
+
+    A reward may also have `words(text) -> int`: how much of a text it can see at all. PMC reports the answers it picked
+    that have none, because their perfect score says nothing.
+    """
+
+    def score(self, references: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
+        """One score for each pair, float64 [N]: lower is better, and exactly 0 is final.
+
+        references [N]: the answers of the model before unlearning. candidates [N]: the answers to score.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RougeRecall:
+    """ROUGE-L recall of the candidate against the reference, in [0, 1], with a penalty for very short candidates.
+
+    min_words: a candidate of fewer space-separated words scores exp(-words) more, at most 1 in all; 0 is no penalty.
+    use_stemmer, tokenizer, impl: as for pmc_fast.ops.rouge_l_recall.
+
+    Without `min_words` or a fitting `tokenizer`, a candidate with no word in a-z and 0-9 (empty, punctuation only,
+    Japanese) scores 0, the best there is, and so does every candidate if the reference has none.
+
+    Raises: ValueError if min_words is negative, TypeError if it is not a whole number.
+    Source: the reward of the published loop, https://arxiv.org/abs/2507.04219.
+    """
+
+    min_words: int = 0
+    use_stemmer: bool = True
+    tokenizer: Callable[[str], Sequence[str]] | None = None
+    impl: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.min_words, int) or isinstance(self.min_words, bool):
+            raise TypeError(f"min_words must be a whole number, got {self.min_words!r}")
+        if self.min_words < 0:
+            raise ValueError(f"min_words must be 0 or more, got {self.min_words}")
+
+    def score(self, references: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
+        recall = rouge_l_recall(
+            candidates, references, use_stemmer=self.use_stemmer, tokenizer=self.tokenizer, impl=self.impl
+        )
+        if self.min_words == 0:
+            return recall
+        # The published count: single spaces part words, so the empty answer has one and a double space adds one.
+        counts = np.array([len(candidate.strip().split(" ")) for candidate in candidates], dtype=np.int64)
+        penalised = np.minimum(recall + np.exp(-counts), 1.0)
+        return np.where(counts < self.min_words, penalised, recall)
+
+    def words(self, text: str) -> int:
+        """How many words of the text can match: a candidate or reference with 0 scores 0 whatever it says."""
+        return len(self.tokenizer(text) if self.tokenizer else words(text, use_stemmer=False))
