@@ -1,9 +1,11 @@
-"""Scoring a micro-batch of answers: pmc_fast against rouge_score one pair at a time."""
+"""Scoring a micro-batch of answers: pmc_fast against rouge_score, and rapidfuzz's LCS of stems that are cached."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +22,13 @@ class Pairs(NamedTuple):
 
 
 def tofu_length_pairs(count: int, seed: int) -> Pairs:
-    """Made-up sentences of as many words as TOFU's answers (26, give or take 9), half of each candidate's from its reference."""
+    """Made-up sentences of as many words as TOFU's answers have, 26 give or take 9.
+
+    Half of each candidate's words are from its reference.
+    """
     rng = random.Random(seed)
-    stems = ["".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))) for _ in range(500)]
+    syllables = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
+    stems = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(500)]
     words = [stem + ending for stem in stems for ending in ("", "s", "ing", "ed", "ational", "ly")]
     frequencies = [1 / (rank + 1) for rank in range(len(words))]
     rng.shuffle(words)
@@ -46,6 +52,30 @@ def with_rouge_score(pairs: Pairs) -> np.ndarray:
     return np.fromiter(scores, dtype=np.float64)
 
 
+@cache
+def stem(word: str) -> str:
+    """As rouge_score stems it."""
+    return porter_stemmer().stem(word) if len(word) > 3 else word
+
+
+@cache
+def porter_stemmer() -> Any:
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
+
+
+def with_rapidfuzz(pairs: Pairs) -> np.ndarray:
+    from rapidfuzz.distance import LCSseq
+    from rouge_score.tokenize import tokenize
+
+    def recall(candidate: str, reference: str) -> float:
+        said, wanted = ([stem(word) for word in tokenize(text, None)] for text in (candidate, reference))
+        return LCSseq.similarity(said, wanted) / len(wanted) if wanted else 0.0
+
+    return np.array([recall(*pair) for pair in zip(*pairs, strict=True)])
+
+
 class RougeLRecallBench(Bench):
     """`pairs` pairs; every word has been seen before, as most have after a run's first steps."""
 
@@ -61,7 +91,10 @@ class RougeLRecallBench(Bench):
     def contestants(self) -> Mapping[str, Callable[[Pairs], Any]]:
         from pmc_fast.ops.rouge_l_recall import rouge_l_recall
 
-        return {OURS: lambda pairs: rouge_l_recall(*pairs), "rouge_score": with_rouge_score}
+        runs = {OURS: lambda pairs: rouge_l_recall(*pairs), "rouge_score": with_rouge_score}
+        if find_spec("rapidfuzz"):
+            runs["rapidfuzz"] = with_rapidfuzz
+        return runs
 
     def oracle(self, inputs: Pairs) -> np.ndarray:
         return with_rouge_score(inputs)

@@ -35,7 +35,7 @@ class RougeRecall:
     Without `min_words` or a fitting `tokenizer`, a candidate with no word in a-z and 0-9 (empty, punctuation only,
     Japanese) scores 0, the best there is, and so does every candidate if the reference has none.
 
-    Raises: ValueError if min_words is negative, TypeError if it is not a whole number.
+    Raises: ValueError if min_words is negative, TypeError if it is not an integer.
     Source: the reward of the published loop, https://arxiv.org/abs/2507.04219.
     """
 
@@ -46,9 +46,9 @@ class RougeRecall:
 
     def __post_init__(self) -> None:
         if not isinstance(self.min_words, int) or isinstance(self.min_words, bool):
-            raise TypeError(f"min_words must be a whole number, got {self.min_words!r}")
+            raise TypeError(f"min_words: got {self.min_words!r}, expected an integer")
         if self.min_words < 0:
-            raise ValueError(f"min_words must be 0 or more, got {self.min_words}")
+            raise ValueError(f"min_words: got {self.min_words}, expected 0 (no penalty) or more")
 
     def score(self, references: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
         recall = rouge_l_recall(

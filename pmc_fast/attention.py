@@ -1,0 +1,114 @@
+"""Attention over a packed batch: each sequence sees itself alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from pmc_fast.errors import UserError
+
+NAME = "pmc_fast"
+
+# How many attention calls of the packed forward pass under way have seen its lengths; None outside of one.
+_calls: ContextVar[list[int] | None] = ContextVar("pmc_fast_packed_calls", default=None)
+
+
+def install(model: nn.Module) -> None:
+    """Make the model's attention understand packed batches; its other calls go to torch's fused attention as before.
+
+    Stays in place, since gradient checkpointing runs attention again in the backward pass.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, _mask)
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def packed() -> Iterator[None]:
+    """Around a packed forward pass: no mask is made, and the model must hand the lengths to its attention."""
+    count = [0]
+    token = _calls.set(count)
+    try:
+        yield
+    finally:
+        _calls.reset(token)
+    if count[0] == 0:
+        raise UserError("model: its attention does not take keyword arguments, so it cannot run a packed batch")
+
+
+def _mask(*args, **kwargs) -> Tensor | None:
+    from transformers.masking_utils import sdpa_mask
+
+    return None if _calls.get() is not None else sdpa_mask(*args, **kwargs)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,  # [batch, heads, tokens, head_dim]
+    key: Tensor,  # [batch, kv_heads, keys, head_dim]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_lengths: tuple[int, ...] | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    if kwargs.get("s_aux") is not None:
+        raise UserError("model: its attention has sinks, which this version does not support")
+    if packed_lengths is None and softcap is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if packed_lengths is None:
+        causal = attention_mask is None and query.shape[2] > 1
+        out = _attend(query, key, value, attention_mask, causal, None, softcap, dropout, scaling)
+        return out.transpose(1, 2).contiguous(), None
+    if (count := _calls.get()) is not None:
+        count[0] += 1
+    pieces = [
+        _attend(q, k, v, None, True, sliding_window, softcap, dropout, scaling)
+        for q, k, v in zip(*(x.split(packed_lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    tokens, keys = query.shape[2], key.shape[2]
+    if causal and (softcap is not None or (window is not None and tokens > window)):
+        ahead = torch.arange(tokens, device=query.device)[:, None] - torch.arange(keys, device=query.device)
+        mask, causal = (ahead >= 0) & (ahead < (window or keys)), False
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+    scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = nn.functional.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
+    return weights @ value

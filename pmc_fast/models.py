@@ -1,0 +1,109 @@
+"""A transformers causal language model as a backbone and an output head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmc_fast.errors import UserError
+from pmc_fast.ops import collapse_loss, linear_logprob, linear_sample
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head: logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    def sample(self, hidden: Tensor, **options):
+        return linear_sample(hidden, self.weight, **self._options, **options)
+
+    def logprob(self, hidden: Tensor, target: Tensor, **options) -> Tensor:
+        return linear_logprob(hidden, self.weight, target, **self._options, **options)
+
+    def collapse_loss(self, hidden: Tensor, target: Tensor, token_weight: Tensor, **options):
+        return collapse_loss(hidden, self.weight, target, token_weight, **self._options, **options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+class LanguageModel:
+    """Splits a model into the part that makes hidden states and the head that turns them into logits.
+
+    Args:
+        model: a transformers causal language model with a dense linear head. It is used as it is: the same parameters,
+            nothing copied.
+
+    Raises:
+        UserError: the model has no such head, or its logits are not what this class takes them to be.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.backbone = getattr(model, "base_model", None)
+        embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if self.backbone is None or self.backbone is model or type(embeddings) is not nn.Linear:
+            raise UserError(
+                f"model: got {type(model).__name__} with output head {type(embeddings).__name__}, expected a "
+                "transformers causal language model with an nn.Linear head (adapters on the head are not supported)"
+            )
+        self._linear = embeddings
+        config = model.config.get_text_config()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        divisor = getattr(config, "logits_scaling", None)  # Granite
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor or 1.0)
+        self._check()
+
+    @property
+    def head(self) -> Head:
+        return Head(self._linear.weight, self._linear.bias, self._softcap, self._scale)
+
+    @property
+    def device(self) -> torch.device:
+        return self._linear.weight.device
+
+    def hidden(self, input_ids: Tensor, **options) -> Tensor:
+        """The last hidden states, [..., D]."""
+        return self.backbone(input_ids=input_ids, **options).last_hidden_state
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """That head(backbone(ids)) is what the model itself computes, on three tokens."""
+        vocab = self._linear.weight.shape[0]
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % vocab
+        with evaluating(self.model):
+            expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = self.hidden(ids, use_cache=False)[0]
+        head = self.head
+        z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+        logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        error = (logits - expected).abs().max()
+        if not error <= 0.02 * expected.abs().max() + 1e-3:
+            raise UserError(
+                f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "
+                f"differ by {float(error):.3g} from head(backbone(ids)))"
+            )
+
+
+class evaluating:  # noqa: N801
+    """Evaluation mode within a with block; afterwards every module is as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._model.modules() if module.training]
+        for module in self._training:
+            module.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._training:
+            module.training = True
