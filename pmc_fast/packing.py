@@ -1,4 +1,4 @@
-"""Ragged sequences as one packed batch without padding, with the loss on label positions only."""
+"""Ragged sequences as one batch: packed without padding for training, padded on the left for sampling."""
 
 from __future__ import annotations
 
@@ -75,3 +75,11 @@ def pack(
     return Packed(
         tensor(tokens)[None], tensor(positions)[None], tuple(lengths), tensor(rows), tensor(target), tensor(sequence)
     )
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Prompts as one padded batch: input_ids and attention_mask, int64 [B, T], padding on the left."""
+    width = max(len(ids) for ids in sequences)
+    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in sequences], device=device)
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
+    return input_ids, attention_mask

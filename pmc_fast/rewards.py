@@ -29,13 +29,17 @@ class Reward(Protocol):
 class RougeRecall:
     """ROUGE-L recall of the candidate against the reference, in [0, 1], with a penalty for very short candidates.
 
-    min_words: a candidate of fewer space-separated words scores exp(-words) more, at most 1 in all; 0 is no penalty.
-    use_stemmer, tokenizer, impl: as for pmc_fast.ops.rouge_l_recall.
-
     Without `min_words` or a fitting `tokenizer`, a candidate with no word in a-z and 0-9 (empty, punctuation only,
-    Japanese) scores 0, the best there is, and so does every candidate if the reference has none.
+    Japanese) scores 0, the best there is, and so does every candidate if the reference has none: see `words`.
 
-    Raises: ValueError if min_words is negative, TypeError if it is not an integer.
+    Args:
+        min_words: A candidate of fewer space-separated words scores exp(-words) more, at most 1 in all. 0: no penalty.
+        use_stemmer, tokenizer, impl: As for `rouge_l_recall`.
+
+    Raises:
+        ValueError: `min_words` is negative.
+        TypeError: `min_words` is not an integer.
+
     Source: the reward of the published loop, https://arxiv.org/abs/2507.04219.
     """
 

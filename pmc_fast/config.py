@@ -1,0 +1,92 @@
+"""The hyperparameters of a PMC run, and the published settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from pmc_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class PMCConfig:
+    """Hyperparameters of PMC; the defaults are those published for Llama-3.2-3B-Instruct (METHOD: arXiv 2507.04219).
+
+    Sampling: num_samples answers per question (n), temperature, top_k (None is off), top_p, min_p; at most
+    max_new_tokens tokens, or max_length with the padded prompt.
+    Selection: "best" takes the lowest score, "bradley_terry" draws with probability softmax(-score / tau). min_words
+    makes answers of fewer words score worse. keep_truncated=False never picks a sample that was cut off, unless all were.
+    Loss: retain_weight is lambda. reencode trains on the decoded and re-encoded answer, as published; False trains on
+    the sampled tokens themselves.
+    Training loop (used by `pmc_fast.training`, not by `PMC`): epochs, batch_size, accumulation, learning_rate,
+    weight_decay, warmup_epochs.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    num_samples: int = 20
+    temperature: float = 0.9
+    top_k: int | None = 50
+    top_p: float = 0.95
+    min_p: float = 0.0
+    max_length: int | None = 200
+    max_new_tokens: int | None = None
+    retain_weight: float = 1.25
+    min_words: int = 0
+    selection: str = "best"
+    tau: float = 0.1
+    keep_truncated: bool = True
+    reencode: bool = True
+    seed: int = 0
+    prompt_style: str = "auto"
+    system_prompt: str = "You are a helpful assistant."
+    epochs: int = 30
+    batch_size: int = 8
+    accumulation: int = 2
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    warmup_epochs: float = 1.0
+
+    @classmethod
+    def published(cls, name: str, **changes) -> PMCConfig:
+        """The published hyperparameters for "llama-3.2-3b" or "phi-1.5", with changes by keyword."""
+        if name not in _PUBLISHED:
+            raise UserError(f"preset: got {name!r}, expected one of {', '.join(map(repr, _PUBLISHED))}")
+        return replace(cls(**_PUBLISHED[name]), **changes)
+
+    def __post_init__(self) -> None:
+        def require(name: str, holds: bool, wanted: str) -> None:
+            if not holds:
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected {wanted}")
+
+        for name in ("num_samples", "epochs", "batch_size", "accumulation"):
+            value = getattr(self, name)
+            require(name, isinstance(value, int) and value >= 1, "an integer of at least 1")
+        for name in ("temperature", "learning_rate", "weight_decay", "retain_weight", "warmup_epochs", "min_words"):
+            value = getattr(self, name)
+            require(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")
+        require("top_k", self.top_k is None or self.top_k >= 1, "None or an integer of at least 1")
+        require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
+        require("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]")
+        require("tau", self.tau > 0, "a number above 0")
+        require("seed", 0 <= self.seed < 2**63, "an integer in [0, 2^63)")
+        require("selection", self.selection in ("best", "bradley_terry"), "'best' or 'bradley_terry'")
+        for name in ("max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            require(name, value is None or value >= 1, "None or an integer of at least 1")
+        require("max_new_tokens", self.max_new_tokens is not None or self.max_length is not None, "it or max_length")
+
+
+_PUBLISHED = {
+    "llama-3.2-3b": {},
+    "phi-1.5": {
+        "retain_weight": 1.5,
+        "temperature": 1.25,
+        "num_samples": 5,
+        "epochs": 40,
+        "batch_size": 16,
+        "accumulation": 4,
+        "prompt_style": "tags",
+    },
+}

@@ -1,0 +1,181 @@
+"""Unlearn quality, utility and leakage, by ROUGE-L recall against the true answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from pmc_fast.data import QA
+from pmc_fast.models import LanguageModel
+from pmc_fast.ops import rouge_l_recall
+from pmc_fast.packing import pad_left
+from pmc_fast.prompts import Prompts
+from pmc_fast.sampler import Sampler
+
+Progress = Callable[[int], object]
+
+
+def sampled_answers(
+    model: nn.Module | LanguageModel,
+    prompts: Prompts,
+    questions: Sequence[str],
+    *,
+    prefill: str = "",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    **sampling,
+) -> list[list[str]]:
+    """Answers to each question, in batches of questions of about equal length.
+
+    Args:
+        model, prompts: the model and how it is asked.
+        questions: B questions.
+        prefill: text that every answer starts with; it is not part of what is returned.
+        batch_size: questions at a time.
+        progress: called with the number of questions answered after each batch.
+        sampling: the options of ``Sampler.sample``.
+
+    Returns:
+        For each question, ``num_samples`` answers.
+    """
+    sampler = Sampler(model)
+    encoded = [prompts.prompt_ids(question, prefill=prefill) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: len(encoded[i]))
+    answers: list[list[str]] = [[] for _ in questions]
+
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        input_ids, attention_mask = pad_left([encoded[i] for i in batch], prompts.pad_id, sampler.lm.device)
+        samples = sampler.sample(
+            input_ids,
+            attention_mask,
+            eos_token_id=prompts.end_ids,
+            sequence_ids=torch.tensor(batch, device=sampler.lm.device),
+            **sampling,
+        )
+        tokens, lengths = samples.tokens.tolist(), samples.lengths.tolist()
+        for i, row_tokens, row_lengths in zip(batch, tokens, lengths, strict=True):
+            answers[i] = [prompts.decode(t[:n]) for t, n in zip(row_tokens, row_lengths, strict=True)]
+        if progress:
+            progress(len(batch))
+    return answers
+
+
+def greedy_answers(
+    model: nn.Module | LanguageModel,
+    prompts: Prompts,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int | None = 128,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[str]:
+    """The most probable answer to each question, token by token."""
+    limit = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {"max_length": max_length}
+    answers = sampled_answers(
+        model, prompts, questions, batch_size=batch_size, progress=progress, temperature=0.0, **limit
+    )
+    return [answer for (answer,) in answers]
+
+
+def evaluate(
+    model: nn.Module | LanguageModel,
+    prompts: Prompts,
+    *,
+    forget: Sequence[QA],
+    retain: Sequence[QA],
+    paraphrased: Sequence[QA] | None = None,
+    utility: Mapping[str, Sequence[QA]] | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict:
+    """How well the forget set is forgotten and everything else remembered.
+
+    With R the mean ROUGE-L recall of greedy answers against the true ones: unlearn_quality is
+    ``100 * (1 - mean of R_forget and R_paraphrased)``, utility ``100 * mean(R_retain, R of each utility set)``.
+
+    Args:
+        model, prompts: the model and how it is asked.
+        forget, retain: question/answer rows.
+        paraphrased: the forget questions asked otherwise, or None.
+        utility: further sets by name, such as world facts.
+        max_new_tokens: tokens per answer at most.
+        batch_size: questions at a time.
+        progress: called with the number of questions answered after each batch.
+
+    Returns:
+        forget_rouge_l and, if given, paraphrased_rouge_l (both in [0, 1]), unlearn_quality and utility (percent),
+        retain_rouge_l, and utility_sets, the R of each utility set by name.
+
+    Source: arXiv 2507.04219, section 5 (metrics).
+    """
+
+    def recall(rows: Sequence[QA]) -> float:
+        answers = greedy_answers(
+            model,
+            prompts,
+            [row.question for row in rows],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return float(rouge_l_recall(answers, [row.answer for row in rows]).mean())
+
+    model = model if isinstance(model, LanguageModel) else LanguageModel(model)
+    result = {"forget_rouge_l": recall(forget)}
+    forgotten = [result["forget_rouge_l"]]
+    if paraphrased is not None:
+        result["paraphrased_rouge_l"] = recall(paraphrased)
+        forgotten.append(result["paraphrased_rouge_l"])
+    result["unlearn_quality"] = 100 * (1 - float(np.mean(forgotten)))
+    result["retain_rouge_l"] = recall(retain)
+    sets = {name: recall(rows) for name, rows in (utility or {}).items()}
+    result["utility"] = 100 * float(np.mean([result["retain_rouge_l"], *sets.values()]))
+    result["utility_sets"] = sets
+    return result
+
+
+def leakage(
+    model: nn.Module | LanguageModel,
+    prompts: Prompts,
+    forget: Sequence[QA],
+    *,
+    num_samples: int = 100,
+    prefill: str = "",
+    temperature: float = 1.0,
+    max_new_tokens: int = 128,
+    batch_size: int = 2,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> float:
+    """The worst sample's ROUGE-L recall against the true answer, averaged over the forget questions.
+
+    Args:
+        num_samples: answers per question.
+        prefill: text that every answer starts with, such as "The answer is: ".
+
+    Returns:
+        In [0, 1].
+
+    Source: arXiv 2507.04219, section 5 (leakage).
+    """
+    answers = sampled_answers(
+        model,
+        prompts,
+        [row.question for row in forget],
+        prefill=prefill,
+        batch_size=batch_size,
+        progress=progress,
+        num_samples=num_samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    references = [row.answer for row in forget for _ in range(num_samples)]
+    scores = rouge_l_recall([text for row in answers for text in row], references)
+    return float(scores.reshape(len(forget), num_samples).max(1).mean())

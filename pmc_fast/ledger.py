@@ -1,0 +1,56 @@
+"""The best answer so far to each forget question."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An answer picked from the model's own samples, and its score (lower is better, 0 is final)."""
+
+    text: str
+    tokens: tuple[int, ...]
+    score: float
+
+
+class Ledger:
+    """Keeps, for each forget question, the initial model's answer and the best sample picked so far."""
+
+    def __init__(self, questions: list[str], initial_answers: list[str]) -> None:
+        self.questions = questions
+        self.initial_answers = initial_answers
+        self.entries: dict[int, Entry] = {}
+        self.visits = [0] * len(questions)
+
+    def is_final(self, question: int) -> bool:
+        """Whether the question needs no more samples: its answer has a score of exactly 0."""
+        entry = self.entries.get(question)
+        return entry is not None and entry.score == 0
+
+    def offer(self, question: int, entry: Entry) -> bool:
+        """Store the entry unless the one held is strictly better; returns whether it was stored."""
+        held = self.entries.get(question)
+        if held is not None and entry.score > held.score:
+            return False
+        self.entries[question] = entry
+        return True
+
+    def state_dict(self) -> dict:
+        """All of it, as JSON-able values."""
+        return {
+            "questions": self.questions,
+            "initial_answers": self.initial_answers,
+            "entries": {str(question): asdict(entry) for question, entry in self.entries.items()},
+            "visits": self.visits,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> Ledger:
+        ledger = cls(list(state["questions"]), list(state["initial_answers"]))
+        ledger.visits = list(state["visits"])
+        ledger.entries = {
+            int(question): Entry(entry["text"], tuple(entry["tokens"]), entry["score"])
+            for question, entry in state["entries"].items()
+        }
+        return ledger

@@ -1,0 +1,239 @@
+"""Partial Model Collapse: sample, score, select, and one fused loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pmc_fast.config import PMCConfig
+from pmc_fast.data import QA
+from pmc_fast.errors import UserError
+from pmc_fast.ledger import Entry, Ledger
+from pmc_fast.models import LanguageModel
+from pmc_fast.packing import pack, pad_left
+from pmc_fast.philox import SELECTION_STREAM, gumbel
+from pmc_fast.prompts import Prompts
+from pmc_fast.rewards import Reward, RougeRecall
+from pmc_fast.sampler import Sampler
+
+__all__ = ["PMC", "PMCConfig"]
+
+
+class PMC:
+    """The PMC objective on a transformers causal language model, for any torch training loop.
+
+        pmc = PMC(model, tokenizer, PMCConfig.published("llama-3.2-3b"))
+        pmc.initialise(forget_questions)
+        for forget, retain in loader:  # indices of forget questions; retain rows (question, answer)
+            loss = pmc.loss(forget, retain)
+            loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    Equivalent to ``CE(picked answers) + retain_weight * CE(retain answers)``, each a mean over its own answer tokens,
+    where an answer is picked from ``num_samples`` samples of the model as it is now. The true answers to the forget
+    questions are never needed.
+
+    Args:
+        model: a transformers causal language model; the parameters that are trained are the ones sampled from.
+        tokenizer: its tokenizer, or a ``Prompts``.
+        config: hyperparameters.
+        reward: scores samples against the initial model's answers, lower is better and 0 final;
+            default ``RougeRecall(config.min_words)``.
+
+    Raises:
+        UserError: the model has no head this library knows, or the tokenizer no end token.
+
+    Source: arXiv 2507.04219, equation 1 and algorithm 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, config: PMCConfig | None = None, reward: Reward | None = None
+    ) -> None:
+        self.config = config = config or PMCConfig()
+        self.lm = LanguageModel(model)
+        self.sampler = Sampler(self.lm)
+        self.prompts = (
+            tokenizer
+            if isinstance(tokenizer, Prompts)
+            else Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
+        )
+        self.reward = reward or RougeRecall(min_words=config.min_words)
+        self.ledger: Ledger | None = None
+        self.stats: dict[str, Any] = {}
+
+    def initialise(
+        self, forget_questions: Sequence[str], progress: Callable[[int], object] | None = None
+    ) -> None:
+        """Remember what the model answers to the forget questions now (greedily): what samples are scored against.
+
+        Raises:
+            UserError: there is no question.
+        """
+        from pmc_fast.evaluation import greedy_answers
+
+        questions = list(forget_questions)
+        if not questions:
+            raise UserError("forget_questions: got none, expected at least one")
+        answers = greedy_answers(
+            self.lm,
+            self.prompts,
+            questions,
+            max_new_tokens=self.config.max_new_tokens,
+            max_length=self.config.max_length,
+            batch_size=self.config.batch_size,
+            progress=progress,
+        )
+        self.ledger = Ledger(questions, answers)
+
+    def loss(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
+        """Sample, score and select answers to the forget questions, then the loss of one micro-batch.
+
+        Args:
+            forget: indices into the questions given to ``initialise``.
+            retain: rows to keep answering right.
+
+        Returns:
+            float32 scalar; backward() reaches every parameter that requires a gradient. ``stats`` then holds
+            collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, trained_tokens,
+            empty_picks (selected answers without a scorable word), truncated_picks, seconds (sample, score, train).
+
+        Raises:
+            UserError: ``initialise`` was not called, an index is out of range, or both batches are empty.
+        """
+        self.stats = {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, "sampled_tokens": 0}
+        forget = list(forget)
+        ledger = self._ledger(forget)
+        self.stats["truncated_picks"] = self._resample(
+            [question for question in dict.fromkeys(forget) if not ledger.is_final(question)]
+        )
+        with self._timed("train"):
+            entries = [ledger.entries[question] for question in forget]
+            answers = [
+                self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens)
+                for entry in entries
+            ]
+            prompts = [self.prompts.prompt_ids(ledger.questions[question]) for question in forget]
+            loss = self._packed_loss(
+                [*prompts, *(self.prompts.prompt_ids(row.question) for row in retain)],
+                [*answers, *(self.prompts.answer_ids(row.answer) for row in retain)],
+                collapse=len(forget),
+            )
+        scores = [entry.score for entry in entries]
+        self.stats["score"] = float(np.mean(scores)) if scores else 0.0
+        self.stats["empty_picks"] = sum(
+            words(entry.text) == 0 for entry in entries if (words := getattr(self.reward, "words", None))
+        )
+        return loss
+
+    def supervised_loss(self, rows: Sequence[QA]) -> Tensor:
+        """The mean negative log-likelihood of the rows' answer tokens: ordinary fine-tuning, packed.
+
+        Returns:
+            float32 scalar, nats per token.
+
+        Raises:
+            UserError: there is no row.
+        """
+        self.stats = {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, "sampled_tokens": 0}
+        with self._timed("train"):
+            return self._packed_loss(
+                [self.prompts.prompt_ids(row.question) for row in rows],
+                [self.prompts.answer_ids(row.answer) for row in rows],
+                collapse=len(rows),
+            )
+
+    def state_dict(self) -> dict:
+        """The ledger, as JSON-able values: a run that loads it continues as if it had never stopped."""
+        return {"ledger": None if self.ledger is None else self.ledger.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
+
+    def _ledger(self, forget: Sequence[int]) -> Ledger:
+        if self.ledger is None:
+            raise UserError("PMC.loss: the ledger is empty; call initialise(forget_questions) first")
+        for question in forget:
+            if not 0 <= question < len(self.ledger.questions):
+                raise UserError(
+                    f"forget: got index {question}, expected one of the {len(self.ledger.questions)} forget questions"
+                )
+        return self.ledger
+
+    def _resample(self, questions: list[int]) -> int:
+        """Draw new answers to the questions and offer the picked ones to the ledger; returns how many were cut off."""
+        if not questions:
+            return 0
+        ledger, config = self.ledger, self.config
+        with self._timed("sample"):
+            prompts = [self.prompts.prompt_ids(ledger.questions[q]) for q in questions]
+            input_ids, attention_mask = pad_left(prompts, self.prompts.pad_id, self.lm.device)
+            # Every visit to a question draws from random streams of its own, whoever else is in the batch.
+            streams = torch.tensor([ledger.visits[q] * len(ledger.questions) + q for q in questions])
+            samples = self.sampler.sample(
+                input_ids,
+                attention_mask,
+                num_samples=config.num_samples,
+                max_new_tokens=config.max_new_tokens,
+                max_length=None if config.max_new_tokens is not None else config.max_length,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                min_p=config.min_p,
+                eos_token_id=self.prompts.end_ids,
+                seed=config.seed,
+                sequence_ids=streams.to(self.lm.device),
+            )
+            self.stats["sampled_tokens"] = samples.count
+        with self._timed("score"):
+            tokens, lengths = samples.tokens.cpu().tolist(), samples.lengths.cpu().tolist()
+            finished = samples.finished.cpu().numpy()
+            answers = [[t[:n] for t, n in zip(*row, strict=True)] for row in zip(tokens, lengths, strict=True)]
+            texts = [self.prompts.decode(ids) for row in answers for ids in row]
+            references = [ledger.initial_answers[q] for q in questions for _ in range(config.num_samples)]
+            scores = self.reward.score(references, texts).reshape(len(questions), config.num_samples)
+            picks = self._select(scores, finished, streams)
+        truncated = 0
+        for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
+            ids, whole = answers[row][pick], bool(finished[row, pick])
+            ended = ids if whole else [*ids, self.prompts.end_ids[0]]
+            text = texts[row * config.num_samples + pick]
+            if ledger.offer(question, Entry(text, tuple(ended), float(scores[row, pick]))):
+                truncated += not whole
+            ledger.visits[question] += 1
+        return truncated
+
+    def _select(self, scores: np.ndarray, finished: np.ndarray, streams: Tensor) -> np.ndarray:
+        """The sample to take for each question: the best, the first on ties; or one drawn by Bradley-Terry."""
+        if not self.config.keep_truncated:
+            scores = np.where(finished | ~finished.any(1, keepdims=True), scores, np.inf)
+        if self.config.selection == "best":
+            return scores.argmin(1)
+        noise = gumbel(self.config.seed, streams, torch.zeros_like(streams), scores.shape[1], SELECTION_STREAM)
+        return (-scores / self.config.tau + noise.numpy()).argmax(1)
+
+    def _packed_loss(self, prompts: list, answers: list, collapse: int) -> Tensor:
+        """CE over the first `collapse` sequences + retain_weight * CE over the others, in one forward pass."""
+        if not prompts:
+            raise UserError("forget, retain: both are empty, expected at least one row")
+        packed = pack(prompts, answers, self.lm.device)
+        is_collapse = packed.sequence < collapse
+        counts = (int(is_collapse.sum()), int((~is_collapse).sum()))
+        token_weight = torch.where(
+            is_collapse, 1 / max(1, counts[0]), self.config.retain_weight / max(1, counts[1])
+        ).float()
+        loss, token_nll = self.lm.head.collapse_loss(packed.hidden(self.lm), packed.target, token_weight)
+        self.stats["collapse_loss"] = float(token_nll[is_collapse].mean()) if counts[0] else 0.0
+        self.stats["retain_loss"] = float(token_nll[~is_collapse].mean()) if counts[1] else 0.0
+        self.stats["trained_tokens"] = packed.input_ids.numel()
+        return loss
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.stats["seconds"][phase] += time.perf_counter() - start
