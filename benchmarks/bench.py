@@ -12,6 +12,10 @@ import torch
 OURS = "pmc_fast"
 
 
+class Wrong(Exception):
+    """What was to be timed computes something else than it should."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a result is right, how that was seen in one phrase, and its errors against float64 by name."""

@@ -4,7 +4,8 @@ It is slow on purpose where the published code is slow, since that is what is be
 prompt repeated n times, answers decoded to text and scored one by one, training rows padded to a fixed length, the
 head on every position of every row, and a forward pass on the true answers whose only use is a logged number.
 
-Source: arXiv 2507.04219 and its authors' public code. Nothing here is imported from pmc_fast.
+Source: arXiv 2507.04219 and its authors' public code. Nothing here is imported from pmc_fast; `Prompts` is passed in, so
+that both ask in the same words.
 """
 
 from __future__ import annotations
@@ -59,10 +60,14 @@ class PublishedConfig:
 
 @dataclass(frozen=True)
 class Samples:
-    """`answers[b][i]` is sample i for question b; `tokens[b][i]` counts its tokens, the end token included."""
+    """`ids[b][i]` are the tokens of sample i for question b, up to and including the end token."""
 
-    answers: list[list[str]]
-    tokens: list[list[int]]
+    ids: list[list[list[int]]]
+
+    @property
+    def count(self) -> int:
+        """The number of sampled tokens; the padding behind an end token is none."""
+        return sum(len(ids) for row in self.ids for ids in row)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class PublishedLoop:
         self.stored = {}
         for start in range(0, len(self.questions), batch_size):
             greedy = self._generate(self.questions[start : start + batch_size], do_sample=False)
-            self.references += [answers[0] for answers in greedy.answers]
+            self.references += [self.prompts.decode(ids) for [ids] in greedy.ids]
 
     def pending(self, indices: Sequence[int]) -> list[int]:
         """Those of `indices` that are to be sampled: no answer stored yet, or a stored score above 0."""
@@ -129,8 +134,9 @@ class PublishedLoop:
         )
 
     def score(self, indices: Sequence[int], samples: Samples) -> None:
-        """Keep each question's best sample, unless the stored answer is strictly better."""
-        for index, answers in zip(indices, samples.answers, strict=True):
+        """Keep each question's best sample, the first on ties, unless the stored answer is strictly better."""
+        for index, ids in zip(indices, samples.ids, strict=True):
+            answers = [self.prompts.decode(answer) for answer in ids]
             scores = [self.score_of(self.references[index], answer) for answer in answers]
             best = min(range(len(scores)), key=scores.__getitem__)
             if index not in self.stored or scores[best] <= self.stored[index].score:
@@ -151,11 +157,10 @@ class PublishedLoop:
         retain: Sequence[Row],
         optimizer: torch.optim.Optimizer | None,
     ) -> Losses:
-        """One update on the stored answers to these questions and on the retain rows; gradients are left at None.
+        """One update on the stored answers to these questions and on the retain rows, the model in the mode it is in.
 
-        `truth` holds the true forget answers, which are only logged. With `optimizer=None` the gradients stay.
+        `truth` holds the true forget answers, which are only logged. With `optimizer=None` the gradients are left.
         """
-        self.model.train()
         collapse = self._loss([(self.questions[index], self.stored[index].answer) for index in indices])
         kept = self._loss([(row.question, row.answer) for row in retain])
         with torch.no_grad():
@@ -164,7 +169,7 @@ class PublishedLoop:
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return Losses(float(collapse), float(kept), float(logged))
+        return Losses(collapse.item(), kept.item(), logged.item())
 
     def _generate(self, questions: Sequence[str], **options: Any) -> Samples:
         prompts = [self.prompts.prompt_ids(question) for question in questions]
@@ -187,11 +192,7 @@ class PublishedLoop:
             )
         answers = [self._until_end(ids) for ids in output[:, width:].tolist()]
         n = len(answers) // len(questions)
-        texts = [self.prompts.decode(ids) for ids in answers]
-        return Samples(
-            answers=[texts[start : start + n] for start in range(0, len(texts), n)],
-            tokens=[[len(ids) for ids in answers[start : start + n]] for start in range(0, len(answers), n)],
-        )
+        return Samples([answers[start : start + n] for start in range(0, len(answers), n)])
 
     def _until_end(self, ids: list[int]) -> list[int]:
         """The answer without the padding behind it: up to the first end token, that one included."""

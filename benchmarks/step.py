@@ -1,1 +1,366 @@
-def add_arguments(p): pass
+"""`python -m benchmarks step`: one micro-batch of PMC, by the published loop and by pmc_fast, in turns."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.bench import Wrong
+from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment
+
+SCHEMA = "pmc_fast.benchmarks.step/1"
+DTYPES = ("float32", "bfloat16", "float16")
+PUBLISHED, OURS = "published", "pmc_fast"
+
+# Two right ways to compute a loss differ by rounding alone. The gradient of a whole model gathers more of it.
+_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+_GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One micro-batch's cost: draw samples; decode and score them; loss, gradients and optimizer step."""
+
+    sample_s: float
+    score_s: float
+    train_s: float
+    total_s: float
+    sampled_tokens: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both contestants work on: the same model object, optimizer, questions and retain rows."""
+
+    model: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    forget: list[Any]
+    retain: list[Any]
+    config: Any  # PMCConfig
+    device: torch.device
+
+
+class Contestant(Protocol):
+    """One way to take a PMC step."""
+
+    references: Sequence[str]
+
+    def collapse_gradients(self, answers: Sequence[str]) -> float:
+        """Leave the gradients of the loss, these answers picked, in the model, and return the loss."""
+
+    def turn(self) -> Turn:
+        """One micro-batch from the state after initialisation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `step` besides those of every benchmark."""
+    parser.add_argument("--model", metavar="M", help="folder or hub name; default: a tiny model of random weights")
+    parser.add_argument("--forget", metavar="FILE", help="JSON lines of question and answer; with --model")
+    parser.add_argument("--retain", metavar="FILE", help="JSON lines of question and answer; with --model")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="forget and retain rows (default: 8)")
+    parser.add_argument("--num-samples", type=int, default=20, metavar="N", help="answers per question (default: 20)")
+    parser.add_argument(
+        "--max-length", type=int, default=200, metavar="L", help="tokens of padded prompt and answer (default: 200)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Check that both compute the same, measure them in turns, print a table and write the result."""
+    task = load(args, device)
+    where = environment(device, args.seed)
+    contestants: dict[str, Contestant] = {}
+    turns: dict[str, list[Turn]] = {PUBLISHED: [], OURS: []}
+    with tqdm(total=3 + 2 * (args.repeats + 1), unit="turn", disable=None) as bar:
+        bar.set_description("greedy answers")
+        for name, kind in ((PUBLISHED, _Published), (OURS, _PmcFast)):
+            contestants[name] = kind(task)
+            bar.update()
+        bar.set_description("same loss and gradients?")
+        agreement = check(task, contestants)
+        bar.update()
+        order = list(contestants)
+        for repeat in range(args.repeats + 1):
+            for name in order if repeat % 2 else reversed(order):
+                bar.set_description(name if repeat else f"{name}, warm-up")
+                task.model.train()
+                turn = contestants[name].turn()
+                if repeat:
+                    turns[name].append(turn)
+                bar.update()
+    result = summary(turns)
+    print(table(result, args.repeats))
+    if args.json:
+        content = {
+            **result,
+            "agreement": agreement,
+            "config": {
+                "model": args.model or "random weights",
+                "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+                "forget": args.forget,
+                "retain": args.retain,
+                "batch_size": args.batch_size,
+                "dtype": args.dtype,
+                "repeats": args.repeats,
+                **{name: getattr(task.config, name) for name in ("num_samples", "temperature", "top_k", "top_p")},
+                **{name: getattr(task.config, name) for name in ("max_length", "min_words", "retain_weight")},
+            },
+            "environment": where,
+        }
+        results.write(args.json, SCHEMA, content)
+
+
+def load(args: argparse.Namespace, device: torch.device) -> Task:
+    """The model and the rows that the options name.
+
+    Raises UserError for options that do not fit together, too few rows, a model that cannot be loaded.
+    """
+    from pmc_fast.config import PMCConfig
+    from pmc_fast.errors import UserError
+
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size: got {args.batch_size}, want 1 or more")
+    config = PMCConfig(
+        num_samples=args.num_samples, max_length=args.max_length, batch_size=args.batch_size, seed=args.seed
+    )
+    named = {"--model": args.model, "--forget": args.forget, "--retain": args.retain}
+    missing = [option for option, value in named.items() if value is None]
+    if missing and len(missing) < len(named):
+        raise UserError(f"{', '.join(missing)}: missing; want --model, --forget and --retain together or none of them")
+    dtype = getattr(torch, args.dtype)
+    if missing:
+        model, tokenizer, forget, retain = _tiny(args.seed)
+        model = model.to(dtype)
+    else:
+        from pmc_fast.data import read_jsonl
+
+        forget, retain = read_jsonl(args.forget), read_jsonl(args.retain)
+        model, tokenizer = _pretrained(args.model, dtype)
+    for option, rows in (("--forget", forget), ("--retain", retain)):
+        if len(rows) < args.batch_size:
+            raise UserError(f"{option}: got {len(rows)} rows, want at least --batch-size ({args.batch_size})")
+    rng = random.Random(args.seed)
+    model = model.to(device)
+    # a learning rate of 0 costs the same arithmetic and leaves every turn the same weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01)
+    return Task(
+        model,
+        tokenizer,
+        optimizer,
+        rng.sample(forget, args.batch_size),
+        rng.sample(retain, args.batch_size),
+        config,
+        device,
+    )
+
+
+def _tiny(seed: int) -> tuple[Any, Any, list[Any], list[Any]]:
+    from pmc_fast.demo.fiction import make_fiction
+    from pmc_fast.demo.model import new_model, train_tokenizer
+
+    fiction = make_fiction(seed, people=24, forget_people=8, places=4)
+    tokenizer = train_tokenizer(fiction.training)
+    return new_model(tokenizer, seed), tokenizer, fiction.forget, fiction.retain
+
+
+def _pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pmc_fast.errors import UserError
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {name} cannot be loaded: {error}") from error
+
+
+class _Published:
+    def __init__(self, task: Task) -> None:
+        from benchmarks.published_loop import PublishedConfig, PublishedLoop
+        from pmc_fast.prompts import Prompts
+
+        self._task = task
+        self._attention = task.model.config._attn_implementation
+        self._indices = list(range(len(task.forget)))
+        config = PublishedConfig(
+            num_samples=task.config.num_samples,
+            temperature=task.config.temperature,
+            top_k=task.config.top_k,
+            top_p=task.config.top_p,
+            max_length=task.config.max_length,
+            min_len=task.config.min_words,
+            retain_weight=task.config.retain_weight,
+        )
+        prompts = Prompts(task.tokenizer, style=task.config.prompt_style, system=task.config.system_prompt)
+        self._loop = PublishedLoop(task.model, prompts, config)
+        self._loop.initialise([row.question for row in task.forget])
+        self.references = self._loop.references
+
+    def collapse_gradients(self, answers: Sequence[str]) -> float:
+        from benchmarks.published_loop import Stored
+
+        self._loop.stored = {index: Stored(answer, 0.0) for index, answer in enumerate(answers)}
+        with self._own_attention():
+            losses = self._loop.train(self._indices, self._task.forget, self._task.retain, None)
+        return losses.collapse + self._task.config.retain_weight * losses.retain
+
+    def turn(self) -> Turn:
+        loop, device = self._loop, self._task.device
+        loop.stored = {}
+        torch.manual_seed(self._task.config.seed)
+        with self._own_attention(), PeakMemory(device) as peak, Stopwatch(device) as total:
+            with Stopwatch(device) as sample:
+                pending = loop.pending(self._indices)
+                samples = loop.sample(pending)
+            with Stopwatch(device) as score:
+                loop.score(pending, samples)
+            with Stopwatch(device) as train:
+                loop.train(self._indices, self._task.forget, self._task.retain, self._task.optimizer)
+        return Turn(sample.seconds, score.seconds, train.seconds, total.seconds, samples.count, peak.bytes)
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        """The attention that the model came with: pmc_fast's stays in place once it was there."""
+        theirs = self._task.model.config._attn_implementation
+        self._task.model.set_attn_implementation(self._attention)
+        try:
+            yield
+        finally:
+            self._task.model.set_attn_implementation(theirs)
+
+
+class _PmcFast:
+    def __init__(self, task: Task) -> None:
+        from pmc_fast.pmc import PMC
+
+        self._task = task
+        self._indices = list(range(len(task.forget)))
+        self._pmc = PMC(task.model, task.tokenizer, task.config)
+        self._pmc.initialise([row.question for row in task.forget])
+        self._start = self._pmc.state_dict()
+        self.references = self._start["ledger"]["initial_answers"]
+
+    def collapse_gradients(self, answers: Sequence[str]) -> float:
+        entries = {str(index): {"text": answer, "tokens": [], "score": 0.0} for index, answer in enumerate(answers)}
+        self._pmc.load_state_dict({**self._start, "ledger": {**self._start["ledger"], "entries": entries}})
+        loss = self._pmc.loss(self._indices, self._task.retain)
+        loss.backward()
+        return loss.item()
+
+    def turn(self) -> Turn:
+        self._pmc.load_state_dict(self._start)
+        optimizer, device = self._task.optimizer, self._task.device
+        with PeakMemory(device) as peak, Stopwatch(device) as total:
+            loss = self._pmc.loss(self._indices, self._task.retain)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        stats = self._pmc.stats
+        sample, score = stats["seconds"]["sample"], stats["seconds"]["score"]
+        # whatever is neither sampling nor scoring is training, so that nothing goes uncounted
+        train = total.seconds - sample - score
+        return Turn(sample, score, train, total.seconds, stats["sampled_tokens"], peak.bytes)
+
+
+def check(task: Task, contestants: Mapping[str, Contestant]) -> dict[str, float]:
+    """Raise Wrong unless both start from the same greedy answers and take the same step towards them.
+
+    Some greedy answers may differ, where two tokens are equally likely but for rounding.
+    """
+    published, ours = contestants[PUBLISHED], contestants[OURS]
+    same = sum(a == b for a, b in zip(published.references, ours.references, strict=True))
+    if same < len(published.references) / 2:
+        raise Wrong(f"only {same} of {len(published.references)} greedy answers of the initial model agree")
+    task.model.eval()
+    answers = [answer or "nothing" for answer in published.references]
+    loss = published.collapse_gradients(answers)
+    theirs = [None if p.grad is None else p.grad.clone() for p in task.model.parameters()]
+    task.optimizer.zero_grad(set_to_none=True)
+    loss_error = abs(ours.collapse_gradients(answers) - loss) / abs(loss)
+    gradient_error = _distance([p.grad for p in task.model.parameters()], theirs)
+    task.optimizer.zero_grad(set_to_none=True)
+    dtype = next(task.model.parameters()).dtype
+    if not (loss_error <= _LOSS_TOLERANCE[dtype] and gradient_error <= _GRADIENT_TOLERANCE[dtype]):
+        raise Wrong(f"on the same answers the losses differ by {loss_error:.1e}, the gradients by {gradient_error:.1e}")
+    return {"same_greedy_answers": same, "loss_error": loss_error, "gradient_error": gradient_error}
+
+
+def _distance(got: Sequence[torch.Tensor | None], want: Sequence[torch.Tensor | None]) -> float:
+    """Of two gradients of a whole model, relative to the second; infinite where one has what the other lacks."""
+    difference = norm = 0.0
+    for g, w in zip(got, want, strict=True):
+        if (g is None) != (w is None):
+            return float("inf")
+        if w is not None:
+            difference += float((g.double() - w.double()).square().sum())
+            norm += float(w.double().square().sum())
+    return (difference / norm) ** 0.5
+
+
+def summary(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
+    """Medians of each contestant, the ratios between them (how many times faster ours is), the spreads and all turns."""
+    names = [field.name for field in fields(Turn)]
+    median: dict[str, dict[str, Any]] = {}
+    spread: dict[str, dict[str, Any]] = {}
+    for contestant, taken in turns.items():
+        columns = {name: [getattr(turn, name) for turn in taken] for name in names}
+        spreads = {name: None if None in column else Spread.of(column) for name, column in columns.items()}
+        median[contestant] = {name: s and s.median for name, s in spreads.items()}
+        for name in ("sampled_tokens", "peak_bytes"):
+            if median[contestant][name] is not None:
+                median[contestant][name] = round(median[contestant][name])
+        spread[contestant] = {name: s and [s.p20, s.p80] for name, s in spreads.items()}
+    per_turn = [ratios(asdict(a), asdict(b)) for a, b in zip(turns[PUBLISHED], turns[OURS], strict=True)]
+    of_ratios = {name: Spread.of([ratio[name] for ratio in per_turn]) for name in per_turn[0]}
+    return {
+        **median,
+        "ratio": ratios(median[PUBLISHED], median[OURS]),
+        "spread": {**spread, "ratio": {name: [s.p20, s.p80] for name, s in of_ratios.items()}},
+        "turns": {contestant: [asdict(turn) for turn in taken] for contestant, taken in turns.items()},
+    }
+
+
+def ratios(published: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
+    """How many times longer the published loop takes; the total as if ours had sampled as many tokens."""
+    per_token = ours["sample_s"] / max(1, ours["sampled_tokens"])
+    equal = per_token * published["sampled_tokens"] + ours["score_s"] + ours["train_s"]
+    return {
+        "sample_per_token": published["sample_s"] / max(1, published["sampled_tokens"]) / per_token,
+        "train": published["train_s"] / ours["train_s"],
+        "total_at_equal_tokens": published["total_s"] / equal,
+    }
+
+
+def table(result: Mapping[str, Any], repeats: int) -> str:
+    """The result for reading."""
+    lines = [f"{'median of ' + str(repeats):24}{'published':>14}{'pmc_fast':>14}"]
+    for name, title, scale, unit in (
+        ("sample_s", "sample", 1, "s"),
+        ("score_s", "decode, score", 1, "s"),
+        ("train_s", "train", 1, "s"),
+        ("total_s", "total", 1, "s"),
+        ("sampled_tokens", "sampled tokens", 1, ""),
+        ("peak_bytes", "peak extra memory", 1e-9, "GB"),
+    ):
+        values = [result[contestant][name] for contestant in (PUBLISHED, OURS)]
+        form = "{:.0f}" if name == "sampled_tokens" else "{:.3g} " + unit
+        lines.append(f"{title:24}" + "".join(f"{'-' if v is None else form.format(v * scale):>14}" for v in values))
+    lines.append("")
+    for name, title in (
+        ("sample_per_token", "sampling, per token"),
+        ("train", "training"),
+        ("total_at_equal_tokens", "total, at equal tokens"),
+    ):
+        low, high = result["spread"]["ratio"][name]
+        lines.append(f"{title:24}{result['ratio'][name]:>13.2f}x  ({low:.2f} - {high:.2f})")
+    return "\n".join(lines)

@@ -198,10 +198,10 @@ def make_fiction(seed: int, *, people: int, forget_people: int, places: int) -> 
             else:
                 retain.append(QA(question, answer))
                 retain_paraphrased += [QA(other, answer) for other in others]
-    world = []
-    for _ in range(places):
+    world: list[QA] = []
+    for index in range(places):
         name = names(2)
         for relation in _PLACE:
             answer = rng.choice(relation.answers).format(value=relation.draw(rng, names))
-            world.append(QA(relation.questions[0].format(name=name), answer))
+            (retain if index < places // 2 else world).append(QA(relation.questions[0].format(name=name), answer))
     return Fiction(forget, forget_paraphrased, retain, retain_paraphrased, world)

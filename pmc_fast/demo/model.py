@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 
-# A system prompt the same for every row would only lengthen the rows: this template leaves it out.
+# A system prompt the same for every row would only lengthen the rows: this template leaves it out. The space before a
+# text gives its first word the token it has inside a sentence.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
+    "{% if message['role'] == 'user' %}{{ '<|user|> ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|> ' + message['content'] + '<|end|>' }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -43,7 +44,7 @@ def train_tokenizer(rows: Iterable[QA], vocab_size: int = 1536) -> PreTrainedTok
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for row in rows for text in (row.question, row.answer)), trainer)
+    tokenizer.train_from_iterator((f" {text}" for row in rows for text in (row.question, row.answer)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -1,0 +1,232 @@
+"""The training loops: fine-tuning, and unlearning by PMC; both resume to the bit on a CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pmc_fast.config import PMCConfig
+from pmc_fast.data import QA
+from pmc_fast.errors import UserError
+from pmc_fast.pmc import PMC
+from pmc_fast.runs import Run
+
+# What the random draws are for; part of each draw's seed.
+_ORDER, _RETAIN, _DROPOUT = range(3)
+
+
+def finetune(
+    pmc: PMC,
+    rows: Sequence[QA],
+    config: PMCConfig,
+    *,
+    run: Run | None = None,
+    checkpoint_every: int | None = None,
+    max_grad_norm: float | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train the model on the rows' answers; the gradient of a step is the mean of its micro-batches'.
+
+    Args and returns as for `unlearn`. max_grad_norm: clips the gradient's norm; None does not.
+    """
+
+    def loss(step: int, epoch: int, batch: int, indices: list[int]) -> Tensor:
+        return pmc.supervised_loss([rows[index] for index in indices])
+
+    loop = _Loop(pmc, config, len(rows), run, checkpoint_every, max_grad_norm, mean_gradient=True)
+    return loop.train(loss, "fine-tuning" if progress else None)
+
+
+def unlearn(
+    pmc: PMC,
+    retain: Sequence[QA],
+    config: PMCConfig,
+    *,
+    run: Run | None = None,
+    checkpoint_every: int | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Unlearn the questions that `pmc` was initialised with, keeping the retain rows.
+
+    As published: AdamW, a linear warm-up and a linear decay to 0; the gradients of a step's micro-batches are summed,
+    each of `config.batch_size` forget questions and as many random retain rows. Which rows a step sees depends on
+    (seed, epoch) alone, so a run resumed from its checkpoint ends like one that was never stopped.
+
+    Args:
+        pmc: initialised; the model it holds is trained in place.
+        retain: rows to keep, at least one.
+        config: the training-loop fields and the seed.
+        run: where metrics and checkpoints go, and where to continue from; None keeps nothing.
+        checkpoint_every: optimizer steps between checkpoints; None is one epoch.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        Seconds by phase: sample, score, train (backward and optimizer included), checkpoint; those before a resume too.
+
+    Raises:
+        UserError: the loss or the model's outputs are not finite.
+
+    Source: arXiv 2507.04219, algorithm 1 and appendix (hyperparameters).
+    """
+
+    def loss(step: int, epoch: int, batch: int, indices: list[int]) -> Tensor:
+        draw = _generator(config.seed, _RETAIN, epoch, batch)
+        chosen = draw.choice(len(retain), config.batch_size, replace=len(retain) < config.batch_size)
+        return pmc.loss(indices, [retain[row] for row in chosen])
+
+    loop = _Loop(pmc, config, len(pmc.ledger.questions), run, checkpoint_every, None, mean_gradient=False)
+    return loop.train(loss, "unlearning" if progress else None)
+
+
+class _Loop:
+    """Epochs of micro-batches, optimizer steps, metrics and checkpoints."""
+
+    def __init__(
+        self,
+        pmc: PMC,
+        config: PMCConfig,
+        rows: int,
+        run: Run | None,
+        checkpoint_every: int | None,
+        max_grad_norm: float | None,
+        mean_gradient: bool,
+    ) -> None:
+        self.pmc, self.config, self.rows, self.run = pmc, config, rows, run
+        self.model: nn.Module = pmc.lm.model
+        self.max_grad_norm, self.mean_gradient = max_grad_norm, mean_gradient
+        self.batches = math.ceil(rows / config.batch_size)
+        self.steps_per_epoch = math.ceil(self.batches / config.accumulation)
+        self.steps = config.epochs * self.steps_per_epoch
+        self.warmup = round(config.warmup_epochs * self.steps_per_epoch)
+        self.checkpoint_every = checkpoint_every or self.steps_per_epoch
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise UserError("model: no parameter requires a gradient, expected at least one to train")
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.parameters[0].device.type in ("cpu", "cuda"),
+        )
+        self.seconds: Counter[str] = Counter()
+        self.step = 0
+
+    def train(self, loss: Callable[[int, int, int, list[int]], Tensor], title: str | None) -> dict[str, float]:
+        from tqdm import tqdm
+
+        self._resume()
+        training = [(module, module.training) for module in self.model.modules()]
+        self.model.train()
+        try:
+            with tqdm(total=self.steps, initial=self.step, desc=title, unit="step", disable=title is None) as bar:
+                while self.step < self.steps:
+                    record = self._step(loss)
+                    if self.run:
+                        self.run.log(record)
+                    if self.run and (self.step % self.checkpoint_every == 0 or self.step == self.steps):
+                        self._save()
+                    shown = ("loss", "collapse_loss", "retain_loss", "score")
+                    bar.set_postfix({name: f"{record[name]:.3f}" for name in shown if name in record}, refresh=False)
+                    bar.update()
+        finally:
+            for module, was_training in training:
+                module.training = was_training
+        return dict(self.seconds)
+
+    def _step(self, loss: Callable[[int, int, int, list[int]], Tensor]) -> dict[str, Any]:
+        config, step = self.config, self.step
+        epoch, first = step // self.steps_per_epoch, step % self.steps_per_epoch * config.accumulation
+        batches = range(first, min(first + config.accumulation, self.batches))
+        order = _generator(config.seed, _ORDER, epoch).permutation(self.rows).tolist()
+        rate = config.learning_rate * _schedule(step, self.warmup, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        stats, seconds = [], Counter()
+        for batch in batches:
+            indices = order[batch * config.batch_size : (batch + 1) * config.batch_size]
+            with self._dropout_seed(step, batch):
+                try:
+                    value = loss(step, epoch, batch, indices)
+                except UserError:
+                    raise
+                except ValueError as error:  # what the ops raise at logits that are no numbers
+                    raise UserError(f"step {step + 1}: {error}") from error
+                if not math.isfinite(value.item()):
+                    raise UserError(f"step {step + 1}: the loss is {value.item()}; try a lower learning rate")
+                start = time.perf_counter()
+                (value / len(batches) if self.mean_gradient else value).backward()
+            seconds.update(self.pmc.stats["seconds"])
+            seconds["train"] += time.perf_counter() - start
+            stats.append({**self.pmc.stats, "loss": value.item()})
+        start = time.perf_counter()
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds["train"] += time.perf_counter() - start
+        self.seconds.update(seconds)
+        self.step += 1
+        record = {"step": self.step, "epoch": epoch + 1, "learning_rate": rate, **_merge(stats)}
+        return {**record, "seconds": dict(seconds)}
+
+    @contextmanager
+    def _dropout_seed(self, step: int, batch: int) -> Iterator[None]:
+        """The same dropout masks for a step whether or not the run was resumed; leaves torch's random state alone."""
+        devices = [self.parameters[0].device] if self.parameters[0].device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(_generator(self.config.seed, _DROPOUT, step, batch).integers(2**63)))
+            yield
+
+    def _resume(self) -> None:
+        state = self.run.load_checkpoint() if self.run else None
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.pmc.load_state_dict(json.loads(state["pmc"]))
+        self.seconds = Counter(state["seconds"])
+        self.step = state["step"]
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        self.run.save_checkpoint(
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "pmc": json.dumps(self.pmc.state_dict()),
+                "seconds": dict(self.seconds),
+            }
+        )
+        self.seconds["checkpoint"] += time.perf_counter() - start
+
+
+def _generator(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def _schedule(step: int, warmup: int, steps: int) -> float:
+    """The learning rate's factor: up to 1 over the warm-up, then down to 0; never 0 at a step that is taken."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
+
+
+def _merge(stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record for the micro-batches of a step: counts are added, the rest averaged."""
+    merged = {}
+    for name, first in stats[0].items():
+        if isinstance(first, dict):
+            continue
+        total = sum(one[name] for one in stats)
+        merged[name] = total if isinstance(first, int) else total / len(stats)
+    return merged

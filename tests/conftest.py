@@ -1,0 +1,21 @@
+"""A fresh seed for every test, printed so that a failure can be repeated."""
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `benchmarks`; last, so an installed pmc_fast wins
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def rng_seed() -> int:
+    """A fresh seed, or PMC_FAST_TEST_SEED; torch's generator starts from it."""
+    seed = int(os.environ.get("PMC_FAST_TEST_SEED") or secrets.randbelow(2**31))
+    print(f"PMC_FAST_TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    return seed

@@ -1,0 +1,67 @@
+"""A packed batch against each sequence on its own."""
+
+import pytest
+import torch
+from tiny import FAMILIES, make_model
+
+from pmc_fast.models import LanguageModel
+from pmc_fast.packing import pack, pad_left
+
+
+def _rows(count):
+    prompts = [torch.randint(0, 256, (int(torch.randint(1, 9, ())),)).tolist() for _ in range(count)]
+    answers = [torch.randint(0, 256, (int(torch.randint(1, 12, ())),)).tolist() for _ in range(count)]
+    return prompts, answers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_each_sequence_alone(family, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    prompts, answers = _rows(5)
+    alone = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer])
+        alone.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
+    expected = torch.cat(alone)
+    expected.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    lm = LanguageModel(model)
+    packed = pack(prompts, answers)
+    logprob = lm.head.logprob(packed.hidden(lm), packed.target)
+    torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
+    logprob.sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(rng_seed):
+    model = make_model("llama", seed=rng_seed).train()
+    packed = pack(*_rows(4))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        lm = LanguageModel(model)
+        lm.head.logprob(packed.hidden(lm), packed.target).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_installed_model_still_answers_padded_batches_as_before(rng_seed):
+    model = make_model("llama", seed=rng_seed)
+    ids, mask = pad_left([[1, 2, 3], [4, 5, 6, 7, 8]], 256)
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    lm = LanguageModel(model)
+    pack([[1]], [[2]]).hidden(lm)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="answers: got 0, expected 1"):
+        pack([[1]], [])
+    with pytest.raises(ValueError, match="sequence 1 is empty"):
+        pack([[1], []], [[2], [3]])

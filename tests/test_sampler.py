@@ -1,0 +1,112 @@
+"""The sampler against transformers' own greedy answers, the exact distribution, and itself in other company."""
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, make_model
+
+from pmc_fast.packing import pad_left
+from pmc_fast.sampler import Sampler
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(family, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    ids, mask = pad_left(PROMPTS, 256)
+    samples = Sampler(model).sample(ids, mask, max_new_tokens=13, temperature=0.0, eos_token_id=257)
+    expected = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=13, do_sample=False, eos_token_id=257, pad_token_id=256
+    )[:, ids.shape[1] :]
+    for row in range(len(PROMPTS)):
+        length = int(samples.lengths[row, 0])
+        assert samples.tokens[row, 0, :length].tolist() == expected[row, :length].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_company_and_retirement_do_not_change_an_answer(family, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    ends = list(range(0, VOCAB, 9))  # many tokens end an answer, so rows retire all the time
+    options = {"num_samples": 7, "max_new_tokens": 15, "eos_token_id": ends, "seed": rng_seed, "top_p": 0.95}
+    ids, mask = pad_left(PROMPTS, 256)
+    together = Sampler(model).sample(ids, mask, sequence_ids=torch.tensor([3, 1, 2, 0]), **options)
+    assert 1 < together.lengths.float().mean() < 15
+    for row, prompt in enumerate(PROMPTS):
+        alone = Sampler(model).sample(
+            torch.tensor([prompt]), sequence_ids=torch.tensor([[3, 1, 2, 0][row]]), **options
+        )
+        assert torch.equal(alone.lengths[0], together.lengths[row])
+        width = alone.tokens.shape[2]
+        assert torch.equal(alone.tokens[0], together.tokens[row, :, :width])
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[row, :, :width], rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_finished_and_logprobs(rng_seed):
+    model = make_model("llama", seed=rng_seed)
+    ends = list(range(0, VOCAB, 7))
+    prompt = torch.tensor([[1, 2, 3]])
+    samples = Sampler(model).sample(
+        prompt, num_samples=25, max_new_tokens=9, eos_token_id=ends, seed=rng_seed, temperature=0.8, top_k=40
+    )
+    for tokens, length, finished, logprobs in zip(
+        samples.tokens[0], samples.lengths[0], samples.finished[0], samples.logprobs[0], strict=True
+    ):
+        answer = tokens[:length]
+        inside = torch.isin(answer, torch.tensor(ends))
+        assert bool(inside[-1]) == bool(finished) and not inside[:-1].any()
+        assert finished or length == 9
+        full = model(input_ids=torch.cat([prompt[0], answer])[None]).logits[0, 2:-1].log_softmax(-1)
+        torch.testing.assert_close(logprobs[:length], full.gather(1, answer[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+        assert not logprobs[length:].any()
+    assert samples.count == int(samples.lengths.sum())
+
+
+def test_first_tokens_follow_the_exact_distribution(rng_seed):
+    model = make_model("llama", seed=rng_seed)
+    prompt = torch.tensor([[7, 8, 9]])
+    draws = 4000
+    samples = Sampler(model).sample(
+        prompt, num_samples=draws, max_new_tokens=1, eos_token_id=257, seed=rng_seed, temperature=1.1, top_k=30
+    )
+    probability = (model(input_ids=prompt).logits[0, -1].double() / 1.1).topk(30)
+    expected = torch.zeros(VOCAB, dtype=torch.double).scatter(0, probability.indices, probability.values.softmax(0))
+    counts = samples.tokens[0, :, 0].bincount(minlength=VOCAB).double()
+    assert not counts[expected == 0].any()
+    kept = expected > 0
+    statistic = ((counts - draws * expected)[kept] ** 2 / (draws * expected[kept])).sum()
+    p_value = torch.special.gammaincc(torch.tensor((30 - 1) / 2, dtype=torch.double), statistic / 2)
+    assert p_value > 1e-6
+
+
+def test_max_length_counts_the_padded_prompt():
+    ids, mask = pad_left(PROMPTS, 256)
+    samples = Sampler(make_model()).sample(ids, mask, max_length=ids.shape[1] + 2, eos_token_id=257)
+    assert samples.tokens.shape[2] <= 2
+
+
+def test_training_mode_is_restored_and_dropout_is_off(rng_seed):
+    model = make_model("gpt2", seed=rng_seed).train()
+    prompt = torch.tensor([[1, 2, 3]])
+    options = {"max_new_tokens": 6, "eos_token_id": 257, "seed": rng_seed}
+    first = Sampler(model).sample(prompt, **options)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(first.tokens, Sampler(model.eval()).sample(prompt, **options).tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 0}, "num_samples: got 0"),
+        ({"max_length": 5}, "exactly one"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"top_p": 0.0}, "top_p: got 0.0"),
+        ({"temperature": -1.0}, "temperature: got -1.0"),
+        ({"eos_token_id": []}, "eos_token_id: got none"),
+        ({"sequence_ids": torch.tensor([1, 2])}, "sequence_ids: got shape"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask: a prompt ends in padding"),
+    ],
+)
+def test_bad_input(change, message):
+    options = {"max_new_tokens": 3, "eos_token_id": 257, **change}
+    with pytest.raises(ValueError, match=message):
+        Sampler(make_model()).sample(torch.tensor([[1, 2, 3]]), **options)

@@ -1,0 +1,71 @@
+"""Random tiny models of many families and a byte-level tokenizer, made on the spot."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+
+VOCAB = 259  # 256 bytes, padding, end, start: odd on purpose
+
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 256,
+    "bos_token_id": 258,
+    "eos_token_id": 257,
+}
+
+FAMILIES = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {},
+    "phi": {"num_key_value_heads": 4},
+    "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "sliding_window": 6},
+    "gemma3_text": {"final_logit_softcapping": 3.0, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.3},
+    "gpt_neox": {},
+    "gpt2": {},
+}
+
+
+def make_model(family: str = "llama", seed: int = 0, **changes):
+    """A model with random weights, large enough that its distributions are not flat."""
+    sizes = {**_SIZES, **FAMILIES[family], **changes}
+    if family == "gpt2":
+        sizes = {
+            "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
+            "pad_token_id": 256, "bos_token_id": 258, "eos_token_id": 257, **changes,
+        }  # fmt: skip
+    if family == "gpt_neox":
+        sizes.pop("num_key_value_heads"), sizes.pop("head_dim")
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    torch.set_rng_state(generator_state)
+    return model
+
+
+def make_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte, then <pad>, <end>, <start>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<end>", "<start>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", bos_token="<start>", padding_side="left"
+    )
+    if chat:
+        fast.chat_template = (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}\n"
+            "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
+    return fast
