@@ -1,0 +1,222 @@
+"""The command line: pmc-fast demo | finetune | unlearn | evaluate | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from pmc_fast.errors import UserError
+
+_DESCRIPTION = """\
+Make a language model forget: Partial Model Collapse (arXiv 2507.04219) trains it on its own,
+selected answers, and never on the text that is to be forgotten.
+
+  pmc-fast demo                                             all of it on invented data, in minutes
+  pmc-fast finetune --model M --data FILE --out DIR         train M to know a question/answer file
+  pmc-fast unlearn  --model M --forget FILE --retain FILE --out DIR
+  pmc-fast evaluate --model M --forget FILE --retain FILE
+  pmc-fast doctor                                           what works on this machine
+
+M is a transformers folder or a hub name; FILE is JSON lines: {"question": ..., "answer": ...}"""
+
+_COMMANDS = {
+    "demo": "pmc_fast.demo.run",
+    "finetune": "pmc_fast.commands",
+    "unlearn": "pmc_fast.commands",
+    "evaluate": "pmc_fast.commands",
+    "doctor": "pmc_fast.doctor",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
+    options = make_parser().parse_args(arguments)
+    try:
+        _check(options)
+        # Imported here, so that --help and mistyped options need no torch.
+        return getattr(import_module(_COMMANDS[options.command]), options.command)(options) or 0
+    except UserError as error:
+        print(f"pmc-fast {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\npmc-fast {options.command}: interrupted", file=sys.stderr)
+        if getattr(options, "out", None):
+            print(f"To go on, give the same command with --resume (the run is in {options.out}).", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="pmc-fast", description=_DESCRIPTION, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=description or summary, formatter_class=formatter)
+
+    demo = command(
+        "demo",
+        "invent facts, train a small model on them, make it forget some",
+        "Invents people and facts, trains a small model until it knows them, makes it forget some of the people,\n"
+        "and shows what it answered before and after. Needs no files and no network.",
+    )
+    demo.add_argument("--out", default="./pmc-demo", metavar="DIR", help="where results go (default: %(default)s)")
+    _resume(demo)
+    _machine(demo, model=False)
+
+    finetune = command("finetune", "train a model on a question/answer file")
+    _model(finetune)
+    finetune.add_argument("--data", required=True, metavar="FILE", help="rows to learn, JSON lines")
+    _out(finetune)
+    _resume(finetune)
+    loop = finetune.add_argument_group("training")
+    _loop(loop, epochs=5, batch_size=16, accumulation=1)
+    _evaluation(finetune)
+    _machine(finetune)
+
+    unlearn = command(
+        "unlearn",
+        "make a model forget the answers of a question/answer file",
+        "Makes a model forget. The answers in --forget serve the report's measurements alone: training never sees them.",
+    )
+    _model(unlearn)
+    unlearn.add_argument("--forget", required=True, metavar="FILE", help="what to forget, JSON lines")
+    unlearn.add_argument("--retain", required=True, metavar="FILE", help="what to keep, JSON lines")
+    _sets(unlearn)
+    _out(unlearn)
+    _resume(unlearn)
+    _method(unlearn)
+    _evaluation(unlearn)
+    _machine(unlearn)
+
+    evaluate = command("evaluate", "measure unlearn quality, utility and leakage")
+    _model(evaluate)
+    evaluate.add_argument("--forget", required=True, metavar="FILE", help="what should be forgotten, JSON lines")
+    evaluate.add_argument("--retain", required=True, metavar="FILE", help="what should be known, JSON lines")
+    _sets(evaluate)
+    _evaluation(evaluate)
+    evaluate.add_argument(
+        "--leakage", type=int, metavar="N", help="also draw N answers per forget question and report the worst (ROUGE-L)"
+    )
+    evaluate.add_argument("--prefill", default="", metavar="TEXT", help="text that --leakage's answers start with")
+    evaluate.add_argument("--json", metavar="OUT", help="write the results to this file too")
+    _machine(evaluate)
+
+    doctor = command("doctor", "what is installed, which implementations work here and why the others do not")
+    doctor.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help="transformers folder, or hub name")
+    parser.add_argument(
+        "--prompt",
+        choices=("auto", "chat", "tags", "plain"),
+        help="the tokenizer's chat template, 'Question: .. Answer: ..', or the bare question; "
+        "auto is chat where there is a template, else tags (default: auto, or the preset's)",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system prompt of chat prompts (default: You are a helpful assistant.)"
+    )
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model, metrics and report")
+
+
+def _resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out (start it if there is none yet)"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, metavar="STEPS", help="optimizer steps between checkpoints (default: one epoch)"
+    )
+
+
+def _sets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--paraphrased", metavar="FILE", help="the forget questions asked in other words")
+    parser.add_argument(
+        "--utility", nargs="+", action="extend", metavar="FILE", default=[], help="further sets that should be known"
+    )
+
+
+def _loop(group, epochs: object, batch_size: object, accumulation: object) -> None:
+    group.add_argument("--epochs", type=int, metavar="N", help=f"passes over the data (default: {epochs})")
+    group.add_argument("--batch-size", type=int, metavar="B", help=f"rows per micro-batch (default: {batch_size})")
+    group.add_argument(
+        "--accumulation", type=int, metavar="N", help=f"micro-batches per optimizer step (default: {accumulation})"
+    )
+    group.add_argument("--learning-rate", "--lr", type=float, metavar="LR", help="peak learning rate (default: 1e-5)")
+    group.add_argument("--weight-decay", type=float, metavar="W", help="of AdamW (default: 0.01)")
+    group.add_argument(
+        "--warmup-epochs", type=float, metavar="N", help="linear warm-up, then linear decay to 0 (default: 1)"
+    )
+
+
+def _method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method", "defaults: those of --preset llama-3.2-3b / those of phi-1.5 if they differ")
+    number = {"type": float, "metavar": "X"}
+    count = {"type": int, "metavar": "N"}
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--preset", choices=("llama-3.2-3b", "phi-1.5"), default="llama-3.2-3b", help="published settings")
+    group.add_argument("--retain-weight", "--lambda", **number, help="weight of the retain loss (1.25 / 1.5)")
+    group.add_argument("--num-samples", **count, help="answers drawn per forget question (20 / 5)")
+    group.add_argument("--temperature", **number, help="of the draws (0.9 / 1.25)")
+    group.add_argument("--top-k", **count, help="draw from the k likeliest tokens, 0 for all (50)")
+    group.add_argument("--top-p", **number, help="draw from the likeliest tokens of this mass (0.95)")
+    group.add_argument("--min-p", **number, help="drop tokens below this share of the likeliest one (0)")
+    group.add_argument("--min-words", "--min-len", **count, help="answers of fewer words score worse (0)")
+    group.add_argument("--max-length", **count, help="tokens of padded prompt and answer together (200)")
+    group.add_argument("--max-new-tokens", **count, help="tokens of an answer, instead of --max-length")
+    group.add_argument(
+        "--selection", choices=("best", "bradley_terry"), help="take the best answer, or draw one by softmax(-score/tau)"
+    )
+    group.add_argument("--tau", **number, help="of --selection bradley_terry (0.1)")
+    group.add_argument("--keep-truncated", action=switch, help="answers cut off by the limit may be picked (yes)")
+    group.add_argument(
+        "--reencode", action=switch, help="train on the decoded and re-encoded answer, not on the drawn tokens (yes)"
+    )
+    _loop(group, epochs="30 / 40", batch_size="8 / 16", accumulation="2 / 4")
+
+
+def _evaluation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--evaluation-rows",
+        type=int,
+        default=400,
+        metavar="N",
+        help="measure on the first N rows of each set, 0 for all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--evaluation-tokens", type=int, default=128, metavar="N", help="longest greedy answer (default: %(default)s)"
+    )
+
+
+def _machine(parser: argparse.ArgumentParser, model: bool = True) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    if not model:
+        return
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (default: float32)"
+    )
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What argparse cannot check; the method's own options are checked by PMCConfig."""
+    least = {"threads": 1, "checkpoint_every": 1, "evaluation_rows": 0, "evaluation_tokens": 1, "leakage": 1, "seed": 0}
+    for name, smallest in least.items():
+        value = getattr(options, name, None)
+        if value is not None and value < smallest:
+            raise UserError(f"--{name.replace('_', '-')}: got {value}, expected at least {smallest}")
+    if getattr(options, "prefill", "") and not options.leakage:
+        raise UserError("--prefill: it starts the answers of --leakage, which is missing; expected --leakage N with it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What is installed, and which implementations work on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pmc_fast import backend
+
+_PACKAGES = ("pmc_fast", "torch", "transformers", "tokenizers", "numpy", "nltk", "triton")
+
+
+def environment(device: Any = "cpu") -> dict[str, Any]:
+    """Versions and hardware, as a report holds them."""
+    import torch
+
+    native = backend.missing_library() is None
+    values = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _library().instruction_set() if native else None,
+        "device": str(device),
+        "implementations": {op: backend.choose(op, None, torch.device(device).type) for op in backend.IMPLEMENTATIONS},
+    }
+    if torch.device(device).type == "cuda":
+        values["gpu"] = torch.cuda.get_device_name(device)
+    return values
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print the environment, and for each op and implementation whether it works here or why not."""
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    found = environment()
+    print(f"python {found['python']}, {found['platform']}")
+    for name, number in found["packages"].items():
+        print(f"{name:<14}{number or 'not installed'}")
+    print(f"\nCPU           {found['cpu']}, {found['cpus']} CPUs usable, {found['threads']} threads used")
+    if backend.missing_library() is None:
+        library = _library()
+        usable = ", ".join(library.instruction_sets())
+        print(f"instructions  {library.instruction_set()} (usable here: {usable}); threads by {library.THREADING}")
+    else:
+        print("instructions  unknown: the compiled module is not available")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        print(f"GPU           {', '.join(names)} (CUDA {torch.version.cuda})")
+    else:
+        print(f"GPU           none that torch sees (torch built for {torch.version.cuda or 'the CPU'})")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        print(f"\nimplementations on {device}")
+        for op in backend.IMPLEMENTATIONS:
+            print(f"  {op} (uses {backend.choose(op, None, device)})")
+            for name in backend.PACKAGES:
+                reason = backend.why_not(op, name, device)
+                print(f"    {name:<11}{'works' if reason is None else 'no: ' + reason}")
+    return 0
+
+
+def _library() -> Any:
+    from pmc_fast import native
+
+    return native.library()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        if name != "pmc_fast":
+            return None
+    import pmc_fast
+
+    return pmc_fast.__version__
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

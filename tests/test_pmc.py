@@ -1,0 +1,183 @@
+"""The published loop's rules, one by one, as METHOD and the paper state them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+
+from pmc_fast import PMC, PMCConfig, UserError
+from pmc_fast.data import QA
+from pmc_fast.ledger import Entry, Ledger
+
+QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?"]
+RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old tree")]
+
+
+class Scripted:
+    """A reward that gives the scores it was told to, sample by sample, and remembers what it was asked."""
+
+    def __init__(self, *scores):
+        self.scores, self.calls = list(scores), []
+
+    def score(self, references, candidates):
+        self.calls.append((list(references), list(candidates)))
+        return np.array(self.scores.pop(0), dtype=np.float64)
+
+
+def make_pmc(*scores, seed=0, **changes):
+    config = PMCConfig(**{"num_samples": 3, "max_new_tokens": 6, "max_length": None, "seed": seed, **changes})
+    pmc = PMC(make_model(seed=seed), make_tokenizer(), config, reward=Scripted(*scores) if scores else None)
+    pmc.initialise(QUESTIONS)
+    return pmc
+
+
+def test_published_settings():
+    llama, phi = PMCConfig.published("llama-3.2-3b"), PMCConfig.published("phi-1.5")
+    shared = {"top_p": 0.95, "top_k": 50, "learning_rate": 1e-5, "weight_decay": 0.01, "warmup_epochs": 1.0}
+    shared |= {"min_words": 0, "max_length": 200, "selection": "best"}
+    for config in (llama, phi):
+        assert {name: getattr(config, name) for name in shared} == shared
+    assert (llama.retain_weight, llama.temperature, llama.num_samples, llama.epochs) == (1.25, 0.9, 20, 30)
+    assert (llama.batch_size, llama.accumulation, llama.system_prompt) == (8, 2, "You are a helpful assistant.")
+    assert (phi.retain_weight, phi.temperature, phi.num_samples, phi.epochs) == (1.5, 1.25, 5, 40)
+    assert (phi.batch_size, phi.accumulation, phi.prompt_style) == (16, 4, "tags")
+    assert PMCConfig.published("phi-1.5", num_samples=9).num_samples == 9
+    with pytest.raises(UserError, match="preset: got 'gpt-9'"):
+        PMCConfig.published("gpt-9")
+
+
+def test_samples_are_scored_against_the_initial_greedy_answer(rng_seed):
+    pmc = make_pmc([0.4] * 6, seed=rng_seed % 1000)
+    initial = list(pmc.ledger.initial_answers)
+    with torch.no_grad():
+        for parameter in pmc.lm.model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    pmc.loss([2, 0], RETAIN)
+    references, _ = pmc.reward.calls[0]
+    assert references == [initial[2]] * 3 + [initial[0]] * 3
+
+
+def test_argmin_is_taken_and_the_lowest_index_on_ties():
+    pmc = make_pmc([0.5, 0.2, 0.2])
+    pmc.loss([1], RETAIN)
+    _, candidates = pmc.reward.calls[0]
+    assert (pmc.ledger.entries[1].text, pmc.ledger.entries[1].score) == (candidates[1], 0.2)
+
+
+def test_stored_answer_is_replaced_unless_strictly_worse():
+    ledger = Ledger(["q"], ["a"])
+    assert ledger.offer(0, Entry("first", (1,), 0.5))
+    assert not ledger.offer(0, Entry("worse", (2,), 0.6))
+    assert ledger.offer(0, Entry("as good", (3,), 0.5))
+    assert ledger.entries[0].text == "as good"
+    assert ledger.offer(0, Entry("better", (4,), 0.1))
+
+
+def test_a_score_of_zero_is_final():
+    pmc = make_pmc([0.3, 0.0, 0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7])
+    pmc.loss([0, 1], RETAIN)
+    assert pmc.ledger.is_final(0) and not pmc.ledger.is_final(1)
+    pmc.loss([0, 1], RETAIN)
+    references, _ = pmc.reward.calls[1]
+    assert references == [pmc.ledger.initial_answers[1]] * 3  # question 0 was not sampled again
+    assert pmc.ledger.entries[1].score == 0.2  # 0.7 is strictly worse
+    assert pmc.ledger.visits == [1, 2, 0]
+
+
+def test_every_visit_draws_new_samples_whoever_else_is_there(rng_seed):
+    seed = rng_seed % 1000
+    first, second = make_pmc([0.5] * 3, [0.5] * 3, seed=seed), make_pmc([0.5] * 9, seed=seed)
+    first.loss([1], RETAIN)
+    first.loss([1], RETAIN)
+    second.loss([0, 1, 2], RETAIN)
+    assert first.reward.calls[0][1] == second.reward.calls[0][1][3:6]
+    assert first.reward.calls[0][1] != first.reward.calls[1][1]
+
+
+@pytest.mark.parametrize("reencode", [False, True])
+def test_loss_is_two_means_over_answer_tokens(reencode, rng_seed):
+    pmc = make_pmc(seed=rng_seed % 1000, reencode=reencode, retain_weight=1.7)
+    loss = pmc.loss([0, 2], RETAIN)
+
+    def nll(rows):
+        total, count = 0.0, 0
+        for prompt, answer in rows:
+            ids = torch.tensor([prompt + answer])
+            logprob = pmc.lm.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            total = total - logprob.gather(1, ids[0, len(prompt) :, None]).sum()
+            count += len(answer)
+        return total / count
+
+    entries = [(pmc.ledger.questions[q], pmc.ledger.entries[q]) for q in (0, 2)]
+    picked = [
+        (pmc.prompts.prompt_ids(q), pmc.prompts.answer_ids(e.text) if reencode else list(e.tokens)) for q, e in entries
+    ]
+    assert all(answer[-1] == pmc.prompts.end_ids[0] for _, answer in picked)  # the end token is trained on
+    kept = [(pmc.prompts.prompt_ids(r.question), pmc.prompts.answer_ids(r.answer)) for r in RETAIN]
+    collapse, retain = nll(picked), nll(kept)
+    torch.testing.assert_close(loss, (collapse + 1.7 * retain).float(), rtol=1e-4, atol=1e-4)
+    assert pmc.stats["collapse_loss"] == pytest.approx(float(collapse), rel=1e-3)
+    assert pmc.stats["retain_loss"] == pytest.approx(float(retain), rel=1e-3)
+    loss.backward()
+    assert all(p.grad is not None for p in pmc.lm.model.parameters())
+
+
+def test_min_words_penalises_short_answers():
+    from pmc_fast.rewards import RougeRecall
+
+    reward = RougeRecall(min_words=3)
+    scores = reward.score(["red blue green"] * 3, ["red", "nothing here", "none of these at all"])
+    np.testing.assert_allclose(scores, [1 / 3 + math.exp(-1), math.exp(-2), 0.0])
+
+
+def test_truncated_samples_end_with_an_end_token_or_are_passed_over():
+    pmc = make_pmc([0.1, 0.2, 0.3], reencode=False)
+    pmc.loss([0], RETAIN)
+    assert pmc.ledger.entries[0].tokens[-1] == pmc.prompts.end_ids[0]
+
+    picker = make_pmc(keep_truncated=False)
+    finished = np.array([[False, True, True], [False, False, False]])
+    scores = np.array([[0.1, 0.3, 0.2], [0.5, 0.4, 0.6]])
+    assert picker._select(scores, finished, torch.tensor([0, 1])).tolist() == [2, 1]
+
+
+def test_bradley_terry_draws_in_proportion(rng_seed):
+    pmc = make_pmc(selection="bradley_terry", tau=0.5, seed=rng_seed % 1000)
+    draws = 4000
+    scores = np.tile(np.array([0.1, 0.4, 0.9]), (draws, 1))
+    picks = pmc._select(scores, np.ones_like(scores, dtype=bool), torch.arange(draws))
+    expected = draws * torch.tensor([-0.1, -0.4, -0.9], dtype=torch.double).div(0.5).softmax(0)
+    counts = torch.tensor(np.bincount(picks, minlength=3), dtype=torch.double)
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert torch.special.gammaincc(torch.tensor(1.0, dtype=torch.double), statistic / 2) > 1e-6
+
+
+def test_state_dict_continues_as_if_never_stopped(rng_seed):
+    import json
+
+    seed = rng_seed % 1000
+    whole = make_pmc(seed=seed)
+    whole.loss([0, 1], RETAIN)
+    state = json.loads(json.dumps(whole.state_dict()))
+    resumed = PMC(make_model(seed=seed), make_tokenizer(), whole.config)
+    resumed.load_state_dict(state)
+    a, b = whole.loss([1, 2], RETAIN), resumed.loss([1, 2], RETAIN)
+    assert torch.equal(a, b) and whole.state_dict() == resumed.state_dict()
+
+
+def test_bad_input():
+    fresh = PMC(make_model(), make_tokenizer(), PMCConfig(max_new_tokens=3))
+    with pytest.raises(UserError, match="initialise"):
+        fresh.loss([0], RETAIN)
+    with pytest.raises(UserError, match="forget_questions: got none"):
+        fresh.initialise([])
+    with pytest.raises(UserError, match="forget: got index 3"):
+        make_pmc().loss([3], RETAIN)
+    with pytest.raises(UserError, match="both are empty"):
+        make_pmc().loss([], [])
+    bad = {"num_samples": 0, "top_p": 1.5, "temperature": -1.0, "top_k": 0, "selection": "worst", "tau": 0.0, "epochs": 0}
+    for name, value in bad.items():
+        with pytest.raises(UserError, match=f"{name}: got"):
+            PMCConfig(**{name: value})
