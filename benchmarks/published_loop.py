@@ -46,7 +46,8 @@ class PublishedConfig:
     """The loop's settings; the defaults are those published for Llama-3.2-3B-Instruct.
 
     `top_k` is 50 because the transformers version that the published code pins applies 50 when none is set.
-    `max_length` counts tokens of the left-padded prompt and the answer together; training rows are padded to it.
+    `max_length` counts tokens of the left-padded prompt and the answer together; training rows are padded to it, and one
+    that is longer, a sample cut off there and then given its end token, is not cut again.
     """
 
     num_samples: int = 20
@@ -203,16 +204,14 @@ class PublishedLoop:
         return ids
 
     def _loss(self, rows: Sequence[tuple[str, str]]) -> torch.Tensor:
-        length = self.config.max_length
+        sequences = [(self.prompts.prompt_ids(question), self.prompts.answer_ids(answer)) for question, answer in rows]
+        length = max(self.config.max_length, *(len(prompt) + len(answer) for prompt, answer in sequences))
         input_ids, mask, labels = [], [], []
-        for question, answer in rows:
-            prompt = self.prompts.prompt_ids(question)
-            target = self.prompts.answer_ids(answer)
-            ids = (prompt + target)[:length]
-            padding = length - len(ids)
-            input_ids.append(ids + [self.prompts.pad_id] * padding)
-            mask.append([1] * len(ids) + [0] * padding)
-            labels.append(([-100] * len(prompt) + target)[:length] + [-100] * padding)
+        for prompt, answer in sequences:
+            padding = length - len(prompt) - len(answer)
+            input_ids.append(prompt + answer + [self.prompts.pad_id] * padding)
+            mask.append([1] * (length - padding) + [0] * padding)
+            labels.append([-100] * len(prompt) + answer + [-100] * padding)
         device = self.model.device
         return self.model(
             input_ids=torch.tensor(input_ids, device=device),

@@ -1,0 +1,243 @@
+"""The command line: what it writes, and how it refuses bad input."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny import make_model, make_tokenizer
+
+from pmc_fast import cli
+from pmc_fast.data import QA, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    make_model(seed=torch.seed() % 2**31).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    for name in ("forget", "retain", "paraphrased", "world_facts", "authors"):
+        write_jsonl(folder / f"{name}.jsonl", [QA(f"{name} {c}?", f"It is {c}.") for c in "abc"])
+    return folder
+
+
+def unlearn(files, out, *more, **changed):
+    given = {"model": files / "model", "forget": files / "forget.jsonl", "retain": files / "retain.jsonl", "out": out}
+    given |= changed
+    quick = "--epochs 2 --batch-size 2 --num-samples 3 --max-new-tokens 5 --evaluation-tokens 4 --device cpu"
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return ["unlearn", *words, *quick.split(), *more]
+
+
+def refused(capsys, arguments, *expected):
+    """Exit code 2 and one message on stderr that says all of `expected`."""
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.startswith(f"pmc-fast {arguments[0]}: ")
+    for text in expected:
+        assert text in error, error
+
+
+def test_unlearn_writes_model_metrics_and_report(files, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sets = ["--paraphrased", str(files / "paraphrased.jsonl"), "--utility", str(files / "world_facts.jsonl")]
+    more = [*sets, "--utility", str(files / "authors.jsonl"), "--lr", "1e-2"]
+    assert cli.main(unlearn(files, tmp_path / "out", *more)) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report) == ["config", "environment", "before", "after", "timing"]
+    for when in ("before", "after"):
+        measured = report[when]
+        assert measured["utility_sets"].keys() == {"world_facts", "authors"}
+        forgotten = (measured["forget_rouge_l"] + measured["paraphrased_rouge_l"]) / 2
+        assert measured["unlearn_quality"] == pytest.approx(100 * (1 - forgotten))
+        known = [measured["retain_rouge_l"], *measured["utility_sets"].values()]
+        assert measured["utility"] == pytest.approx(100 * sum(known) / 3)
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == [1, 2]
+    for record in metrics:
+        assert {"score", "collapse_loss", "retain_loss", "learning_rate", "seconds"} <= record.keys()
+    assert report["timing"]["sample"] >= sum(record["seconds"]["sample"] for record in metrics) - 1e-9 > 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token_id == 257
+    original = AutoModelForCausalLM.from_pretrained(files / "model")
+    changes = zip(model.parameters(), original.parameters(), strict=True)
+    assert any(not torch.equal(new, old) for new, old in changes)
+    assert "unlearn quality" in capsys.readouterr().out
+
+
+def test_finetune_learns(files, tmp_path):
+    more = "--epochs 30 --batch-size 3 --lr 1e-2 --device cpu --evaluation-tokens 16".split()
+    data = ["--data", str(files / "retain.jsonl"), "--out", str(tmp_path / "out")]
+    assert cli.main(["finetune", "--model", str(files / "model"), *data, *more]) == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 30 and losses[-1] < losses[0] / 2
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["after"]["rouge_l"] >= report["before"]["rouge_l"]
+
+
+def test_evaluate_writes_json(files, tmp_path, capsys):
+    options = ["--leakage", "4", "--prefill", "It is", "--evaluation-tokens", "4", "--device", "cpu"]
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    command = ["evaluate", "--model", str(files / "model"), *sets, *options, "--json", str(tmp_path / "out.json")]
+    assert cli.main(command) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert 0 <= results["leakage"] <= 1
+    assert f"{results['utility']:.2f}" in capsys.readouterr().out
+
+
+def test_doctor_names_every_op_and_reason(capsys):
+    from pmc_fast import backend
+
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    for op in backend.IMPLEMENTATIONS:
+        assert op in printed
+        for name in backend.PACKAGES:
+            reason = backend.why_not(op, name)
+            assert reason is None or reason in printed
+
+
+def test_help_needs_no_torch():
+    code = "import sys, pmc_fast.cli as c; c.make_parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(filter(None, sys.path))}).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["demo", "finetune", "unlearn", "evaluate", "doctor"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert "--threads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ":"),
+        ('{"question": "a?", "answer": "b"}\n{"question": "c?"}\n', ":2:"),
+        ('{"answer": "b"}\n', ":1:"),
+        ('{"question": "a?", "answer": "b"}\n\nnot json\n', ":3:"),
+        ("[1, 2]\n", ":1:"),
+        ('{"question": "", "answer": "b"}\n', ":1:"),
+    ],
+)
+@pytest.mark.parametrize("which", ["forget", "retain"])
+def test_bad_data_is_named(files, tmp_path, capsys, text, expected, which):
+    (tmp_path / "bad.jsonl").write_text(text)
+    refused(capsys, unlearn(files, tmp_path / "out", **{which: tmp_path / "bad.jsonl"}), f"bad.jsonl{expected}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data(files, tmp_path, capsys):
+    refused(capsys, unlearn(files, tmp_path / "out", forget=tmp_path / "none.jsonl"), "none.jsonl", "no such file")
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("num-samples", "0"), ("top-p", "0"), ("top-p", "1.5"), ("top-p", "nan"), ("temperature", "-1"),
+        ("temperature", "nan"), ("top-k", "-1"), ("min-p", "2"), ("tau", "0"), ("epochs", "0"), ("batch-size", "0"),
+        ("accumulation", "0"), ("lr", "-1"), ("lambda", "-1"), ("warmup-epochs", "-1"), ("max-length", "0"),
+        ("max-new-tokens", "0"), ("min-words", "-1"), ("seed", "-1"), ("threads", "0"), ("checkpoint-every", "0"),
+        ("evaluation-rows", "-1"),
+    ],
+)  # fmt: skip
+def test_bad_hyperparameters(files, tmp_path, capsys, option, value):
+    names = {"lr": "learning_rate", "lambda": "retain_weight"}
+    refused(capsys, unlearn(files, tmp_path / "out", f"--{option}", value), "got " + value.removesuffix(".0"))
+    cli.main(unlearn(files, tmp_path / "out", f"--{option}={value}"))
+    error = capsys.readouterr().err
+    assert names.get(option, option.replace("-", "_")) in error.replace("-", "_")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("*.safetensors", "no weights"),
+        ("config.json", "no config.json"),
+        ("token*", "no tokenizer"),
+        ("*", "config.json"),
+    ],
+)
+def test_model_folder_that_lacks_a_part(files, tmp_path, capsys, pattern, expected):
+    shutil.copytree(files / "model", tmp_path / "model")
+    for path in (tmp_path / "model").glob(pattern):
+        path.unlink()
+    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), str(tmp_path / "model"), expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_model_folder(files, tmp_path, capsys):
+    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "none"), "no such folder")
+
+
+def test_weights_cut_short(files, tmp_path, capsys):
+    shutil.copytree(files / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), "cannot be loaded")
+
+
+def test_weights_that_lack_a_tensor(files, tmp_path, capsys):
+    shutil.copytree(files / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), "lack", name)
+
+
+def test_weights_that_are_nan(files, tmp_path, capsys):
+    shutil.copytree(files / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({k: v * math.nan for k, v in weights.items()}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"))
+
+
+def test_tokenizer_without_an_end_token(files, tmp_path, capsys):
+    shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), "end token")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu(files, tmp_path, capsys):
+    refused(capsys, unlearn(files, tmp_path / "out", "--device", "cuda"), "cuda", "--device cpu")
+
+
+def test_device_that_is_none(files, tmp_path, capsys):
+    refused(capsys, unlearn(files, tmp_path / "out", "--device", "abacus"), "abacus")
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_out_folder_in_use(files, tmp_path, capsys, more):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("keep me")
+    refused(capsys, unlearn(files, tmp_path / "out", *more), "not empty")
+
+
+def test_out_folder_with_another_run(files, tmp_path, capsys):
+    assert cli.main(unlearn(files, tmp_path / "out")) == 0
+    capsys.readouterr()
+    refused(capsys, unlearn(files, tmp_path / "out"), "another run", "--resume")
+    refused(capsys, unlearn(files, tmp_path / "out", "--seed", "5", "--resume"), "seed was 0, now 5")
+    refused(capsys, ["demo", "--out", str(tmp_path / "out")], "another run")
+
+
+def test_two_utility_sets_of_one_name(files, tmp_path, capsys):
+    refused(capsys, unlearn(files, tmp_path / "out", "--utility", str(files / "retain.jsonl")), "named retain")
+
+
+def test_prefill_without_leakage(files, capsys):
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    refused(capsys, ["evaluate", "--model", str(files / "model"), *sets, "--prefill", "It is"], "--leakage")
