@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     unlearn = command(
         "unlearn",
         "make a model forget the answers of a question/answer file",
-        "Makes a model forget. The answers in --forget serve the report's measurements alone: training never sees them.",
+        "Makes a model forget. The answers in --forget serve the report's figures alone: training never sees them.",
     )
     _model(unlearn)
     unlearn.add_argument("--forget", required=True, metavar="FILE", help="what to forget, JSON lines")
@@ -97,7 +97,10 @@ def make_parser() -> argparse.ArgumentParser:
     _sets(evaluate)
     _evaluation(evaluate)
     evaluate.add_argument(
-        "--leakage", type=int, metavar="N", help="also draw N answers per forget question and report the worst (ROUGE-L)"
+        "--leakage",
+        type=int,
+        metavar="N",
+        help="also draw N answers per forget question and report the worst (ROUGE-L)",
     )
     evaluate.add_argument("--prefill", default="", metavar="TEXT", help="text that --leakage's answers start with")
     evaluate.add_argument("--json", metavar="OUT", help="write the results to this file too")
@@ -155,11 +158,15 @@ def _loop(group, epochs: object, batch_size: object, accumulation: object) -> No
 
 
 def _method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method", "defaults: those of --preset llama-3.2-3b / those of phi-1.5 if they differ")
+    group = parser.add_argument_group(
+        "method", "defaults: those of --preset llama-3.2-3b / those of phi-1.5 if they differ"
+    )
     number = {"type": float, "metavar": "X"}
     count = {"type": int, "metavar": "N"}
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--preset", choices=("llama-3.2-3b", "phi-1.5"), default="llama-3.2-3b", help="published settings")
+    group.add_argument(
+        "--preset", choices=("llama-3.2-3b", "phi-1.5"), default="llama-3.2-3b", help="published settings"
+    )
     group.add_argument("--retain-weight", "--lambda", **number, help="weight of the retain loss (1.25 / 1.5)")
     group.add_argument("--num-samples", **count, help="answers drawn per forget question (20 / 5)")
     group.add_argument("--temperature", **number, help="of the draws (0.9 / 1.25)")
@@ -170,7 +177,9 @@ def _method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-length", **count, help="tokens of padded prompt and answer together (200)")
     group.add_argument("--max-new-tokens", **count, help="tokens of an answer, instead of --max-length")
     group.add_argument(
-        "--selection", choices=("best", "bradley_terry"), help="take the best answer, or draw one by softmax(-score/tau)"
+        "--selection",
+        choices=("best", "bradley_terry"),
+        help="take the best answer, or draw one by softmax(-score/tau)",
     )
     group.add_argument("--tau", **number, help="of --selection bradley_terry (0.1)")
     group.add_argument("--keep-truncated", action=switch, help="answers cut off by the limit may be picked (yes)")
@@ -202,7 +211,10 @@ def _machine(parser: argparse.ArgumentParser, model: bool = True) -> None:
         return
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (default: float32)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default: float32)",
     )
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 

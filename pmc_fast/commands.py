@@ -28,10 +28,27 @@ from pmc_fast.runs import Run
 # Options that do not decide how a run ends.
 _HARMLESS = ("command", "resume", "checkpoint_every", "out", "threads")
 
-_METHOD = (
-    "num_samples temperature top_k top_p min_p retain_weight min_words max_length max_new_tokens selection tau "
-    "keep_truncated reencode epochs batch_size accumulation learning_rate weight_decay warmup_epochs"
-).split()
+_METHOD = [
+    "num_samples",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "retain_weight",
+    "min_words",
+    "max_length",
+    "max_new_tokens",
+    "selection",
+    "tau",
+    "keep_truncated",
+    "reencode",
+    "epochs",
+    "batch_size",
+    "accumulation",
+    "learning_rate",
+    "weight_decay",
+    "warmup_epochs",
+]
 
 
 def finetune(options: argparse.Namespace) -> int:

@@ -44,7 +44,9 @@ class Run:
             return
         held = self._read("config.json")
         if not isinstance(held, dict) or held.get("pmc_fast_run") != 1:
-            raise UserError(f"{self.folder}: the folder is not empty and holds no run of pmc-fast; choose another --out")
+            raise UserError(
+                f"{self.folder}: the folder is not empty and holds no run of pmc-fast; choose another --out"
+            )
         if not resume:
             raise UserError(
                 f"{self.folder}: the folder holds another run; choose another --out, delete it, or continue it with "
@@ -125,7 +127,10 @@ class Run:
     def save_model(self, name: str, model: Any, tokenizer: Any) -> Path:
         """Write an ordinary transformers folder, in safetensors, and return its path."""
 
+        from transformers.utils import logging
+
         def save(temporary: Path) -> None:
+            logging.disable_progress_bar()
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
 

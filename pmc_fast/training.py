@@ -134,8 +134,8 @@ class _Loop:
                         self.run.log(record)
                     if self.run and (self.step % self.checkpoint_every == 0 or self.step == self.steps):
                         self._save()
-                    shown = ("loss", "collapse_loss", "retain_loss", "score")
-                    bar.set_postfix({name: f"{record[name]:.3f}" for name in shown if name in record}, refresh=False)
+                    shown = ("loss",) if self.mean_gradient else ("score", "collapse_loss", "retain_loss")
+                    bar.set_postfix({name: f"{record[name]:.3f}" for name in shown}, refresh=False)
                     bar.update()
         finally:
             for module, was_training in training:

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import make_model, make_tokenizer
 
 from pmc_fast import cli
 from pmc_fast.data import QA, write_jsonl
+from tests.tiny import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_unlearn_writes_model_metrics_and_report(files, tmp_path, capsys):
 
 
 def test_finetune_learns(files, tmp_path):
-    more = "--epochs 30 --batch-size 3 --lr 1e-2 --device cpu --evaluation-tokens 16".split()
+    more = ["--epochs", "30", "--batch-size", "3", "--lr", "1e-2", "--device", "cpu", "--evaluation-tokens", "16"]
     data = ["--data", str(files / "retain.jsonl"), "--out", str(tmp_path / "out")]
     assert cli.main(["finetune", "--model", str(files / "model"), *data, *more]) == 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -106,7 +106,10 @@ def test_doctor_names_every_op_and_reason(capsys):
 
 def test_help_needs_no_torch():
     code = "import sys, pmc_fast.cli as c; c.make_parser().format_help(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(filter(None, sys.path))}).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(filter(None, sys.path))}).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("command", ["demo", "finetune", "unlearn", "evaluate", "doctor"])
@@ -190,7 +193,9 @@ def test_weights_that_lack_a_tensor(files, tmp_path, capsys):
     shutil.copytree(files / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     name = next(name for name in weights if "mlp" in name)
-    save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"}
+    )
     refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), "lack", name)
 
 

@@ -21,7 +21,7 @@ from pmc_fast.runs import Run
 SIZES = {"people": 20, "forget_people": 4, "places": 12}
 
 LEARNING = {
-    "epochs": 40,
+    "epochs": 25,
     "batch_size": 16,
     "accumulation": 1,
     "learning_rate": 3e-3,
@@ -31,7 +31,7 @@ LEARNING = {
 
 UNLEARNING = {
     "num_samples": 20,
-    "temperature": 1.0,
+    "temperature": 1.5,
     "top_k": 50,
     "top_p": 0.95,
     "min_words": 3,

@@ -1,0 +1,56 @@
+"""Times, spreads and peak memory are what they say."""
+
+import pytest
+import torch
+
+from benchmarks.measure import PeakMemory, Spread, environment, interleave
+
+CPU = torch.device("cpu")
+
+
+def test_spread_interpolates():
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 1.8, 4.2)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="at least one"):
+        Spread.of([])
+
+
+def test_contestants_take_turns_and_who_is_first_moves_on():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = interleave(runs, 4, device=CPU, at_least_s=0.0)
+    assert calls[3:] == [*"abc", *"bca", *"cab", *"abc"]
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+@pytest.mark.skipif(PeakMemory.method(CPU) == "none", reason="no /proc")
+@pytest.mark.parametrize("method", ["VmHWM", "statm every millisecond"])
+def test_peak_memory_counts_what_was_held_at_once(method, monkeypatch):
+    if method != "VmHWM":
+        monkeypatch.setattr(PeakMemory, "method", staticmethod(lambda device: method))
+    elif PeakMemory.method(CPU) != method:
+        pytest.skip("clear_refs is refused here")
+    megabyte = 1 << 20
+    held = torch.ones(64 * megabyte, dtype=torch.uint8)  # held before: must not count
+
+    def work():
+        for _ in range(3):
+            a = torch.ones(96 * megabyte, dtype=torch.uint8)
+            b = a + 1
+            del a, b
+
+    work()
+    for _ in range(2):  # the second time glibc could serve it all from what the first left
+        with PeakMemory(CPU) as peak:
+            work()
+        assert 2 * 96 <= peak.bytes / megabyte + 1 <= 2 * 96 + 24
+    assert held.sum() == held.numel()
+
+
+def test_environment_can_be_written_as_json():
+    import json
+
+    where = environment(CPU, 7)
+    assert json.loads(json.dumps(where)) == where
+    assert where["seed"] == 7 and where["threads"] == torch.get_num_threads()
+    assert where["versions"]["torch"].startswith(torch.__version__.split("+")[0])

@@ -1,0 +1,173 @@
+"""`python -m benchmarks ops` times only what is right, and its judges know right from wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_rouge_l_recall, ops
+from benchmarks.__main__ import main
+from benchmarks.bench import Bench, Verdict
+from benchmarks.bench_collapse_loss import CollapseLossBench
+from benchmarks.bench_linear_logprob import LinearLogprobBench
+from benchmarks.bench_linear_sample import LinearSampleBench
+from benchmarks.bench_sample import SampleBench, Settings
+from benchmarks.oracle import head_gradients, surprise_of_counts, truncated
+from benchmarks.shapes import Head
+
+CPU = torch.device("cpu")
+SMALL = Head("small", 1511, 24)
+
+
+class Doubling(Bench):
+    """Contestants double a number; some try."""
+
+    op = "double"
+    title = "one number"
+
+    def make_inputs(self, seed, device):
+        return seed
+
+    def contestants(self):
+        def refuse(x):
+            raise NotImplementedError("not today")
+
+        return {"pmc_fast": lambda x: x + x, "peer": lambda x: 2 * x, "squares": lambda x: x * x, "refuses": refuse}
+
+    def oracle(self, inputs):
+        return 2 * inputs
+
+    def judge(self, run, result, inputs, oracle, budget):
+        return Verdict(result == oracle, f"{result} for {oracle}")
+
+
+def test_who_is_wrong_or_refuses_gets_no_time():
+    rows = {row.contestant: row for row in ops.measure(Doubling(), CPU, 3, 2, 60.0, lambda: None)}
+    assert rows["pmc_fast"].ratio == 1 and rows["peer"].ratio > 0
+    assert rows["peer"].repeats == 2 and rows["peer"].seconds.median > 0
+    assert rows["squares"].right is False and rows["squares"].seconds is None
+    assert "not today" in rows["refuses"].evidence and rows["refuses"].seconds is None
+    printed = ops.table(list(rows.values()))
+    assert "WRONG, not timed: 9 for 6" in printed
+
+
+def test_slow_contestants_run_once():
+    rows = ops.measure(Doubling(), CPU, 3, 5, 0.0, lambda: None)
+    assert [row.repeats for row in rows if row.right] == [1, 1]
+
+
+BENCHES = [
+    SampleBench(7, SMALL, Settings()),
+    SampleBench(7, SMALL, Settings(top_k=50)),
+    LinearSampleBench(7, SMALL, Settings(temperature=1.25, top_k=50)),
+    LinearSampleBench(7, SMALL, Settings(), torch.bfloat16),
+    LinearLogprobBench(37, Head("with bias", 1511, 24, bias=True)),
+    CollapseLossBench(37, SMALL),
+    CollapseLossBench(37, SMALL, torch.bfloat16),
+    bench_rouge_l_recall.RougeLRecallBench(9),
+]
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: f"{bench.op} {bench.title} {bench.dtype}")
+def test_every_contestant_is_judged_right(bench, rng_seed):
+    torch.manual_seed(rng_seed)
+    inputs = bench.make_inputs(rng_seed, CPU)
+    oracle = bench.oracle(inputs)
+    runs = bench.contestants()
+    assert len(runs) > 1
+    budget = None
+    for name in sorted(runs, key=lambda name: name != bench.yardstick):
+        verdict = bench.judge(runs[name], runs[name](inputs), inputs, oracle, budget)
+        assert verdict.right, (name, verdict)
+        budget = verdict.errors if name == bench.yardstick else budget
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 0.95), (0.9, 0.9), (0.9, 1.0)])
+def test_draws_from_another_distribution_are_judged_wrong(temperature, top_p, rng_seed):
+    torch.manual_seed(rng_seed)
+    bench, other = SampleBench(7, SMALL, Settings()), SampleBench(7, SMALL, Settings(temperature, None, top_p))
+    inputs = bench.make_inputs(rng_seed, CPU)
+    run = other.contestants()["transformers"]
+    assert not bench.judge(run, run(inputs), inputs, bench.oracle(inputs), None).right
+
+
+@pytest.mark.parametrize("part", ["value", "hidden", "weight"])
+def test_gradients_off_by_a_thousandth_are_judged_wrong(part, rng_seed):
+    bench = CollapseLossBench(37, SMALL)
+    inputs = bench.make_inputs(rng_seed, CPU)
+    run = bench.contestants()[bench.yardstick]
+    oracle = bench.oracle(inputs)
+    good = run(inputs)
+    budget = bench.judge(run, good, inputs, oracle, None).errors
+    bad = good._replace(**{part: getattr(good, part) * 1.001})
+    assert not bench.judge(run, bad, inputs, oracle, budget).right
+    assert not bench.judge(run, bad, inputs, oracle, None).right
+
+
+def test_one_bit_of_rouge_is_judged_wrong(rng_seed):
+    bench = bench_rouge_l_recall.RougeLRecallBench(9)
+    inputs = bench.make_inputs(rng_seed, CPU)
+    oracle = bench.oracle(inputs)
+    wrong = oracle.copy()
+    wrong[4] = np.nextafter(wrong[4], 2)
+    assert bench.judge(None, oracle, inputs, oracle, None).right
+    assert not bench.judge(None, wrong, inputs, oracle, None).right
+
+
+def test_oracle_gradients_are_autograds(rng_seed):
+    generator = torch.Generator().manual_seed(rng_seed)
+    # more tokens than one slice of the vocabulary
+    hidden = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8192 + 77, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(8192 + 77, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 8191, 8192, 8192 + 76, 4000])
+    token_weight = torch.randn(5, generator=generator)
+    got = head_gradients(hidden, weight, target, token_weight, bias)
+    nll = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, target, reduction="none")
+    want = torch.autograd.grad((token_weight * nll).sum(), [hidden, weight, bias])
+    assert torch.allclose(got.nll, nll, rtol=1e-12)
+    assert torch.allclose(got.hidden, want[0], rtol=1e-9, atol=1e-12)
+    assert torch.allclose(got.weight.double(), want[1], rtol=1e-6, atol=1e-9)
+    assert torch.allclose(got.bias.double(), want[2], rtol=1e-6, atol=1e-9)
+
+
+def test_truncation_cuts_by_top_k_then_top_p_then_min_p():
+    logits = torch.tensor([[0.4, 0.3, 0.1, 0.1, 0.1]]).log()
+    assert truncated(logits).probability[0].tolist() == pytest.approx([0.4, 0.3, 0.1, 0.1, 0.1])
+    # top-k first: what is left sums to 0.8, of which 0.5 + 0.375 reaches 0.8; top-p first would keep three
+    assert truncated(logits, top_k=3, top_p=0.8).probability[0].tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0, 0])
+    assert truncated(logits, min_p=0.5).probability[0].tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0, 0])
+    assert truncated(logits, temperature=0.5).probability[0, 0].item() == pytest.approx(0.16 / 0.28)
+    assert truncated(logits, top_k=2).allowed[0].tolist() == [True, True, False, False, False]
+
+
+def test_counts_are_surprising_only_when_they_do_not_fit(rng_seed):
+    generator = torch.Generator().manual_seed(rng_seed)
+    probability = torch.cat([torch.rand(40, generator=generator).double(), torch.zeros(3)])
+    probability /= probability.sum()
+    counts = torch.bincount(torch.multinomial(probability, 20000, True, generator=generator), minlength=43)
+    assert abs(surprise_of_counts(counts, probability)) < 5
+    shifted = probability.clone()
+    shifted[:2] = shifted[:2].flip(0) + torch.tensor([0.02, 0.0])
+    assert surprise_of_counts(counts, shifted / shifted.sum()) > 5
+    counts[42] = 1
+    assert surprise_of_counts(counts, probability) == float("inf")
+
+
+def test_ops_writes_its_schema(tmp_path, capsys, rng_seed):
+    out = tmp_path / "ops.json"
+    command = ["ops", "--op", "rouge_l_recall", "--repeats", "2", "--seed", str(rng_seed), "--json", str(out)]
+    assert main(command) == 0
+    result = json.loads(out.read_text())
+    assert result["schema"] == ops.SCHEMA
+    assert [row["contestant"] for row in result["rows"]] == ["pmc_fast", "rouge_score"]
+    assert all(row["right"] and row["seconds"]["median"] > 0 for row in result["rows"])
+    assert "rouge_score" in capsys.readouterr().out
+
+
+def test_unknown_op_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["ops", "--op", "softmax"])
+    assert stop.value.code == 2
+    assert "softmax" in capsys.readouterr().err

@@ -1,0 +1,238 @@
+"""`linear_sample`, `linear_logprob` and `collapse_loss` against float64."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pmc_fast import BackendUnavailable, collapse_loss, linear_logprob, linear_sample, sample
+from pmc_fast.native import cross_entropy, gemm, library
+
+IMPLS = ["reference", "native"]
+HEADS = [
+    {"softcap": None, "logit_scale": 1.0},
+    {"softcap": 4.0, "logit_scale": 1.0},
+    {"softcap": None, "logit_scale": 0.3},
+    {"softcap": 2.5, "logit_scale": -1.7},
+]
+IGNORED = -100
+
+
+def make(rows=23, size=19, vocab=307, dtype=torch.float32, bias=True):
+    hidden = torch.randn(rows, size).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, size).to(dtype).requires_grad_()
+    b = torch.randn(vocab).to(dtype).requires_grad_() if bias else None
+    target = torch.randint(0, vocab, (rows,))
+    target[::5] = IGNORED
+    return hidden, weight, b, target
+
+
+def oracle(hidden, weight, bias, target, upstream, softcap, logit_scale, temperature=1.0):
+    """log-probabilities and gradients of sum(upstream * logprob), in float64."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    z = logit_scale * F.linear(*leaves)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logprob = -F.cross_entropy(z / temperature, target, reduction="none", ignore_index=IGNORED)
+    (upstream.double() * logprob).sum().backward()
+    return logprob.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def assert_near(got, want, dtype):
+    """float32: rounding of sums; bfloat16: the result is rounded once or twice to 8 bits."""
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    assert (got.double() - want).abs().max() <= tolerance * want.abs().max() + 1e-6
+
+
+@pytest.fixture(params=["one chunk", "many chunks", "fast bfloat16"])
+def paths(request, monkeypatch):
+    """The native implementation's chunks of rows and widened slices, and the path of CPUs that multiply bfloat16."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 4)
+        monkeypatch.setattr(gemm, "WIDEN_TOKENS", 100)
+    if request.param == "fast bfloat16":
+        monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_linear_logprob(impl, head, bias, dtype, paths, rng_seed):
+    hidden, weight, b, target = make(dtype=dtype, bias=bias)
+    upstream = torch.randn(len(target))
+    logprob = linear_logprob(hidden, weight, target, bias=b, temperature=0.7, impl=impl, **head)
+    logprob.backward(upstream)
+    want, gradients = oracle(hidden, weight, b, target, upstream, temperature=0.7, **head)
+    assert logprob.dtype == torch.float32 and not logprob[target == IGNORED].any()
+    assert_near(logprob, want, dtype)
+    for leaf, gradient in zip((hidden, weight, b), gradients, strict=True):
+        if leaf is not None:
+            assert_near(leaf.grad, gradient, dtype)
+
+
+@pytest.mark.parametrize("isa", library().instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_collapse_loss(impl, head, dtype, isa, paths, rng_seed):
+    before = library().instruction_set()
+    library().use_instruction_set(isa)
+    try:
+        hidden, weight, b, target = make(dtype=dtype)
+        token_weight = torch.rand(len(target))
+        token_weight[2::4] = 0
+        result = collapse_loss(hidden, weight, target, token_weight, bias=b, impl=impl, **head)
+        (3 * result.loss).backward()
+    finally:
+        library().use_instruction_set(before)
+    want, gradients = oracle(hidden, weight, b, target, -3 * token_weight, **head)
+    assert_near(result.token_nll, -want, dtype)
+    assert_near(result.loss.detach(), -(token_weight.double() * want).sum(), dtype)
+    assert not result.token_nll.requires_grad
+    for leaf, gradient in zip((hidden, weight, b), gradients, strict=True):
+        assert_near(leaf.grad, gradient, dtype)
+    unused = (target == IGNORED) | (token_weight == 0)
+    assert not hidden.grad[unused].any() and (result.token_nll[(token_weight == 0) & (target != IGNORED)] > 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_reach_exactly_what_asks_for_them(impl, rng_seed):
+    hidden, weight, b, target = make()
+    token_weight = torch.rand(len(target), requires_grad=True)
+    frozen = collapse_loss(hidden, weight.detach(), target, token_weight, bias=b.detach(), impl=impl)
+    frozen.loss.backward()
+    assert weight.grad is None and b.grad is None
+    torch.testing.assert_close(token_weight.grad, frozen.token_nll)
+    want = hidden.grad.clone()
+    hidden.grad = None
+    linear_logprob(hidden, weight.detach(), target, bias=b.detach(), impl=impl).backward(-token_weight.detach())
+    torch.testing.assert_close(hidden.grad, want, rtol=1e-4, atol=1e-6)
+    assert not collapse_loss(hidden.detach(), weight.detach(), target, token_weight.detach(), impl=impl).loss.requires_grad
+    with torch.no_grad():
+        assert not collapse_loss(hidden, weight, target, token_weight, impl=impl).loss.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_graph_can_be_used_twice_and_a_head_tied(impl, rng_seed):
+    hidden, weight, _, target = make(bias=False)
+    token_weight = torch.rand(len(target))
+    loss = collapse_loss(hidden + weight[: len(hidden)], weight, target, token_weight, impl=impl).loss
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    expected = (token_weight * F.cross_entropy(F.linear(hidden + weight[: len(hidden)], weight), target, reduction="none")).sum()
+    for a, b, c in zip(first, second, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_to_score(impl):
+    hidden, weight, b, target = make()
+    target[:] = IGNORED
+    with torch.no_grad():
+        hidden[:] = math.nan  # ignored rows are not even looked at
+    result = collapse_loss(hidden, weight, target, torch.ones(len(target)), bias=b, impl=impl)
+    result.loss.backward()
+    assert result.loss == 0 and not any(t.grad.any() for t in (hidden, weight, b))
+    empty = linear_logprob(hidden[:0], weight, target[:0], impl=impl)
+    assert empty.shape == (0,)
+    assert linear_sample(hidden[:0].detach(), weight.detach(), impl=impl).token.shape == (0,)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_gradcheck(head, rng_seed):
+    hidden, weight, b, target = make(rows=6, size=4, vocab=9, dtype=torch.float64)
+    token_weight = torch.rand(6, dtype=torch.float64)
+    torch.autograd.gradcheck(lambda h, w, c: linear_logprob(h, w, target, bias=c, impl="reference", **head), (hidden, weight, b))
+    torch.autograd.gradcheck(
+        lambda h, w, c: collapse_loss(h, w, target, token_weight, bias=c, impl="reference", **head).loss, (hidden, weight, b)
+    )
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
+    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 10)
+    hidden, weight, b, _ = (t.detach() for t in make())
+    z = head["logit_scale"] * F.linear(hidden, weight, b)
+    logits = z if head["softcap"] is None else head["softcap"] * torch.tanh(z / head["softcap"])
+    options = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": rng_seed}
+    drawn, want = linear_sample(hidden, weight, bias=b, impl=impl, **head, **options), sample(logits, **options)
+    assert torch.equal(drawn.token, want.token)
+    torch.testing.assert_close(drawn.logprob, want.logprob, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", ["linear_logprob", "collapse_loss", "linear_sample"])
+def test_bad_input(op, impl):
+    hidden, weight, _, target = make(bias=False)
+    hidden, weight = hidden.detach(), weight.detach()
+    ones = torch.ones(len(target))
+
+    def call(hidden=hidden, weight=weight, target=target, token_weight=ones, **options):
+        if op == "linear_sample":
+            return linear_sample(hidden, weight, impl=impl, **options)
+        if op == "linear_logprob":
+            return linear_logprob(hidden, weight, target, impl=impl, **options)
+        return collapse_loss(hidden, weight, target, token_weight, impl=impl, **options)
+
+    cases = [
+        ({"hidden": hidden[:, 1:]}, ValueError, "weight: got shape"),
+        ({"hidden": hidden[0]}, ValueError, "hidden: got shape"),
+        ({"weight": weight.bfloat16()}, TypeError, "weight: got dtype torch.bfloat16"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: got shape \[3\]"),
+        ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
+        ({"logit_scale": math.inf}, ValueError, "logit_scale: got inf"),
+        ({"hidden": hidden + math.nan}, ValueError, "hold NaN"),
+    ]
+    if op != "linear_sample":
+        cases += [
+            ({"target": target[1:]}, ValueError, "target: got shape"),
+            ({"target": target.int()}, TypeError, "target: got dtype torch.int32"),
+            ({"target": target.clone().fill_(307)}, ValueError, r"target: got 307 at row 0, expected token ids in \[0, 307\)"),
+        ]
+    if op == "linear_logprob":
+        cases.append(({"temperature": 0.0}, ValueError, "temperature: got 0.0"))
+    if op == "collapse_loss":
+        cases.append(({"token_weight": ones * math.nan}, ValueError, "token_weight: got nan at row 0"))
+        cases.append(({"token_weight": ones.double()}, TypeError, "token_weight: got dtype"))
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            call(**change)
+    if impl == "native":
+        with pytest.raises(BackendUnavailable, match="not float16"):
+            call(hidden=hidden.half(), weight=weight.half())
+
+
+def test_opcheck(rng_seed):
+    hidden, weight, b, target = make(rows=7, size=5, vocab=21)
+    token_weight, index = torch.rand(7), torch.arange(7)
+    for impl in IMPLS:
+        torch.library.opcheck(
+            import_module("pmc_fast.ops.linear_logprob")._linear_logprob,
+            (hidden, weight, target, b, None, 1.0, 0.9, IGNORED, impl),
+        )
+        torch.library.opcheck(
+            import_module("pmc_fast.ops.collapse_loss")._collapse_loss,
+            (hidden, weight, target, token_weight, b, 3.0, 1.0, IGNORED, [True, True, True], impl),
+        )
+        torch.library.opcheck(
+            import_module("pmc_fast.ops.linear_sample")._linear_sample,
+            (hidden.detach(), weight.detach(), None, None, 1.0, 0.9, None, 0.9, 0.0, 3, index, index, impl),
+        )
+
+
+def test_compiles_without_a_graph_break(rng_seed):
+    hidden, weight, b, target = make()
+    token_weight = torch.rand(len(target))
+
+    def step(hidden, weight, b):
+        loss = collapse_loss(hidden, weight, target, token_weight, bias=b).loss
+        return loss - linear_logprob(hidden, weight, target, bias=b, temperature=2.0).sum()
+
+    want = torch.autograd.grad(step(hidden, weight, b), (hidden, weight, b))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, c in zip(torch.autograd.grad(compiled(hidden, weight, b), (hidden, weight, b)), want, strict=True):
+        torch.testing.assert_close(a, c)

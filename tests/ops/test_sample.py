@@ -1,0 +1,178 @@
+"""`sample`: exact draws, the same for every implementation, row order and company."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from pmc_fast import BackendUnavailable, sample
+from pmc_fast.native import library
+from pmc_fast.native.sample import gumbel as native_gumbel
+from pmc_fast.philox import gumbel, philox_4x32
+
+IMPLS = ["reference", "native"]
+OPTIONS = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.7},
+    {"top_k": 5},
+    {"top_p": 0.7},
+    {"min_p": 0.1},
+    {"temperature": 0.9, "top_k": 12, "top_p": 0.9},
+    {"temperature": 1.4, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
+    {"top_p": 1e-6},
+    {"top_k": 10_000},
+]
+
+
+def exact(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """The truncated distribution in float64, by sorting, token by token."""
+    p = (logits.double() / temperature).softmax(-1)
+    out = torch.zeros_like(p)
+    for row in range(len(p)):
+        order = sorted(range(p.shape[1]), key=lambda i: (-logits[row, i].item(), i))[: top_k or p.shape[1]]
+        total, kept, mass = sum(p[row, i].item() for i in order), [], 0.0
+        for i in order:
+            if kept and mass >= top_p * total:
+                break
+            kept.append(i)
+            mass += p[row, i].item()
+        kept = [i for i in kept if p[row, i] >= min_p * p[row].max()]
+        out[row, kept] = p[row, kept]
+    return out / out.sum(-1, keepdim=True), out.sum(-1)
+
+
+@pytest.mark.parametrize("seed,counter,expected", [
+    (0, (0, 0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (2**64 - 1, (2**32 - 1,) * 4, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), "d16cfe09 94fdcceb 5001e420 24126ea1"),
+])
+def test_philox_known_answers(seed, counter, expected):
+    words = philox_4x32(tuple(torch.tensor(c) for c in counter), seed)
+    assert " ".join(f"{int(w):08x}" for w in words) == expected
+
+
+def test_noise_is_the_same_to_the_bit(rng_seed):
+    sequence, position = torch.randint(0, 2**32, (9,)), torch.randint(0, 2**32, (9,))
+    for vocab in (1, 3, 31, 32, 33, 1027):
+        assert torch.equal(native_gumbel(rng_seed, sequence, position, vocab), gumbel(rng_seed, sequence, position, vocab))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_follow_the_exact_distribution(options, impl, rng_seed):
+    vocab, draws = 37, 6000
+    logits = torch.randn(1, vocab) * 1.5
+    logits[0, 3] = -math.inf
+    expected, mass = exact(logits, **options)
+    drawn = sample(logits.expand(draws, -1), seed=rng_seed, impl=impl, **options)
+    counts = drawn.token.bincount(minlength=vocab).double()
+    support = expected[0] > 0
+    assert not counts[~support].any()
+    wanted = draws * expected[0, support]
+    statistic = ((counts[support] - wanted) ** 2 / wanted).sum()
+    freedom = int(support.sum()) - 1
+    if freedom:
+        assert torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.double), statistic / 2) > 1e-7
+    torch.testing.assert_close(drawn.sampling_logprob, expected[0].log()[drawn.token].float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn.logprob, logits[0].log_softmax(-1)[drawn.token], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn.kept_mass, mass.float().expand(draws), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", library().instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 2, 31, 257, 1003, 4099])
+def test_implementations_draw_the_same_tokens(vocab, dtype, isa, rng_seed):
+    lib, before = library(), library().instruction_set()
+    lib.use_instruction_set(isa)
+    try:
+        logits = (torch.randn(65, vocab + 3) * 3).to(dtype)[:, 3:]  # an offset view
+        sequence, position = torch.randint(0, 2**32, (65,)), torch.randint(0, 2**20, (65,))
+        for options in OPTIONS:
+            both = [
+                sample(logits, seed=rng_seed, sequence=sequence, position=position, impl=impl, **options)
+                for impl in IMPLS
+            ]
+            assert torch.equal(both[0].token, both[1].token), options
+            for a, b in zip(both[0][1:], both[1][1:], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    finally:
+        lib.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_company_and_order_do_not_matter(impl, rng_seed):
+    logits, sequence = torch.randn(40, 501) * 2, torch.randint(0, 2**32, (40,))
+    options = {"seed": rng_seed, "top_p": 0.9, "impl": impl}
+    whole = sample(logits, sequence=sequence, **options).token
+    order = torch.randperm(40)[:17]
+    assert torch.equal(sample(logits[order], sequence=sequence[order], **options).token, whole[order])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ties_are_kept_by_lower_token_id(impl, rng_seed):
+    logits = torch.zeros(300, 1031)
+    assert sample(logits, top_k=7, seed=rng_seed, impl=impl).token.unique().tolist() == list(range(7))
+    assert int(sample(logits, top_p=5.5 / 1031, seed=rng_seed, impl=impl).token.max()) == 5
+    assert not sample(logits, temperature=0.0, impl=impl).token.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_greedy_takes_the_first_maximum(impl, rng_seed):
+    logits = torch.randint(-3, 4, (50, 333)).float()
+    drawn = sample(logits, temperature=0.0, impl=impl)
+    first = torch.tensor([row.index(max(row)) for row in logits.tolist()])
+    assert torch.equal(drawn.token, first)
+    assert not drawn.sampling_logprob.any() and (drawn.kept_mass == 1).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_no_distribution_are_named(value, impl):
+    logits = torch.zeros(5, 67)
+    logits[3, 66] = value
+    with pytest.raises(ValueError, match="logits of row 3"):
+        sample(logits, impl=impl)
+    with pytest.raises(ValueError, match="logits of row 0"):
+        sample(torch.full((1, 9), -math.inf), impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"temperature": -0.1}, ValueError, "temperature: got -0.1"),
+        ({"temperature": math.nan}, ValueError, "temperature: got nan"),
+        ({"top_k": 0}, ValueError, "top_k: got 0"),
+        ({"top_p": 0.0}, ValueError, "top_p: got 0.0"),
+        ({"top_p": 1.01}, ValueError, "top_p: got 1.01"),
+        ({"min_p": 1.5}, ValueError, "min_p: got 1.5"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"sequence": torch.zeros(2, dtype=torch.int64)}, ValueError, r"sequence: got shape \[2\], expected \[3\]"),
+        ({"position": torch.zeros(3)}, TypeError, "position: got dtype torch.float32"),
+        ({"sequence": torch.tensor([0, -1, 0])}, ValueError, "sequence: got -1 at row 1"),
+        ({"impl": "fast"}, ValueError, "impl: got 'fast'"),
+        ({"impl": "triton"}, BackendUnavailable, "no triton implementation of sample"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        sample(torch.zeros(3, 5), **change)
+    with pytest.raises(ValueError, match="logits: got shape"):
+        sample(torch.zeros(5))
+
+
+def test_a_named_implementation_never_falls_back():
+    logits = torch.zeros(2, 7, dtype=torch.float16)
+    with pytest.raises(BackendUnavailable, match="not float16"):
+        sample(logits, impl="native")
+    assert sample(logits).token.shape == (2,)
+
+
+def test_opcheck_and_compile(rng_seed):
+    op = import_module("pmc_fast.ops.sample")._sample
+    logits, index = torch.randn(5, 33), torch.arange(5)
+    for impl in IMPLS:
+        torch.library.opcheck(op, (logits, 0.9, 10, 0.9, 0.0, 3, index, index, impl))
+    compiled = torch.compile(lambda x: sample(x, temperature=0.8, top_p=0.9, seed=5), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits).token, sample(logits, temperature=0.8, top_p=0.9, seed=5).token)
