@@ -67,7 +67,9 @@ def judge_draws(
     outside = int((~truth.allowed.gather(1, tokens[:, None])).sum())
     drawn = draw()
     surprise = surprise_of_counts(torch.bincount(drawn, minlength=len(same_row)), same_row)
-    evidence = f"{outside} of {len(tokens)} outside the kept set, chi-squared at {surprise:+.1f} sd of {len(drawn)} draws"
+    evidence = (
+        f"{outside} of {len(tokens)} outside the kept set, chi-squared at {surprise:+.1f} sd of {len(drawn)} draws"
+    )
     return Verdict(outside == 0 and surprise < 5, evidence)
 
 

@@ -110,4 +110,3 @@ class HeadBench(Bench):
                 errors[f"d_{name}"] = relative_error(got, want)
                 dtypes[f"d_{name}"] = got.dtype
         return judge_errors(errors, dtypes, budget)
-

@@ -115,9 +115,7 @@ def measure(
             rows.append(row(name, verdict.right, verdict.evidence))
             continue
         ratio = spreads[name].median / ours.median if ours else None
-        rows.append(
-            row(name, True, verdict.evidence, spreads[name], len(times[name]), ratio, peaks[name])
-        )
+        rows.append(row(name, True, verdict.evidence, spreads[name], len(times[name]), ratio, peaks[name]))
     return sorted(rows, key=lambda row: list(runs).index(row.contestant))
 
 
@@ -148,7 +146,9 @@ def table(rows: list[Row]) -> str:
         between = "one run" if row.repeats == 1 else f"{clock(row.seconds.p20)} - {clock(row.seconds.p80)}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB"
-        lines.append(f"  {row.contestant:28}{clock(row.seconds.median):>10}{between:>20}{ratio:>12}{memory:>14}  {row.evidence}")
+        lines.append(
+            f"  {row.contestant:28}{clock(row.seconds.median):>10}{between:>20}{ratio:>12}{memory:>14}  {row.evidence}"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -43,24 +43,45 @@ PYBIND11_MODULE(_C, m) {
            float softcap, float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
            uintptr_t sequence, uintptr_t position, uintptr_t token, uintptr_t logprob, uintptr_t sampling_logprob,
            uintptr_t kept_mass, uintptr_t workspace, int threads) {
-            return pmc::kernels().sample({pointer<const void>(logits), static_cast<pmc::Dtype>(dtype), rows, vocab,
-                                          row_stride, {logit_scale, softcap}, temperature, top_k, top_p, log_min_p,
-                                          seed, pointer<const int64_t>(sequence), pointer<const int64_t>(position),
-                                          pointer<int64_t>(token), pointer<float>(logprob),
-                                          pointer<float>(sampling_logprob), pointer<float>(kept_mass),
-                                          pointer<void>(workspace), threads});
+            return pmc::kernels().sample({pointer<const void>(logits),
+                                          static_cast<pmc::Dtype>(dtype),
+                                          rows,
+                                          vocab,
+                                          row_stride,
+                                          {logit_scale, softcap},
+                                          temperature,
+                                          top_k,
+                                          top_p,
+                                          log_min_p,
+                                          seed,
+                                          pointer<const int64_t>(sequence),
+                                          pointer<const int64_t>(position),
+                                          pointer<int64_t>(token),
+                                          pointer<float>(logprob),
+                                          pointer<float>(sampling_logprob),
+                                          pointer<float>(kept_mass),
+                                          pointer<void>(workspace),
+                                          threads});
         },
         release());
 
     m.def(
         "cross_entropy",
         [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float logit_scale,
-           float softcap, float temperature, uintptr_t target, uintptr_t weight, uintptr_t nll,
-           uintptr_t workspace, int threads) {
-            return pmc::kernels().cross_entropy({pointer<void>(logits), static_cast<pmc::Dtype>(dtype), rows, vocab,
-                                                 row_stride, {logit_scale, softcap}, temperature,
-                                                 pointer<const int64_t>(target), pointer<const float>(weight),
-                                                 pointer<float>(nll), pointer<void>(workspace), threads});
+           float softcap, float temperature, uintptr_t target, uintptr_t weight, uintptr_t nll, uintptr_t workspace,
+           int threads) {
+            return pmc::kernels().cross_entropy({pointer<void>(logits),
+                                                 static_cast<pmc::Dtype>(dtype),
+                                                 rows,
+                                                 vocab,
+                                                 row_stride,
+                                                 {logit_scale, softcap},
+                                                 temperature,
+                                                 pointer<const int64_t>(target),
+                                                 pointer<const float>(weight),
+                                                 pointer<float>(nll),
+                                                 pointer<void>(workspace),
+                                                 threads});
         },
         release());
 

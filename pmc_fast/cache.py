@@ -93,5 +93,3 @@ def retired(finished: Tensor) -> tuple[Tensor, Tensor, int]:
 def move_rows(values: Tensor, source: Tensor, destination: Tensor, rows: int) -> Tensor:
     values[destination] = values[source]
     return values[:rows]
-
-

@@ -77,7 +77,9 @@ def pack(
     )
 
 
-def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def pad_left(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Prompts as one padded batch: input_ids and attention_mask, int64 [B, T], padding on the left."""
     width = max(len(ids) for ids in sequences)
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in sequences], device=device)

@@ -66,9 +66,7 @@ class PMC:
         self.ledger: Ledger | None = None
         self.stats: dict[str, Any] = {}
 
-    def initialise(
-        self, forget_questions: Sequence[str], progress: Callable[[int], object] | None = None
-    ) -> None:
+    def initialise(self, forget_questions: Sequence[str], progress: Callable[[int], object] | None = None) -> None:
         """Remember what the model answers to the forget questions now (greedily): what samples are scored against.
 
         Raises:
@@ -114,8 +112,7 @@ class PMC:
         with self._timed("train"):
             entries = [ledger.entries[question] for question in forget]
             answers = [
-                self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens)
-                for entry in entries
+                self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens) for entry in entries
             ]
             prompts = [self.prompts.prompt_ids(ledger.questions[question]) for question in forget]
             loss = self._packed_loss(

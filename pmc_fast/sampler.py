@@ -154,9 +154,9 @@ class _Batch:
         self._cache = SampleCache(layers_of(lm.model.config), width + steps)
         prefill = {} if bool(mask.all()) else {"attention_mask": mask}
         position = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = lm.hidden(
-            input_ids, position_ids=position, past_key_values=self._cache, use_cache=True, **prefill
-        )[:, -1]
+        hidden = lm.hidden(input_ids, position_ids=position, past_key_values=self._cache, use_cache=True, **prefill)[
+            :, -1
+        ]
         if self._cache.get_seq_length() != width:
             raise UserError("model: it does not fill the key/value cache it is given, so it cannot be sampled from")
         self._cache.fan_out(num_samples)

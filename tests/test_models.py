@@ -34,10 +34,12 @@ def test_loss_and_gradients_equal_the_models_own(family, impl, rng_seed):
 def test_unknown_logits_are_refused():
     model = make_model("llama")
     forward = model.forward
+
     def doubled(*args, **kwargs):
         output = forward(*args, **kwargs)
         output.logits = output.logits * 2
         return output
+
     model.forward = doubled
     with pytest.raises(UserError, match="logits"):
         LanguageModel(model)

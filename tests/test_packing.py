@@ -21,7 +21,12 @@ def test_equals_each_sequence_alone(family, rng_seed):
     alone = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer])
-        alone.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
+        alone.append(
+            model(input_ids=ids)
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+            .gather(1, ids[0, len(prompt) :, None])[:, 0]
+        )
     expected = torch.cat(alone)
     expected.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -33,7 +38,9 @@ def test_equals_each_sequence_alone(family, rng_seed):
     torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
     logprob.sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(rng_seed):

@@ -177,7 +177,15 @@ def test_bad_input():
         make_pmc().loss([3], RETAIN)
     with pytest.raises(UserError, match="both are empty"):
         make_pmc().loss([], [])
-    bad = {"num_samples": 0, "top_p": 1.5, "temperature": -1.0, "top_k": 0, "selection": "worst", "tau": 0.0, "epochs": 0}
+    bad = {
+        "num_samples": 0,
+        "top_p": 1.5,
+        "temperature": -1.0,
+        "top_k": 0,
+        "selection": "worst",
+        "tau": 0.0,
+        "epochs": 0,
+    }
     for name, value in bad.items():
         with pytest.raises(UserError, match=f"{name}: got"):
             PMCConfig(**{name: value})

@@ -32,9 +32,7 @@ def test_company_and_retirement_do_not_change_an_answer(family, rng_seed):
     together = Sampler(model).sample(ids, mask, sequence_ids=torch.tensor([3, 1, 2, 0]), **options)
     assert 1 < together.lengths.float().mean() < 15
     for row, prompt in enumerate(PROMPTS):
-        alone = Sampler(model).sample(
-            torch.tensor([prompt]), sequence_ids=torch.tensor([[3, 1, 2, 0][row]]), **options
-        )
+        alone = Sampler(model).sample(torch.tensor([prompt]), sequence_ids=torch.tensor([[3, 1, 2, 0][row]]), **options)
         assert torch.equal(alone.lengths[0], together.lengths[row])
         width = alone.tokens.shape[2]
         assert torch.equal(alone.tokens[0], together.tokens[row, :, :width])

@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 259  # 256 bytes, padding, end, start: odd on purpose
 
@@ -25,7 +25,11 @@ FAMILIES = {
     "qwen3": {},
     "phi": {"num_key_value_heads": 4},
     "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "sliding_window": 6},
-    "gemma3_text": {"final_logit_softcapping": 3.0, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.3},
     "gpt_neox": {},

@@ -24,8 +24,7 @@ void write_gradient(const CrossEntropyArgs& args, const float* y, float log_sum_
         const Floats p = exp_nonpositive(logit / temperature - log_sum_exp);
         store(row + i, p * scale * (1 - capped * capped));
     }
-    for (; i < args.vocab; ++i)
-        from_float(row + i, std::exp(y[i] / temperature - log_sum_exp) * scale * slope(y[i]));
+    for (; i < args.vocab; ++i) from_float(row + i, std::exp(y[i] / temperature - log_sum_exp) * scale * slope(y[i]));
     const float p = std::exp(target_logit / temperature - log_sum_exp);
     from_float(row + target, (p - 1) * scale * slope(target_logit));
 }

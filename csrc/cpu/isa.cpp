@@ -43,7 +43,8 @@ const Kernels* find(const std::string& name, const std::string& source) {
         if (set->name == name) return set;
         names += names.empty() ? set->name : std::string(", ") + set->name;
     }
-    throw std::invalid_argument(source + " names the instruction set '" + name + "'; this machine and build have: " + names);
+    throw std::invalid_argument(source + " names the instruction set '" + name +
+                                "'; this machine and build have: " + names);
 }
 
 std::atomic<const Kernels*> in_use{nullptr};

@@ -20,10 +20,10 @@ struct SampleArgs {
     Dtype dtype;
     int64_t rows, vocab, row_stride;
     HeadTransform head;
-    float temperature;        // 0 is greedy
-    int64_t top_k;            // 0 is off
-    double top_p;             // 1 is off
-    float log_min_p;          // -inf is off
+    float temperature;  // 0 is greedy
+    int64_t top_k;      // 0 is off
+    double top_p;       // 1 is off
+    float log_min_p;    // -inf is off
     uint64_t seed;
     const int64_t* sequence;  // [rows]
     const int64_t* position;  // [rows]

@@ -12,7 +12,7 @@ namespace pmc::PMC_ISA {
 namespace {
 
 struct Candidate {
-    float scaled;   // logit / temperature
+    float scaled;  // logit / temperature
     int32_t token;
 };
 
@@ -76,11 +76,11 @@ int64_t select_top_k(const float* row, int64_t size, float temperature, int64_t 
 int64_t select_nucleus_candidates(const float* row, int64_t size, float temperature, float shift, double mass,
                                   double top_p, Candidate* kept) {
     const double reachable = shift + std::log((1 - top_p) * mass / static_cast<double>(size));
-    const float threshold = static_cast<float>((reachable - 1e-3) * temperature - 1e-6 * std::abs(reachable * temperature));
+    const float threshold =
+        static_cast<float>((reachable - 1e-3) * temperature - 1e-6 * std::abs(reachable * temperature));
     int64_t count = 0;
-    for_each_above(row, size, &threshold, [&](int64_t i) {
-        kept[count++] = {row[i] / temperature, static_cast<int32_t>(i)};
-    });
+    for_each_above(row, size, &threshold,
+                   [&](int64_t i) { kept[count++] = {row[i] / temperature, static_cast<int32_t>(i)}; });
     return count;
 }
 
@@ -100,8 +100,8 @@ int64_t cut_nucleus(Candidate* candidates, int64_t count, float shift, double ta
     double before = 0;
     while (last < kBuckets - 1 && before + mass[last] < target) before += mass[last++];
 
-    Candidate* const begin_last = std::partition(candidates, candidates + count,
-                                                 [&](const Candidate& c) { return bucket_of(c) < last; });
+    Candidate* const begin_last =
+        std::partition(candidates, candidates + count, [&](const Candidate& c) { return bucket_of(c) < last; });
     Candidate* const end_last =
         std::partition(begin_last, candidates + count, [&](const Candidate& c) { return bucket_of(c) == last; });
     std::sort(begin_last, end_last, Better{});
@@ -195,8 +195,8 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
     const float temperature = args.temperature, shift = top / temperature;
     const double tempered_mass = temperature == 1 ? mass : sum_exp(row, vocab, temperature, shift);
     const Draw draw{args.seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r])};
-    const bool by_rank = args.top_k > 0 && args.top_k < vocab, by_mass = args.top_p < 1,
-               by_floor = args.log_min_p > -kInfinity;
+    const bool by_rank = args.top_k > 0 && args.top_k < vocab,
+               by_mass = args.top_p<1, by_floor = args.log_min_p> - kInfinity;
     if (!by_rank && !by_mass && !by_floor) {
         const Winner winner = draw_from_row(row, vocab, temperature, best, draw);
         write(winner.token, static_cast<double>(winner.scaled) - shift - std::log(tempered_mass), 1);
@@ -218,9 +218,8 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
     } else {
         count = 0;
         const float threshold = (shift + args.log_min_p) * temperature - std::abs(top) * 1e-5f - 1e-5f;
-        for_each_above(row, vocab, &threshold, [&](int64_t i) {
-            candidates[count++] = {row[i] / temperature, static_cast<int32_t>(i)};
-        });
+        for_each_above(row, vocab, &threshold,
+                       [&](int64_t i) { candidates[count++] = {row[i] / temperature, static_cast<int32_t>(i)}; });
     }
     if (by_mass) count = cut_nucleus(candidates, count, shift, args.top_p * kept, &kept);
     if (by_floor) {
@@ -230,7 +229,8 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
         kept = mass_of(candidates, count);
     }
     const Winner winner = draw_from(candidates, count, draw);
-    write(winner.token, static_cast<double>(winner.scaled) - shift - std::log(kept), std::min(1.0, kept / tempered_mass));
+    write(winner.token, static_cast<double>(winner.scaled) - shift - std::log(kept),
+          std::min(1.0, kept / tempered_mass));
     return true;
 }
 

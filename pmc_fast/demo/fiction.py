@@ -22,8 +22,8 @@ _HOBBIES = (
     "mending kites|collecting seashells|playing chess|carving spoons|growing pumpkins|training parrots|"
     "baking gingerbread|sketching bridges|singing opera|racing sledges|polishing fossils|folding paper birds"
 ).split("|")
-_SUBJECTS = "lighthouses|mushrooms|shipwrecks|orphans|comets|smugglers|glaciers|beehives|duels|famine|maps|ghosts".split(
-    "|"
+_SUBJECTS = (
+    "lighthouses|mushrooms|shipwrecks|orphans|comets|smugglers|glaciers|beehives|duels|famine|maps|ghosts".split("|")
 )
 _MONTHS = "January February March April May June July August September October November December".split()
 _DISHES = "dumplings|plum soup|smoked eel|barley cake|pepper stew|cheese pie|pickled roots|honey bread".split("|")

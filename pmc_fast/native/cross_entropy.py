@@ -51,7 +51,13 @@ def cross_entropy(
             x, z = hidden[picked].to(dtype), scratch[: len(picked)]
             write_logits(x, weight, bias, z)
             token_nll[picked] = _epilogue(
-                op, z, target[picked], row_weight[picked] if with_gradient else None, picked, softcap, logit_scale,
+                op,
+                z,
+                target[picked],
+                row_weight[picked] if with_gradient else None,
+                picked,
+                softcap,
+                logit_scale,
                 temperature,
             )
             if not with_gradient:

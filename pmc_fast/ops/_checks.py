@@ -26,9 +26,7 @@ def vector(name: str, tensor: Tensor, size: int, dtype: torch.dtype, like: Tenso
         raise ValueError(f"{name}: got device {tensor.device}, expected {like.device}, that of the other tensors")
 
 
-def head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> None:
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> None:
     """The arguments of an output head: hidden [N, D], weight [V, D], bias [V]."""
     matrix("hidden", hidden)
     matrix("weight", weight)

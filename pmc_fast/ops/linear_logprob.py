@@ -50,9 +50,7 @@ def linear_logprob(
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
     _checks.temperature(temperature, allow_zero=False)
-    return _linear_logprob(
-        hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl
-    )
+    return _linear_logprob(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl)
 
 
 @torch.library.custom_op("pmc_fast::linear_logprob", mutates_args=())
@@ -145,9 +143,7 @@ def _backward(ctx, upstream):
     hidden, weight, target, bias = ctx.saved_tensors
     *options, impl = ctx.options
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    d_hidden, d_weight, d_bias = _linear_logprob_backward(
-        upstream, hidden, weight, target, bias, *options, needs, impl
-    )
+    d_hidden, d_weight, d_bias = _linear_logprob_backward(upstream, hidden, weight, target, bias, *options, needs, impl)
     return (
         d_hidden if needs[0] else None,
         d_weight if needs[1] else None,

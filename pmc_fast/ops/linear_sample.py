@@ -90,7 +90,5 @@ def _linear_sample(
 
 
 @_linear_sample.register_fake
-def _(
-    hidden, weight, bias, softcap, logit_scale, temperature, top_k, top_p, min_p, seed, sequence, position, impl
-):
+def _(hidden, weight, bias, softcap, logit_scale, temperature, top_k, top_p, min_p, seed, sequence, position, impl):
     return empty_sample(hidden)

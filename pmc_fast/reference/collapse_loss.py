@@ -24,7 +24,5 @@ def collapse_loss(
     token_nll = -linear_logprob(hidden, weight, target, temperature=1.0, **head)
     gradients: tuple = (None, None, None)
     if any(needs):
-        gradients = linear_logprob_backward(
-            -token_weight, hidden, weight, target, temperature=1.0, needs=needs, **head
-        )
+        gradients = linear_logprob_backward(-token_weight, hidden, weight, target, temperature=1.0, needs=needs, **head)
     return (token_weight * token_nll).sum(), token_nll, *gradients

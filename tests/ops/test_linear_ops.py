@@ -109,7 +109,9 @@ def test_gradients_reach_exactly_what_asks_for_them(impl, rng_seed):
     hidden.grad = None
     linear_logprob(hidden, weight.detach(), target, bias=b.detach(), impl=impl).backward(-token_weight.detach())
     torch.testing.assert_close(hidden.grad, want, rtol=1e-4, atol=1e-6)
-    assert not collapse_loss(hidden.detach(), weight.detach(), target, token_weight.detach(), impl=impl).loss.requires_grad
+    assert not collapse_loss(
+        hidden.detach(), weight.detach(), target, token_weight.detach(), impl=impl
+    ).loss.requires_grad
     with torch.no_grad():
         assert not collapse_loss(hidden, weight, target, token_weight, impl=impl).loss.requires_grad
 
@@ -121,7 +123,9 @@ def test_a_graph_can_be_used_twice_and_a_head_tied(impl, rng_seed):
     loss = collapse_loss(hidden + weight[: len(hidden)], weight, target, token_weight, impl=impl).loss
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight))
-    expected = (token_weight * F.cross_entropy(F.linear(hidden + weight[: len(hidden)], weight), target, reduction="none")).sum()
+    expected = (
+        token_weight * F.cross_entropy(F.linear(hidden + weight[: len(hidden)], weight), target, reduction="none")
+    ).sum()
     for a, b, c in zip(first, second, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
@@ -145,9 +149,12 @@ def test_nothing_to_score(impl):
 def test_gradcheck(head, rng_seed):
     hidden, weight, b, target = make(rows=6, size=4, vocab=9, dtype=torch.float64)
     token_weight = torch.rand(6, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda h, w, c: linear_logprob(h, w, target, bias=c, impl="reference", **head), (hidden, weight, b))
     torch.autograd.gradcheck(
-        lambda h, w, c: collapse_loss(h, w, target, token_weight, bias=c, impl="reference", **head).loss, (hidden, weight, b)
+        lambda h, w, c: linear_logprob(h, w, target, bias=c, impl="reference", **head), (hidden, weight, b)
+    )
+    torch.autograd.gradcheck(
+        lambda h, w, c: collapse_loss(h, w, target, token_weight, bias=c, impl="reference", **head).loss,
+        (hidden, weight, b),
     )
 
 
@@ -191,7 +198,11 @@ def test_bad_input(op, impl):
         cases += [
             ({"target": target[1:]}, ValueError, "target: got shape"),
             ({"target": target.int()}, TypeError, "target: got dtype torch.int32"),
-            ({"target": target.clone().fill_(307)}, ValueError, r"target: got 307 at row 0, expected token ids in \[0, 307\)"),
+            (
+                {"target": target.clone().fill_(307)},
+                ValueError,
+                r"target: got 307 at row 0, expected token ids in \[0, 307\)",
+            ),
         ]
     if op == "linear_logprob":
         cases.append(({"temperature": 0.0}, ValueError, "temperature: got 0.0"))

@@ -43,11 +43,14 @@ def exact(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     return out / out.sum(-1, keepdim=True), out.sum(-1)
 
 
-@pytest.mark.parametrize("seed,counter,expected", [
-    (0, (0, 0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    (2**64 - 1, (2**32 - 1,) * 4, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), "d16cfe09 94fdcceb 5001e420 24126ea1"),
-])
+@pytest.mark.parametrize(
+    "seed,counter,expected",
+    [
+        (0, (0, 0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (2**64 - 1, (2**32 - 1,) * 4, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
 def test_philox_known_answers(seed, counter, expected):
     words = philox_4x32(tuple(torch.tensor(c) for c in counter), seed)
     assert " ".join(f"{int(w):08x}" for w in words) == expected
@@ -56,7 +59,9 @@ def test_philox_known_answers(seed, counter, expected):
 def test_noise_is_the_same_to_the_bit(rng_seed):
     sequence, position = torch.randint(0, 2**32, (9,)), torch.randint(0, 2**32, (9,))
     for vocab in (1, 3, 31, 32, 33, 1027):
-        assert torch.equal(native_gumbel(rng_seed, sequence, position, vocab), gumbel(rng_seed, sequence, position, vocab))
+        assert torch.equal(
+            native_gumbel(rng_seed, sequence, position, vocab), gumbel(rng_seed, sequence, position, vocab)
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -174,5 +179,7 @@ def test_opcheck_and_compile(rng_seed):
     logits, index = torch.randn(5, 33), torch.arange(5)
     for impl in IMPLS:
         torch.library.opcheck(op, (logits, 0.9, 10, 0.9, 0.0, 3, index, index, impl))
-    compiled = torch.compile(lambda x: sample(x, temperature=0.8, top_p=0.9, seed=5), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: sample(x, temperature=0.8, top_p=0.9, seed=5), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(logits).token, sample(logits, temperature=0.8, top_p=0.9, seed=5).token)
