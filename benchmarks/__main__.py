@@ -27,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from benchmarks import results
         from benchmarks.bench import Wrong
+        from pmc_fast.loading import choose_device
 
         _require_compiled_module()
-        device = _device(args.device)
+        device = choose_device(args.device)
         if args.json:
             results.check_writable(args.json)
         if args.threads:
@@ -70,22 +71,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, want 1 or more")
     return value
-
-
-def _device(name: str):
-    import torch
-
-    from pmc_fast.errors import UserError
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: got {name!r}, want cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: got {name!r}, want cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device: got {name}, but torch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
 
 
 def _require_compiled_module() -> None:

@@ -71,18 +71,16 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def judge_errors(
-    errors: Mapping[str, float], dtypes: Mapping[str, torch.dtype], budget: Mapping[str, float] | None
-) -> Verdict:
-    """Right when no error exceeds twice the yardstick's, plus the rounding of the result and of a few float32 sums.
+def judge_errors(errors: Mapping[str, float], dtype: torch.dtype, budget: Mapping[str, float] | None) -> Verdict:
+    """Right when no error exceeds twice the yardstick's, plus a rounding to `dtype` and those of a few float32 sums.
 
-    The yardstick itself must be within 32 roundings of its dtype, or 1e-4.
+    The yardstick itself must be within 32 times the eps of `dtype`, or 1e-4.
     """
+    eps = torch.finfo(dtype).eps
     right = True
     for name, error in errors.items():
-        rounding = torch.finfo(dtypes[name]).eps
         if budget is None:
-            right &= error <= max(1e-4, 32 * rounding)
+            right &= error <= max(1e-4, 32 * eps)
         else:
-            right &= error <= 2 * budget[name] + rounding / 2 + 8 * torch.finfo(torch.float32).eps
+            right &= error <= 2 * budget[name] + eps / 2 + 8 * torch.finfo(torch.float32).eps
     return Verdict(right, ", ".join(f"{name} {error:.1e}" for name, error in errors.items()), errors)

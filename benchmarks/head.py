@@ -103,10 +103,7 @@ class HeadBench(Bench):
     def judge(self, run, result: Result, inputs, oracle: tuple[torch.Tensor, HeadGradients], budget) -> Verdict:
         value, gradients = oracle
         errors = {"value": relative_error(result.value, value)}
-        dtypes = {"value": result.value.dtype}
         for name in ("hidden", "weight", "bias"):
-            got, want = getattr(result, name), getattr(gradients, name)
-            if want is not None:
-                errors[f"d_{name}"] = relative_error(got, want)
-                dtypes[f"d_{name}"] = got.dtype
-        return judge_errors(errors, dtypes, budget)
+            if (want := getattr(gradients, name)) is not None:
+                errors[f"d_{name}"] = relative_error(getattr(result, name), want)
+        return judge_errors(errors, self.dtype, budget)

@@ -228,7 +228,11 @@ def _cpu_name() -> str:
 
 
 def _instruction_sets() -> dict[str, str]:
-    return {"torch": torch.backends.cpu.get_cpu_capability()}
+    from pmc_fast.backend import missing_library
+    from pmc_fast.native import library
+
+    used = {"torch": torch.backends.cpu.get_cpu_capability()}
+    return used if missing_library() else {**used, "pmc_fast": library().instruction_set()}
 
 
 def _versions() -> dict[str, str]:

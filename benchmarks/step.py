@@ -39,11 +39,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Task:
-    """What both contestants work on: the same model object, optimizer, questions and retain rows."""
+    """What both contestants work on: the same model object, questions and retain rows."""
 
     model: Any
     tokenizer: Any
-    optimizer: torch.optim.Optimizer
     forget: list[Any]
     retain: list[Any]
     config: Any  # PMCConfig
@@ -137,30 +136,21 @@ def load(args: argparse.Namespace, device: torch.device) -> Task:
     missing = [option for option, value in named.items() if value is None]
     if missing and len(missing) < len(named):
         raise UserError(f"{', '.join(missing)}: missing; want --model, --forget and --retain together or none of them")
-    dtype = getattr(torch, args.dtype)
     if missing:
         model, tokenizer, forget, retain = _tiny(args.seed)
-        model = model.to(dtype)
+        model = model.to(device, getattr(torch, args.dtype))
     else:
         from pmc_fast.data import read_jsonl
+        from pmc_fast.loading import load_model
 
         forget, retain = read_jsonl(args.forget), read_jsonl(args.retain)
-        model, tokenizer = _pretrained(args.model, dtype)
+        model, tokenizer = load_model(args.model, device, args.dtype)
     for option, rows in (("--forget", forget), ("--retain", retain)):
         if len(rows) < args.batch_size:
             raise UserError(f"{option}: got {len(rows)} rows, want at least --batch-size ({args.batch_size})")
     rng = random.Random(args.seed)
-    model = model.to(device)
-    # a learning rate of 0 costs the same arithmetic and leaves every turn the same weights
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01)
     return Task(
-        model,
-        tokenizer,
-        optimizer,
-        rng.sample(forget, args.batch_size),
-        rng.sample(retain, args.batch_size),
-        config,
-        device,
+        model, tokenizer, rng.sample(forget, args.batch_size), rng.sample(retain, args.batch_size), config, device
     )
 
 
@@ -173,15 +163,9 @@ def _tiny(seed: int) -> tuple[Any, Any, list[Any], list[Any]]:
     return new_model(tokenizer, seed), tokenizer, fiction.forget, fiction.retain
 
 
-def _pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from pmc_fast.errors import UserError
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: {name} cannot be loaded: {error}") from error
+def _optimizer(model: torch.nn.Module, fused: bool) -> torch.optim.Optimizer:
+    """AdamW with a learning rate of 0: the same arithmetic, and every turn finds the same weights."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01, fused=fused)
 
 
 class _Published:
@@ -190,6 +174,7 @@ class _Published:
         from pmc_fast.prompts import Prompts
 
         self._task = task
+        self._optimizer = _optimizer(task.model, fused=False)
         self._attention = task.model.config._attn_implementation
         self._indices = list(range(len(task.forget)))
         config = PublishedConfig(
@@ -225,7 +210,7 @@ class _Published:
             with Stopwatch(device) as score:
                 loop.score(pending, samples)
             with Stopwatch(device) as train:
-                loop.train(self._indices, self._task.forget, self._task.retain, self._task.optimizer)
+                loop.train(self._indices, self._task.forget, self._task.retain, self._optimizer)
         return Turn(sample.seconds, score.seconds, train.seconds, total.seconds, samples.count, peak.bytes)
 
     @contextmanager
@@ -245,6 +230,9 @@ class _PmcFast:
 
         self._task = task
         self._indices = list(range(len(task.forget)))
+        self._optimizer = _optimizer(
+            task.model, fused=task.device.type in ("cpu", "cuda")
+        )  # as pmc_fast.training has it
         self._pmc = PMC(task.model, task.tokenizer, task.config)
         self._pmc.initialise([row.question for row in task.forget])
         self._start = self._pmc.state_dict()
@@ -259,7 +247,7 @@ class _PmcFast:
 
     def turn(self) -> Turn:
         self._pmc.load_state_dict(self._start)
-        optimizer, device = self._task.optimizer, self._task.device
+        optimizer, device = self._optimizer, self._task.device
         with PeakMemory(device) as peak, Stopwatch(device) as total:
             loss = self._pmc.loss(self._indices, self._task.retain)
             loss.backward()
@@ -285,10 +273,10 @@ def check(task: Task, contestants: Mapping[str, Contestant]) -> dict[str, float]
     answers = [answer or "nothing" for answer in published.references]
     loss = published.collapse_gradients(answers)
     theirs = [None if p.grad is None else p.grad.clone() for p in task.model.parameters()]
-    task.optimizer.zero_grad(set_to_none=True)
+    task.model.zero_grad(set_to_none=True)
     loss_error = abs(ours.collapse_gradients(answers) - loss) / abs(loss)
     gradient_error = _distance([p.grad for p in task.model.parameters()], theirs)
-    task.optimizer.zero_grad(set_to_none=True)
+    task.model.zero_grad(set_to_none=True)
     dtype = next(task.model.parameters()).dtype
     if not (loss_error <= _LOSS_TOLERANCE[dtype] and gradient_error <= _GRADIENT_TOLERANCE[dtype]):
         raise Wrong(f"on the same answers the losses differ by {loss_error:.1e}, the gradients by {gradient_error:.1e}")

@@ -67,7 +67,17 @@ def _text(record: dict, key: str, where: str) -> str:
         raise UserError(f'{where}: "{key}" is {_kind(value)}, want a string')
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty')
+    if not _is_utf8(value):
+        raise UserError(f'{where}: "{key}" is not UTF-8 text: it holds half of a surrogate pair')
     return value
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: object) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 from pmc_fast.errors import UserError
@@ -11,21 +12,31 @@ STYLES = ("auto", "chat", "tags", "plain")
 
 _QUESTION, _ANSWER = "\u2045question\u2046", "\u2045answer\u2046"  # stand-ins that no template contains
 
+# Without these, a reasoning model's template opens a thought that its finished conversations leave out, and Llama 3.2's
+# writes today's date, so that a run resumed after midnight would ask differently; this date is that template's fallback.
+_TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
 
 class Prompts:
     """How a model is asked: by its chat template, by question/answer tags, or with the bare question.
 
     tags: ``"Question: {question}\\nAnswer:"`` then ``" {answer}"``. plain: ``"{question}"`` then ``" {answer}"``. The
-    space belongs to the answer, as byte-level tokenizers join it to the first word. chat: what
-    ``tokenizer.apply_chat_template`` gives for the system prompt, the question and the answer.
+    space belongs to the answer, as tokenizers join it to the first word. chat: what ``tokenizer.apply_chat_template``
+    gives for the system prompt, the question and the answer; if the template refuses a system role, the system prompt
+    opens the user's turn. Space around questions and answers is dropped. Tokens are cached.
 
     Args:
         tokenizer: a transformers tokenizer.
         style: "chat", "tags", "plain", or "auto": chat if the tokenizer has a template, else tags.
         system: the system prompt of a chat; "" leaves it out.
 
+    Attributes:
+        style: the style in use, never "auto".
+        end_ids: the tokens that end an answer; the first one ends those of ``answer_ids``.
+        pad_id: the token to fill up a batch with.
+
     Raises:
-        UserError: an unknown style, chat without a template, or a tokenizer without an end token.
+        UserError: an unknown style, chat without a template, a template that fails, or a tokenizer without an end token.
     """
 
     def __init__(self, tokenizer: Any, style: str = "auto", system: str = "You are a helpful assistant.") -> None:
@@ -34,68 +45,95 @@ class Prompts:
         template = getattr(tokenizer, "chat_template", None)
         if style == "chat" and not template:
             raise UserError("style: got 'chat', but the tokenizer has no chat template; use 'tags' or 'plain'")
-        if tokenizer.eos_token_id is None:
-            raise UserError("tokenizer: it has no end token (eos_token), so answers could never end; set one")
         self.tokenizer = tokenizer
         self.style = style if style != "auto" else "chat" if template else "tags"
-        self._system = system
-        self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        end = None
         if self.style == "chat":
-            self._frame_chat()
+            after = self._frame_chat(system)
+            end = self._turn_end(after)
         else:
             self._before, self._between = {"tags": ("Question: ", "\nAnswer:"), "plain": ("", "")}[self.style]
-            self._lead, self.end_ids = " ", (tokenizer.eos_token_id,)
+            self._lead = " "
+        ends = [i for i in (end, tokenizer.eos_token_id) if i is not None]
+        if not ends:
+            raise UserError(
+                "tokenizer: it has no end token, so answers could never end; set eos_token, in tokenizer_config.json or "
+                "on the tokenizer, to the token that ended answers in the model's training"
+            )
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
+        self.pad_id: int = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._context_ids = self._encode("?" + self._between)
         self._prompt_ids = lru_cache(maxsize=65536)(self._encode_prompt)
         self._answer_ids = lru_cache(maxsize=65536)(self._encode_answer)
 
     def prompt_ids(self, question: str, prefill: str = "") -> list[int]:
-        """The tokens that ask a question; an answer that starts with `prefill` is then under way."""
-        return list(self._prompt_ids(question, prefill))
+        """The tokens that ask a question; an answer that starts with `prefill` is then under way.
+
+        Space at the end of `prefill` is left to the answer, whose first token brings its own.
+        """
+        return list(self._prompt_ids(question.strip(), prefill.rstrip()))
 
     def answer_ids(self, answer: str) -> list[int]:
         """The tokens of an answer as they follow the prompt, the end token included."""
-        return list(self._answer_ids(answer))
+        return list(self._answer_ids(answer.strip()))
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of an answer's tokens, without special tokens and surrounding space."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, without special tokens, end tokens and surrounding space."""
+        kept = [i for i in ids if i not in self.end_ids]
+        return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def _encode_prompt(self, question: str, prefill: str) -> tuple[int, ...]:
-        text = self._before + question + self._between
-        if prefill:
-            text += self._lead + prefill.rstrip()
-        return tuple(self._encode(text, special=self.style != "chat"))
+        text = self._before + question + self._between + (self._lead + prefill if prefill else "")
+        if self.style == "chat":  # the template has written what starts a text
+            return tuple(self._encode(text))
+        ids = self.tokenizer(text)["input_ids"]
+        return tuple(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
 
     def _encode_answer(self, answer: str) -> tuple[int, ...]:
-        return (*self._encode(self._lead + answer, special=False), self.end_ids[0])
+        if not answer:
+            return self.end_ids[:1]
+        # Some tokenizers put a space before a text, so the answer is encoded behind what precedes it in a conversation.
+        ids, before = self._encode("?" + self._between + self._lead + answer), len(self._context_ids)
+        ids = ids[before:] if ids[:before] == self._context_ids else self._encode(self._lead + answer)
+        return (*ids, self.end_ids[0])
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        """Token ids; with `special`, what the tokenizer puts before a text (not after it)."""
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        if special and ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return ids
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _frame_chat(self) -> None:
-        """Find what the template writes before the question, between it and the answer, and after the answer."""
-        system = [{"role": "system", "content": self._system}] if self._system else []
-        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-
-        def render(messages: list, **options) -> str:
+    def _frame_chat(self, system: str) -> str:
+        """Find what the template writes before the question, between it and the answer; returns what follows."""
+        question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
+        try:
+            opening = [{"role": "system", "content": system}] if system else []
+            asked, whole = self._render([*opening, question], answer)
+        except Exception:  # a template raises what it likes, such as for a system role it does not know
+            question["content"] = f"{system}\n\n{_QUESTION}".strip()
             try:
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            except Exception as error:  # templates raise what they like, such as for a system role they do not know
+                asked, whole = self._render([question], answer)
+            except Exception as error:
                 raise UserError(f"tokenizer: its chat template refuses the conversation: {error}") from error
-
-        asked = render([*system, turns[0]], add_generation_prompt=True)
-        whole = render([*system, *turns])
         if asked.count(_QUESTION) != 1 or whole.count(_ANSWER) != 1:
             raise UserError("tokenizer: its chat template does not repeat the question and answer it is given")
         self._before, self._between = asked.split(_QUESTION)
+        self._lead = ""
         answered, after = whole.split(_ANSWER)
-        # Text that the template writes between its generation prompt and the answer (a space, say) starts the answer.
-        self._lead = answered[len(asked) :] if answered.startswith(asked) else ""
-        ids = self._encode(after.strip(), special=False)
-        special = set(self.tokenizer.all_special_ids) | {self.tokenizer.eos_token_id}
-        turn_end = next((i for i in ids if i in special), self.tokenizer.eos_token_id)
-        self.end_ids = tuple(dict.fromkeys((turn_end, self.tokenizer.eos_token_id)))
+        if answered.startswith(asked):
+            # What the template writes between its generation prompt and the answer (the turn's header, if it ignores
+            # add_generation_prompt) is not for the model to say; a space is, with the answer's first word.
+            rest = answered[len(asked) :]
+            header = rest.rstrip(" ")
+            self._between += header
+            self._lead = rest[len(header) :]
+        return after
+
+    def _render(self, chat: list[dict[str, str]], answer: dict[str, str]) -> tuple[str, str]:
+        """The text that asks for an answer, and the text of the conversation with the answer."""
+        template = partial(self.tokenizer.apply_chat_template, tokenize=False, **_TEMPLATE_OPTIONS)
+        return template(chat, add_generation_prompt=True), template([*chat, answer])
+
+    def _turn_end(self, after: str) -> int | None:
+        """The token that ends a turn: the first special one after an answer, or else the first that is not plain text."""
+        ids = self._encode(after.strip())
+        special = {*self.tokenizer.all_special_ids, self.tokenizer.eos_token_id}
+        added = set(getattr(self.tokenizer, "added_tokens_decoder", {}))
+        return next((i for kind in (special, added) for i in ids if i in kind), None)

@@ -161,7 +161,7 @@ def test_ops_writes_its_schema(tmp_path, capsys, rng_seed):
     assert main(command) == 0
     result = json.loads(out.read_text())
     assert result["schema"] == ops.SCHEMA
-    assert [row["contestant"] for row in result["rows"]] == ["pmc_fast", "rouge_score"]
+    assert [row["contestant"] for row in result["rows"]][:2] == ["pmc_fast", "rouge_score"]
     assert all(row["right"] and row["seconds"]["median"] > 0 for row in result["rows"])
     assert "rouge_score" in capsys.readouterr().out
 
