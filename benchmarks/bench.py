@@ -72,9 +72,11 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def judge_errors(errors: Mapping[str, float], dtype: torch.dtype, budget: Mapping[str, float] | None) -> Verdict:
-    """Right when no error exceeds twice the yardstick's, plus a rounding to `dtype` and those of a few float32 sums.
+    """Right when no error exceeds twice the yardstick's, plus some roundings: to `dtype`, and those of float32 sums.
 
-    The yardstick itself must be within 32 times the eps of `dtype`, or 1e-4.
+    "value" has more room, for two reasons: torch's linear_cross_entropy sums a bfloat16 loss in bfloat16, and the
+    yardstick's error of a single number may be small by luck. The yardstick itself must be within 32 times the eps of
+    `dtype`, or 1e-4.
     """
     eps = torch.finfo(dtype).eps
     right = True
@@ -82,5 +84,6 @@ def judge_errors(errors: Mapping[str, float], dtype: torch.dtype, budget: Mappin
         if budget is None:
             right &= error <= max(1e-4, 32 * eps)
         else:
-            right &= error <= 2 * budget[name] + eps / 2 + 8 * torch.finfo(torch.float32).eps
+            rounding = 4 * eps if name == "value" else eps / 2
+            right &= error <= 2 * budget[name] + rounding + 8 * torch.finfo(torch.float32).eps
     return Verdict(right, ", ".join(f"{name} {error:.1e}" for name, error in errors.items()), errors)

@@ -61,12 +61,13 @@ def draw_with_torch_topk(logits: torch.Tensor, settings: Settings) -> torch.Tens
 
 
 def judge_draws(
-    draw: Callable[[], torch.Tensor], tokens: torch.Tensor, truth: Truncated, same_row: torch.Tensor
+    draw: Callable[[], torch.Tensor], tokens: torch.Tensor, truth: Truncated, same_row: Truncated
 ) -> Verdict:
-    """Right when every token is allowed, and many draws from one row come as often as `same_row` [V] says."""
+    """Right when every token is allowed, and many draws from one row come as often as `same_row` [1, V] says."""
     outside = int((~truth.allowed.gather(1, tokens[:, None])).sum())
     drawn = draw()
-    surprise = surprise_of_counts(torch.bincount(drawn, minlength=len(same_row)), same_row)
+    counts = torch.bincount(drawn, minlength=same_row.probability.shape[1])
+    surprise = surprise_of_counts(counts, same_row.probability[0], same_row.allowed[0])
     evidence = (
         f"{outside} of {len(tokens)} outside the kept set, chi-squared at {surprise:+.1f} sd of {len(drawn)} draws"
     )
@@ -105,7 +106,7 @@ class SampleBench(Bench):
 
     def judge(self, run, result, inputs, oracle, budget) -> Verdict:
         one_row = 2 * torch.randn(1, 997, generator=torch.Generator().manual_seed(0)).to(inputs.device)
-        want = truncated(one_row, **self.settings.cuts()).probability[0]
+        want = truncated(one_row, **self.settings.cuts())
         return judge_draws(lambda: run(one_row.expand(8192, -1).contiguous()), result, oracle, want)
 
 

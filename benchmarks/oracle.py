@@ -112,13 +112,15 @@ def truncated(
     return Truncated(torch.zeros_like(kept).scatter_(1, order.indices, kept), logits.double() >= least - logit_slack)
 
 
-def surprise_of_counts(counts: torch.Tensor, probability: torch.Tensor) -> float:
+def surprise_of_counts(counts: torch.Tensor, probability: torch.Tensor, allowed: torch.Tensor) -> float:
     """How many standard deviations the chi-squared statistic of `counts` [V] lies above what `probability` [V] predicts.
 
-    Tokens expected fewer than 5 times are taken together. Infinite when a token outside the support was drawn.
+    Tokens expected fewer than 5 times are taken together. Infinite when a token was drawn that is not `allowed` [V];
+    draws of one allowed at the blurred edge, of probability 0, are left out.
     """
-    if bool((counts[probability == 0] > 0).any()):
+    if bool((counts[~allowed] > 0).any()):
         return math.inf
+    counts = torch.where(probability > 0, counts, 0)
     expected = probability * counts.sum()
     rare = expected < 5
     want = torch.cat([expected[~rare], expected[rare].sum()[None]])
