@@ -1,7 +1,7 @@
 # make demo: set up and run the demonstration. make test: set up and run the tests.
 PYTHON ?= python3
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find pmc_fast kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') setup.py pyproject.toml \
 	CMakeLists.txt constraints.txt
 
@@ -16,18 +16,23 @@ test: $(VENV)/.editable
 lint: $(VENV)/.editable
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
-$(VENV)/bin/python:
+# bin/pip, since a machine without ensurepip leaves a bin/python that cannot install anything.
+$(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# One of the two is installed at a time: each set-up removes the other's stamp.
-$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+# One of the two is installed at a time: each set-up removes the other's stamp before it starts. What an earlier build
+# left in build/lib* would go into the wheel, files deleted since included.
+$(VENV)/.installed: $(VENV)/bin/pip $(SOURCES)
+	rm -rf $(VENV)/.editable build/lib* build/bdist*
 	$(PIP) .
-	rm -f $(VENV)/.editable && touch $@
+	touch $@
 
-$(VENV)/.editable: $(VENV)/bin/python $(SOURCES)
+$(VENV)/.editable: $(VENV)/bin/pip $(SOURCES)
+	rm -f $(VENV)/.installed
 	$(PIP) -e '.[test]'
-	rm -f $(VENV)/.installed && touch $@
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info pmc_fast/*.so

@@ -17,12 +17,12 @@ from benchmarks.bench import Wrong
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment
 
 SCHEMA = "pmc_fast.benchmarks.step/1"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")  # in float16 AdamW's second moments underflow, here as in the published loop
 PUBLISHED, OURS = "published", "pmc_fast"
 
 # Two right ways to compute a loss differ by rounding alone. The gradient of a whole model gathers more of it.
-_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
-_GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Task:
-    """What both contestants work on: the same model object, questions and retain rows."""
+    """What both contestants work on: the same model object, prompts, questions and retain rows."""
 
     model: Any
-    tokenizer: Any
+    prompts: Any
     forget: list[Any]
     retain: list[Any]
     config: Any  # PMCConfig
@@ -89,34 +89,36 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         agreement = check(task, contestants)
         bar.update()
         order = list(contestants)
+        weights = _fingerprint(task.model)
         for repeat in range(args.repeats + 1):
             for name in order if repeat % 2 else reversed(order):
                 bar.set_description(name if repeat else f"{name}, warm-up")
                 task.model.train()
                 turn = contestants[name].turn()
+                if _fingerprint(task.model) != weights:
+                    raise Wrong(f"{name} changed the model's weights at a learning rate of 0")
                 if repeat:
                     turns[name].append(turn)
                 bar.update()
-    result = summary(turns)
-    print(table(result, args.repeats))
-    if args.json:
-        content = {
-            **result,
-            "agreement": agreement,
-            "config": {
-                "model": args.model or "random weights",
-                "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-                "forget": args.forget,
-                "retain": args.retain,
-                "batch_size": args.batch_size,
-                "dtype": args.dtype,
-                "repeats": args.repeats,
-                **{name: getattr(task.config, name) for name in ("num_samples", "temperature", "top_k", "top_p")},
-                **{name: getattr(task.config, name) for name in ("max_length", "min_words", "retain_weight")},
-            },
-            "environment": where,
-        }
-        results.write(args.json, SCHEMA, content)
+            if repeat and args.json:  # after each round, so that a run cut short loses nothing
+                content = {**summary(turns), "agreement": agreement, "config": _options(args, task)}
+                results.write(args.json, SCHEMA, {**content, "environment": where})
+    print(table(summary(turns), args.repeats))
+
+
+def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    config = {name: getattr(task.config, name) for name in ("num_samples", "temperature", "top_k", "top_p")}
+    return {
+        "model": args.model or "random weights",
+        "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+        "forget": args.forget,
+        "retain": args.retain,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        **config,
+        **{name: getattr(task.config, name) for name in ("max_length", "min_words", "retain_weight")},
+    }
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Task:
@@ -126,6 +128,7 @@ def load(args: argparse.Namespace, device: torch.device) -> Task:
     """
     from pmc_fast.config import PMCConfig
     from pmc_fast.errors import UserError
+    from pmc_fast.prompts import Prompts
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size: got {args.batch_size}, want 1 or more")
@@ -149,9 +152,12 @@ def load(args: argparse.Namespace, device: torch.device) -> Task:
         if len(rows) < args.batch_size:
             raise UserError(f"{option}: got {len(rows)} rows, want at least --batch-size ({args.batch_size})")
     rng = random.Random(args.seed)
-    return Task(
-        model, tokenizer, rng.sample(forget, args.batch_size), rng.sample(retain, args.batch_size), config, device
-    )
+    forget, retain = rng.sample(forget, args.batch_size), rng.sample(retain, args.batch_size)
+    prompts = Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
+    width = max(len(prompts.prompt_ids(row.question)) for row in forget)
+    if args.max_length <= width:
+        raise UserError(f"--max-length: got {args.max_length}, want more than the longest prompt ({width} tokens)")
+    return Task(model, prompts, forget, retain, config, device)
 
 
 def _tiny(seed: int) -> tuple[Any, Any, list[Any], list[Any]]:
@@ -163,6 +169,10 @@ def _tiny(seed: int) -> tuple[Any, Any, list[Any], list[Any]]:
     return new_model(tokenizer, seed), tokenizer, fiction.forget, fiction.retain
 
 
+def _fingerprint(model: torch.nn.Module) -> float:
+    return sum(float(parameter.detach().double().sum()) for parameter in model.parameters())
+
+
 def _optimizer(model: torch.nn.Module, fused: bool) -> torch.optim.Optimizer:
     """AdamW with a learning rate of 0: the same arithmetic, and every turn finds the same weights."""
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01, fused=fused)
@@ -171,7 +181,6 @@ def _optimizer(model: torch.nn.Module, fused: bool) -> torch.optim.Optimizer:
 class _Published:
     def __init__(self, task: Task) -> None:
         from benchmarks.published_loop import PublishedConfig, PublishedLoop
-        from pmc_fast.prompts import Prompts
 
         self._task = task
         self._optimizer = _optimizer(task.model, fused=False)
@@ -186,8 +195,7 @@ class _Published:
             min_len=task.config.min_words,
             retain_weight=task.config.retain_weight,
         )
-        prompts = Prompts(task.tokenizer, style=task.config.prompt_style, system=task.config.system_prompt)
-        self._loop = PublishedLoop(task.model, prompts, config)
+        self._loop = PublishedLoop(task.model, task.prompts, config)
         self._loop.initialise([row.question for row in task.forget])
         self.references = self._loop.references
 
@@ -233,7 +241,7 @@ class _PmcFast:
         self._optimizer = _optimizer(
             task.model, fused=task.device.type in ("cpu", "cuda")
         )  # as pmc_fast.training has it
-        self._pmc = PMC(task.model, task.tokenizer, task.config)
+        self._pmc = PMC(task.model, task.prompts, task.config)
         self._pmc.initialise([row.question for row in task.forget])
         self._start = self._pmc.state_dict()
         self.references = self._start["ledger"]["initial_answers"]

@@ -104,6 +104,7 @@ def test_nothing_is_timed_unless_both_compute_the_same(ours, refused, rng_seed):
         (["--batch-size", "0"], "--batch-size: got 0"),
         (["--batch-size", "1000"], "--forget: got 48 rows"),
         (["--num-samples", "0"], "num_samples: got 0"),
+        (["--max-length", "9"], "--max-length: got 9"),
         (["--json", "no/such/folder/out.json"], "--json: "),
         (["--device", "toaster"], "device: got 'toaster'"),
         (["--model", "no/such/model", "--forget", "{rows}", "--retain", "{rows}"], "no/such/model"),

@@ -1,0 +1,82 @@
+"""The choice of implementation: the fastest that can run, or exactly the one named."""
+
+import builtins
+import inspect
+
+import pytest
+import torch
+
+from pmc_fast import backend, native
+from pmc_fast.backend import IMPLEMENTATIONS, BackendUnavailable, choose, load, why_not
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """A machine on which the compiled module cannot be loaded."""
+    real = builtins.__import__
+
+    def refuse(name, globals=None, locals=None, fromlist=(), level=0):
+        if name == "pmc_fast" and "_C" in (fromlist or ()):
+            raise ImportError("libgomp.so.1: cannot open shared object file")
+        return real(name, globals, locals, fromlist, level)
+
+    caches = (native.library, backend.missing_library, backend._warn_once)
+    for function in caches:
+        function.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    yield
+    monkeypatch.undo()
+    for function in caches:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_every_implementation_takes_the_same_arguments(op):
+    reference = inspect.signature(load(op, "reference")).parameters
+    for impl in IMPLEMENTATIONS[op]:
+        assert callable(load(op, impl))
+        parameters = inspect.signature(load(op, impl)).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in (*parameters.values(), *reference.values())):
+            assert set(reference) <= set(parameters)
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", torch.float32, "native"),
+        ("cpu", torch.bfloat16, "native"),
+        ("cpu", torch.float16, "reference"),
+        ("cpu", torch.float64, "reference"),
+        ("cpu", "float32", "native"),
+        ("cuda", torch.float32, "reference"),
+    ],
+)
+def test_the_fastest_that_can_run(op, device, dtype, expected):
+    assert choose(op, None, device, dtype) == expected
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_the_one_named_or_an_error(op):
+    assert choose(op, "reference") == "reference" and choose(op, "native") == "native"
+    with pytest.raises(BackendUnavailable, match=rf"{op}\(impl='native'\).*not float16"):
+        choose(op, "native", "cpu", torch.float16)
+    with pytest.raises(BackendUnavailable, match="the tensors are on cuda"):
+        choose(op, "native", "cuda", torch.float32)
+    with pytest.raises(BackendUnavailable, match=f"no cuda implementation of {op}"):
+        choose(op, "cuda")
+    with pytest.raises(ValueError, match=r"impl: got 'Native', expected None or one of 'cuda', 'triton', 'native'"):
+        choose(op, "Native")
+
+
+def test_without_the_compiled_module_the_reference_runs_and_says_so_once(no_library, recwarn):
+    assert choose("sample", None, "cpu", torch.float32) == "reference"
+    assert choose("sample", None, "cpu", torch.float32) == "reference"
+    assert len([w for w in recwarn if "slow reference implementations" in str(w.message)]) == 1
+
+
+def test_without_the_compiled_module_naming_it_is_an_error(no_library):
+    reason = why_not("collapse_loss", "native")
+    assert reason and ("libgomp" in reason or "pip install -e ." in reason)
+    with pytest.raises(BackendUnavailable, match="collapse_loss"):
+        choose("collapse_loss", "native")
