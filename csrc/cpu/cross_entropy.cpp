@@ -1,5 +1,7 @@
 // Negative log-likelihood of each row's target, and in the same visit the gradient written over the logits.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common/parallel.h"
 #include "cpu/kernels.h"
@@ -11,21 +13,26 @@ namespace {
 // d(sum weight * nll)/dz where y = logits after the head's transform and l = y / T:
 // weight * (softmax(l) - onehot) / T * (1 - (y / softcap)^2) * logit_scale.
 template <class Logit>
-void write_gradient(const CrossEntropyArgs& args, const float* y, float log_sum_exp, int64_t target, float weight,
+void write_gradient(const CrossEntropyArgs& args, const float* y, float shift, float mass, int64_t target, float weight,
                     Logit* row) {
-    const float temperature = args.temperature;
+    const float temperature = args.temperature, inverse_mass = 1 / mass;
     const float scale = weight / temperature * args.head.logit_scale;
     const float inverse_cap = args.head.softcap > 0 ? 1 / args.head.softcap : 0;
-    const auto slope = [&](float logit) { return 1 - (logit * inverse_cap) * (logit * inverse_cap); };
+    const float lowest = std::numeric_limits<float>::lowest();  // in place of -inf, whose product with 0 is NaN
+    const auto slope = [&](float logit) {
+        const float capped = std::max(logit, lowest) * inverse_cap;
+        return 1 - capped * capped;
+    };
     const float target_logit = y[target];
     int64_t i = 0;
     for (; i + kLanes <= args.vocab; i += kLanes) {
-        const Floats logit = load(y + i), capped = logit * inverse_cap;
-        const Floats p = exp_nonpositive(logit / temperature - log_sum_exp);
+        const Floats logit = load(y + i), capped = max(logit, broadcast(lowest)) * inverse_cap;
+        const Floats p = exp_nonpositive(logit / temperature - shift) * inverse_mass;
         store(row + i, p * scale * (1 - capped * capped));
     }
-    for (; i < args.vocab; ++i) from_float(row + i, std::exp(y[i] / temperature - log_sum_exp) * scale * slope(y[i]));
-    const float p = std::exp(target_logit / temperature - log_sum_exp);
+    for (; i < args.vocab; ++i)
+        from_float(row + i, std::exp(y[i] / temperature - shift) * inverse_mass * scale * slope(y[i]));
+    const float p = std::exp(target_logit / temperature - shift) * inverse_mass;
     from_float(row + target, (p - 1) * scale * slope(target_logit));
 }
 
@@ -36,12 +43,11 @@ bool cross_entropy_row(const CrossEntropyArgs& args, int64_t r, float* scratch) 
     float top;
     if (!finite_max(y, args.vocab, &top)) return false;
     const float temperature = args.temperature, shift = top / temperature;
-    const double log_sum_exp = shift + std::log(sum_exp(y, args.vocab, temperature, shift));
+    if (!std::isfinite(shift)) return false;
+    const double mass = sum_exp(y, args.vocab, temperature, shift);
     const int64_t target = args.target[r];
-    args.nll[r] = static_cast<float>(log_sum_exp - static_cast<double>(y[target] / temperature));
-    if (args.weight) {
-        write_gradient(args, y, static_cast<float>(log_sum_exp), target, args.weight[r], row);
-    }
+    args.nll[r] = static_cast<float>(shift + std::log(mass) - static_cast<double>(y[target] / temperature));
+    if (args.weight) write_gradient(args, y, shift, static_cast<float>(mass), target, args.weight[r], row);
     return true;
 }
 

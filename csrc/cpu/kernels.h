@@ -7,7 +7,8 @@ namespace pmc {
 
 enum class Dtype { kFloat32 = 0, kBFloat16 = 1 };
 
-// Every kernel returns the first row it cannot use (NaN, +inf, or nothing but -inf), or kAllRowsFinite.
+// Every kernel returns the first row it cannot use (NaN, +inf, nothing but -inf, or a largest logit that overflows when
+// divided by the temperature), or kAllRowsFinite.
 constexpr int64_t kAllRowsFinite = -1;
 
 struct HeadTransform {

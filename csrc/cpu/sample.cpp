@@ -193,6 +193,7 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
     }
 
     const float temperature = args.temperature, shift = top / temperature;
+    if (!std::isfinite(shift)) return false;
     const double tempered_mass = temperature == 1 ? mass : sum_exp(row, vocab, temperature, shift);
     const Draw draw{args.seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r])};
     const bool by_rank = args.top_k > 0 && args.top_k < vocab,
@@ -217,7 +218,8 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
         count = select_nucleus_candidates(row, vocab, temperature, shift, kept, args.top_p, candidates);
     } else {
         count = 0;
-        const float threshold = (shift + args.log_min_p) * temperature - std::abs(top) * 1e-5f - 1e-5f;
+        const float floor = (shift + args.log_min_p) * temperature;
+        const float threshold = floor - 1e-5f * (std::abs(top) + std::abs(floor) + std::min(temperature, 1.0f));
         for_each_above(row, vocab, &threshold,
                        [&](int64_t i) { candidates[count++] = {row[i] / temperature, static_cast<int32_t>(i)}; });
     }

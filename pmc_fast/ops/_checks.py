@@ -50,9 +50,10 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | N
 
 
 def temperature(value: float, *, allow_zero: bool) -> None:
-    if not (math.isfinite(value) and (value > 0 or (allow_zero and value == 0))):
-        wanted = "a finite number of at least 0 (0 is greedy)" if allow_zero else "a finite number above 0"
-        raise ValueError(f"temperature: got {value}, expected {wanted}")
+    single = torch.finfo(torch.float32)
+    if not (single.tiny <= value <= single.max or (allow_zero and value == 0)):
+        wanted = f"a number in [{single.tiny:.4g}, {single.max:.4g}] (float32's range)"
+        raise ValueError(f"temperature: got {value}, expected {wanted}{', or 0 for greedy' if allow_zero else ''}")
 
 
 def sampling(temperature_: float, top_k: int | None, top_p: float, min_p: float, seed: int) -> None:

@@ -33,9 +33,10 @@ def gradients(
     return grad_z @ weight.to(wide), grad_z.T @ hidden.to(wide), None if bias is None else grad_z.sum(0)
 
 
-def check_finite(op: str, values: Tensor) -> None:
-    """Raises ValueError if a row of logits holds NaN or +inf, or nothing but -inf."""
+def check_finite(op: str, values: Tensor, rows: Tensor | None = None) -> None:
+    """Raises ValueError if a row of logits holds NaN or +inf, or nothing but -inf; `rows` are its rows' numbers."""
     top = values.amax(dim=-1)  # NaN wins a maximum
     bad = ~torch.isfinite(top)
     if bad.any():
-        raise not_finite(op, int(bad.nonzero()[0]))
+        row = int(bad.nonzero()[0])
+        raise not_finite(op, row if rows is None else int(rows[row]))

@@ -21,8 +21,9 @@ def linear_logprob(
 ) -> Tensor:
     rows = (target != ignore_index).nonzero()[:, 0]
     logits = head.logits(hidden[rows], weight, bias, softcap, logit_scale)
-    head.check_finite("linear_logprob", logits)
-    picked = (logits / temperature).log_softmax(-1).gather(1, target[rows, None])[:, 0]
+    scaled = logits / temperature
+    head.check_finite("linear_logprob", scaled, rows)
+    picked = scaled.log_softmax(-1).gather(1, target[rows, None])[:, 0]
     return torch.zeros(target.shape, dtype=picked.dtype, device=picked.device).index_copy(0, rows, picked)
 
 

@@ -31,6 +31,7 @@ def sample(
         return token, _pick(log_probs, token), (0 * ones).float(), ones.float()
 
     scaled = logits / temperature
+    check_finite("sample", scaled)
     top = scaled.amax(-1, keepdim=True)
     mass = (scaled.double() - top).exp()
     kept = torch.ones_like(scaled, dtype=torch.bool)

@@ -22,7 +22,8 @@ IGNORED = -100
 
 def make(rows=23, size=19, vocab=307, dtype=torch.float32, bias=True):
     hidden = torch.randn(rows, size).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, size).to(dtype).requires_grad_()
+    spread = 1 if dtype != torch.bfloat16 else size**-0.5  # logits rounded to 8 bits must still be near
+    weight = (torch.randn(vocab, size) * spread).to(dtype).requires_grad_()
     b = torch.randn(vocab).to(dtype).requires_grad_() if bias else None
     target = torch.randint(0, vocab, (rows,))
     target[::5] = IGNORED
@@ -95,6 +96,31 @@ def test_collapse_loss(impl, head, dtype, isa, paths, rng_seed):
         assert_near(leaf.grad, gradient, dtype)
     unused = (target == IGNORED) | (token_weight == 0)
     assert not hidden.grad[unused].any() and (result.token_nll[(token_weight == 0) & (target != IGNORED)] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, dtype, paths, rng_seed):
+    hidden, weight, b, target = make(dtype=dtype)
+    ruled_out = torch.arange(307) % 3 == 1  # in vectors and in the tail after them
+    b = b.detach().masked_fill(ruled_out, -math.inf).requires_grad_()
+    target[target != IGNORED] -= target[target != IGNORED] % 3
+    upstream = torch.randn(len(target))
+    logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl)
+    logprob.backward(upstream)
+    want, gradients = oracle(hidden, weight, b, target, upstream, softcap=None, logit_scale=1.0)
+    assert_near(logprob, want, dtype)
+    for leaf, gradient in zip((hidden, weight, b), gradients, strict=True):
+        assert_near(leaf.grad, gradient, dtype)
+    assert not b.grad[ruled_out].any() and not weight.grad[ruled_out].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_that_overflow_when_divided_by_the_temperature_are_named(impl):
+    hidden, weight, _, target = make(bias=False)
+    target[0], target[1] = IGNORED, 0  # rows count as the caller counts them
+    with pytest.raises(ValueError, match="row 1 hold .* or overflow when divided by the temperature"):
+        linear_logprob(hidden * 1e9, weight, target, temperature=1e-37, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
