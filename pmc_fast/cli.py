@@ -65,7 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
     _resume(demo)
     _machine(demo, model=False)
 
-    finetune = command("finetune", "train a model on a question/answer file")
+    finetune = command(
+        "finetune",
+        "train a model on a question/answer file",
+        "Trains a model on the answers of a question/answer file; rows are used whole, however long.",
+    )
     _model(finetune)
     finetune.add_argument("--data", required=True, metavar="FILE", help="rows to learn, JSON lines")
     _out(finetune)

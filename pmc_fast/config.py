@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from pmc_fast.errors import UserError
+from pmc_fast.prompts import STYLES
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class PMCConfig:
         require("tau", self.tau > 0, "a number above 0")
         require("seed", 0 <= self.seed < 2**63, "an integer in [0, 2^63)")
         require("selection", self.selection in ("best", "bradley_terry"), "'best' or 'bradley_terry'")
+        require("prompt_style", self.prompt_style in STYLES, f"one of {', '.join(map(repr, STYLES))}")
         for name in ("max_length", "max_new_tokens"):
             value = getattr(self, name)
             require(name, value is None or value >= 1, "None or an integer of at least 1")

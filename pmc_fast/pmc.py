@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,8 @@ class PMC:
     def initialise(self, forget_questions: Sequence[str], progress: Callable[[int], object] | None = None) -> None:
         """Remember what the model answers to the forget questions now (greedily): what samples are scored against.
 
+        Warns if the reward can see no word in some of the answers: every sample would be perfect.
+
         Raises:
             UserError: there is no question.
         """
@@ -87,6 +90,14 @@ class PMC:
             progress=progress,
         )
         self.ledger = Ledger(questions, answers)
+        words = getattr(self.reward, "words", None)
+        if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
+            warnings.warn(
+                f"the model's answers to {len(blank)} of {len(questions)} forget questions (the first: {blank[0]!r}) "
+                "hold no word that the reward can see, so any sample scores 0, the best there is, for them; for text "
+                "outside a-z and 0-9 give PMC a reward with a fitting tokenizer, RougeRecall(tokenizer=...)",
+                stacklevel=2,
+            )
 
     def loss(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
         """Sample, score and select answers to the forget questions, then the loss of one micro-batch.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pmc_fast.errors import UserError
+from pmc_fast.fast_linear import fast_linear
 from pmc_fast.models import LanguageModel, evaluating
 
 
@@ -108,7 +109,7 @@ class Sampler:
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
 
-        with evaluating(self.lm.model):
+        with evaluating(self.lm.model), fast_linear(self.lm.model):
             batch = _Batch(self.lm, input_ids, attention_mask, num_samples, steps, sequence_ids)
             for step in range(steps):
                 drawn = self.lm.head.sample(

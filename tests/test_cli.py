@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import make_model, make_tokenizer
 
 from pmc_fast import cli
 from pmc_fast.data import QA, write_jsonl
-from tests.tiny import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_loss_is_two_means_over_answer_tokens(reencode, rng_seed):
     kept = [(pmc.prompts.prompt_ids(r.question), pmc.prompts.answer_ids(r.answer)) for r in RETAIN]
     collapse, retain = nll(picked), nll(kept)
     torch.testing.assert_close(loss, (collapse + 1.7 * retain).float(), rtol=1e-4, atol=1e-4)
-    assert pmc.stats["collapse_loss"] == pytest.approx(float(collapse), rel=1e-3)
+    assert pmc.stats["collapse_loss"] == pytest.approx(collapse.item(), rel=1e-3)
     assert pmc.stats["retain_loss"] == pytest.approx(float(retain), rel=1e-3)
     loss.backward()
     assert all(p.grad is not None for p in pmc.lm.model.parameters())
@@ -189,3 +189,15 @@ def test_bad_input():
     for name, value in bad.items():
         with pytest.raises(UserError, match=f"{name}: got"):
             PMCConfig(**{name: value})
+
+
+def test_initial_answers_that_the_reward_cannot_see_are_reported(rng_seed, monkeypatch):
+    answers = ["東京です。", "Bo was born here", "!?"]
+    monkeypatch.setattr("pmc_fast.evaluation.greedy_answers", lambda *_, **__: answers)
+    with pytest.warns(UserWarning, match=r"2 of 3 forget questions \(the first: 'Who is Ada\?'\) hold no word"):
+        make_pmc()
+
+
+def test_an_unknown_prompt_style_is_refused():
+    with pytest.raises(UserError, match="prompt_style: got 'poem', expected one of 'auto', 'chat', 'tags', 'plain'"):
+        PMCConfig(prompt_style="poem")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_model, make_tokenizer
 
 from pmc_fast import cli, training
 from pmc_fast.data import QA, write_jsonl
-from tests.tiny import make_model, make_tokenizer
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from pmc_fast.errors import not_finite
 from pmc_fast.native import dtype_code, library
-from pmc_fast.native.gemm import compute_dtype, even_chunks, vocabulary_slices, write_logits
+from pmc_fast.native.gemm import add_head_gradient, compute_dtype, even_chunks, times_head, write_logits
 
-# Logits held at once. Fewer rows make the products slower, more only take memory.
-CHUNK_ROWS = 512
+# Logits held at once, in float32; twice as many in bfloat16. The label tokens of a PMC batch (500-600) fit. Fewer rows make
+# the products slower, the gradient of the head above all, and more only take memory.
+CHUNK_ROWS = 640
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -35,56 +36,40 @@ def cross_entropy(
     """
     scored = target != ignore_index
     graded = scored & (row_weight != 0) if any(needs) else torch.zeros_like(scored)
-    groups = [(graded.nonzero()[:, 0], True), ((scored & ~graded).nonzero()[:, 0], False)]
     dtype, vocab = compute_dtype(weight.dtype), weight.shape[0]
-    chunk_rows = max(c.stop - c.start for rows, _ in groups for c in even_chunks(len(rows), CHUNK_ROWS))
+    most = CHUNK_ROWS * torch.float32.itemsize // dtype.itemsize
+    chunks = [
+        (rows[chunk], with_gradient)
+        for rows, with_gradient in ((graded.nonzero()[:, 0], True), ((scored & ~graded).nonzero()[:, 0], False))
+        for chunk in even_chunks(len(rows), most)
+    ]
+    one_product = sum(with_gradient for _, with_gradient in chunks) == 1
 
     token_nll = torch.zeros(target.shape, dtype=torch.float32)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-    d_weight = torch.empty(weight.shape, dtype=torch.float32) if needs[1] else None
+    # A sum of several products is finished in float32; a single one is rounded once as it is.
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype if one_product else torch.float32) if needs[1] else None
     d_bias = torch.zeros(vocab, dtype=torch.float32) if needs[2] else None
-    scratch = torch.empty(chunk_rows, vocab, dtype=dtype)
+    scratch = torch.empty(max(len(rows) for rows, _ in chunks), vocab, dtype=dtype)
     first = True
-    for rows, with_gradient in groups:
-        for chunk in even_chunks(len(rows), CHUNK_ROWS):
-            picked = rows[chunk]
-            x, z = hidden[picked].to(dtype), scratch[: len(picked)]
-            write_logits(x, weight, bias, z)
-            token_nll[picked] = _epilogue(
-                op,
-                z,
-                target[picked],
-                row_weight[picked] if with_gradient else None,
-                picked,
-                softcap,
-                logit_scale,
-                temperature,
-            )
-            if not with_gradient:
-                continue
-            if d_hidden is not None:
-                dx = torch.zeros_like(x)
-                for tokens, part in vocabulary_slices(weight):
-                    dx.addmm_(z[:, tokens], part)
-                d_hidden[picked] = dx.to(d_hidden.dtype)
-            if d_weight is not None:
-                _accumulate(d_weight, z.T, x, first)
-            if d_bias is not None:
-                d_bias += z.sum(0, dtype=torch.float32)
-            first = False
+    for rows, with_gradient in chunks:
+        x, z = hidden[rows].to(dtype), scratch[: len(rows)]
+        write_logits(x, weight, bias, z)
+        token_nll[rows] = _epilogue(
+            op, z, target[rows], row_weight[rows] if with_gradient else None, rows, softcap, logit_scale, temperature
+        )
+        if not with_gradient:
+            continue
+        if d_hidden is not None:
+            d_hidden[rows] = times_head(z, weight).to(d_hidden.dtype)
+        if d_weight is not None:
+            add_head_gradient(d_weight, z, x, first)
+        if d_bias is not None:
+            d_bias += z.sum(0, dtype=torch.float32)
+        first = False
     if d_weight is not None:
         d_weight = d_weight.to(weight.dtype)
     return token_nll, (d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype))
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b, in float32 whatever the dtype of a and b."""
-    if a.dtype == total.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-        return
-    for rows in even_chunks(total.shape[0], 8192):
-        product = a[rows] @ b
-        total[rows] = product if first else total[rows] + product
 
 
 def _epilogue(

@@ -1,4 +1,4 @@
-"""Matrix products with the output head, in the dtype that this CPU multiplies fastest."""
+"""Matrix products with the output head, by the library and in the dtype that this CPU multiplies fastest."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Without bfloat16 instructions torch multiplies bfloat16 several times slower than float32, so the head is widened
-# this many tokens at a time.
-WIDEN_TOKENS = 8192
+from pmc_fast.fast_linear import linear
+
+# Tokens of the vocabulary multiplied at a time in float32. A slice of a product then stays in cache on its way to where
+# it belongs, and little of a bfloat16 head is widened at once.
+SLICE_TOKENS = 8192
 
 
 @cache
 def has_fast_bfloat16() -> bool:
+    """Without bfloat16 instructions torch multiplies bfloat16 several times slower than float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -22,26 +25,46 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float32 or has_fast_bfloat16() else torch.float32
 
 
-def vocabulary_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The head's rows in the dtype to compute in: all at once, or widened slice by slice."""
-    dtype = compute_dtype(weight.dtype)
-    step = weight.shape[0] if weight.dtype == dtype else WIDEN_TOKENS
-    for begin in range(0, weight.shape[0], step):
-        tokens = slice(begin, min(begin + step, weight.shape[0]))
-        yield tokens, weight[tokens].to(dtype)
-
-
 def write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias, where hidden and out have the dtype to compute in."""
-    for tokens, part in vocabulary_slices(weight):
+    if out.dtype == torch.bfloat16:
         if bias is None:
-            torch.mm(hidden, part.T, out=out[:, tokens])
+            torch.mm(hidden, weight.T, out=out)
         else:
-            torch.addmm(bias[tokens].to(out.dtype), hidden, part.T, out=out[:, tokens])
+            torch.addmm(bias, hidden, weight.T, out=out)
+        return
+    for tokens in vocabulary_slices(weight):
+        part_bias = None if bias is None else bias[tokens].to(out.dtype)
+        out[:, tokens] = linear(hidden, weight[tokens].to(out.dtype), part_bias)
 
 
-def even_chunks(count: int, most: int) -> Iterator[slice]:
+def times_head(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """grad_logits @ weight in float32, where grad_logits has the dtype to compute in."""
+    total = torch.zeros(len(grad_logits), weight.shape[1], dtype=torch.float32)
+    for tokens in vocabulary_slices(weight):
+        total += linear(grad_logits[:, tokens], weight[tokens].to(grad_logits.dtype).T)
+    return total
+
+
+def add_head_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool) -> None:
+    """total (+)= grad_logits.T @ hidden; what `total` held is overwritten if this is the first product."""
+    if total.dtype == grad_logits.dtype:
+        torch.mm(grad_logits.T, hidden, out=total) if first else total.addmm_(grad_logits.T, hidden)
+        return
+    for tokens in vocabulary_slices(total):
+        product = grad_logits[:, tokens].T @ hidden
+        if first:
+            total[tokens] = product
+        else:
+            total[tokens] += product
+
+
+def vocabulary_slices(weight: Tensor) -> Iterator[slice]:
+    for begin in range(0, weight.shape[0], SLICE_TOKENS):
+        yield slice(begin, min(begin + SLICE_TOKENS, weight.shape[0]))
+
+
+def even_chunks(count: int, most: int) -> list[slice]:
     """[0, count) in the fewest pieces of at most `most`, as equal as they can be; one empty piece if count is 0."""
     pieces = max(1, -(-count // most))
-    for piece in range(pieces):
-        yield slice(count * piece // pieces, count * (piece + 1) // pieces)
+    return [slice(count * piece // pieces, count * (piece + 1) // pieces) for piece in range(pieces)]

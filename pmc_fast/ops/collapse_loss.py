@@ -112,12 +112,19 @@ def _save(ctx, inputs, output):
     _, token_nll, *gradients = output
     ctx.needs, ctx.count = inputs[8], len(inputs)
     ctx.save_for_backward(token_nll, *gradients)
+    ctx.set_materialize_grads(False)  # or backward would fill zeros the size of the head for outputs that nobody sees
 
 
 def _backward(ctx, upstream, *_unused):
+    if upstream is None:
+        return (None,) * ctx.count
     token_nll, *saved = ctx.saved_tensors
+    # loss.backward() gives 1: the gradients are then handed on as they are, not copied. On a GPU looking would wait for
+    # it, and what a tracer hands in (a subclass of Tensor) has no value to look at.
+    unit = type(upstream) is Tensor and upstream.device.type == "cpu" and float(upstream) == 1
     d_hidden, d_weight, d_bias = (
-        (upstream * g).to(g.dtype) if need else None for g, need in zip(saved, ctx.needs, strict=True)
+        None if not need else g if unit else (upstream * g).to(g.dtype)
+        for g, need in zip(saved, ctx.needs, strict=True)
     )
     d_token_weight = upstream * token_nll if ctx.needs_input_grad[3] else None
     return d_hidden, d_weight, None, d_token_weight, d_bias, *[None] * (ctx.count - 5)

@@ -51,7 +51,7 @@ def paths(request, monkeypatch):
     """The native implementation's chunks of rows and widened slices, and the path of CPUs that multiply bfloat16."""
     if request.param == "many chunks":
         monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 4)
-        monkeypatch.setattr(gemm, "WIDEN_TOKENS", 100)
+        monkeypatch.setattr(gemm, "SLICE_TOKENS", 100)
     if request.param == "fast bfloat16":
         monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
 

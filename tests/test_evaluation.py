@@ -1,0 +1,90 @@
+"""Unlearn quality, utility and leakage, on answers known beforehand."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+
+from pmc_fast import evaluation
+from pmc_fast.data import QA
+from pmc_fast.evaluation import evaluate, greedy_answers, leakage, sampled_answers
+from pmc_fast.ops import rouge_l_recall
+from pmc_fast.prompts import Prompts
+
+
+@pytest.fixture
+def lm(rng_seed):
+    return make_model(seed=rng_seed)
+
+
+@pytest.fixture
+def prompts():
+    return Prompts(make_tokenizer())
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Greedy answers that are given instead of computed."""
+    answers = {"f1": "one two three four", "f2": "nothing", "p1": "one two", "p2": "five", "r": "red", "w": "no"}
+    monkeypatch.setattr(
+        evaluation, "greedy_answers", lambda model, prompts, questions, **_: [answers[q] for q in questions]
+    )
+
+
+def test_the_formulas(lm, prompts, told):
+    forget = [QA("f1", "one two three four"), QA("f2", "five six")]
+    paraphrased = [QA("p1", "one two three four"), QA("p2", "five six")]
+    got = evaluate(
+        lm,
+        prompts,
+        forget=forget,
+        paraphrased=paraphrased,
+        retain=[QA("r", "red")],
+        utility={"world": [QA("w", "yes")]},
+    )
+    assert got["forget_rouge_l"] == pytest.approx((1 + 0) / 2)
+    assert got["paraphrased_rouge_l"] == pytest.approx((0.5 + 0.5) / 2)
+    assert got["unlearn_quality"] == pytest.approx(100 * (2 - 0.5 - 0.5) / 2)
+    assert got["utility"] == pytest.approx(100 * (1 + 0) / 2)
+    assert got["utility_sets"] == {"world": 0.0}
+    alone = evaluate(lm, prompts, forget=forget, retain=[QA("r", "red")])
+    assert alone["unlearn_quality"] == pytest.approx(100 * (1 - 0.5)) and alone["utility"] == pytest.approx(100)
+    assert "paraphrased_rouge_l" not in alone
+
+
+def test_batches_change_no_answer_and_keep_the_order(lm, prompts):
+    questions = ["Why?", "Who wrote the long and winding question about nothing?", "Where?", "How many are there?"]
+    done = []
+    whole = greedy_answers(lm, prompts, questions, max_new_tokens=9)
+    assert greedy_answers(lm, prompts, questions, max_new_tokens=9, batch_size=3, progress=done.append) == whole
+    assert done == [3, 1]
+    assert [greedy_answers(lm, prompts, [q], max_new_tokens=9)[0] for q in questions] == whole
+
+
+def test_greedy_answers_are_those_of_generate(lm, prompts):
+    ids = torch.tensor([prompts.prompt_ids("What is it?")])
+    generated = lm.generate(
+        ids, do_sample=False, max_new_tokens=12, eos_token_id=list(prompts.end_ids), pad_token_id=256
+    )
+    want = prompts.decode(generated[0, ids.shape[1] :].tolist())
+    assert greedy_answers(lm, prompts, ["What is it?"], max_new_tokens=12) == [want]
+
+
+@pytest.mark.parametrize("prefill", ["", "It is"])
+def test_leakage_is_the_mean_of_the_worst(lm, prompts, prefill, rng_seed):
+    forget = [QA("a?", "It is e and t."), QA("what about b?", "o a i")]
+    options = {"num_samples": 6, "temperature": 1.0, "max_new_tokens": 20, "seed": rng_seed}
+    answers = sampled_answers(lm, prompts, [row.question for row in forget], prefill=prefill, **options)
+    assert [len(row) for row in answers] == [6, 6]
+    worst = [max(rouge_l_recall(row, [qa.answer] * 6)) for row, qa in zip(answers, forget, strict=True)]
+    assert leakage(lm, prompts, forget, prefill=prefill, batch_size=1, **options) == pytest.approx(np.mean(worst))
+
+
+def test_a_prefill_is_part_of_the_question(lm, prompts):
+    asked = prompts.prompt_ids("a?", prefill="It is")
+    generated = lm.generate(
+        torch.tensor([asked]), do_sample=False, max_new_tokens=8, eos_token_id=list(prompts.end_ids), pad_token_id=256
+    )
+    want = prompts.decode(generated[0, len(asked) :].tolist())
+    got = sampled_answers(lm, prompts, ["a?"], prefill="It is", temperature=0.0, max_new_tokens=8)
+    assert got == [[want]]

@@ -1,0 +1,62 @@
+"""nn.Linear by the faster library: the same values, and nothing of the model changed for good."""
+
+import pytest
+import torch
+from tiny import make_model
+from torch import nn
+from torch.nn import functional as F
+
+from pmc_fast.fast_linear import fast_linear, linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (2, 3, 65), (0, 5), (4, 1, 576)])
+def test_values(shape, dtype, bias, rng_seed):
+    x, weight = torch.randn(shape).to(dtype), torch.randn(19, shape[-1]).to(dtype)
+    b = torch.randn(19).to(dtype) if bias else None
+    with torch.no_grad():
+        got = linear(x, weight, b)
+    assert got.dtype == dtype and got.shape == (*shape[:-1], 19)
+    if dtype == torch.float32:
+        want = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    else:
+        assert torch.equal(got, F.linear(x, weight, b))
+
+
+def test_strides_do_not_matter(rng_seed):
+    x, weight = torch.randn(40, 9).T, torch.randn(80, 40)[::2, :]
+    torch.testing.assert_close(linear(x[:, :40], weight), F.linear(x[:, :40], weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x, weight.T.contiguous().T), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_model_computes_the_same_and_is_left_as_it_was(rng_seed):
+    model, ids = make_model(seed=rng_seed), torch.randint(0, 256, (2, 7))
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    want, calls = model(ids).logits, []
+    hook = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(KeyError), fast_linear(model):
+        torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
+        raise KeyError
+    assert calls == [1]
+    hook.remove()
+    assert {name: dict(vars(module)) for name, module in model.named_modules()}.keys() == before.keys()
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys()
+    assert torch.equal(model(ids).logits, want)
+
+
+def test_layers_with_a_forward_of_their_own_keep_it(rng_seed):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    patched = nn.Linear(3, 3)
+    patched.forward = lambda x: x
+    model = nn.Sequential(Doubled(3, 3), patched)
+    x = torch.randn(5, 3)
+    with torch.no_grad(), fast_linear(model):
+        assert torch.equal(model(x), 2 * F.linear(x, model[0].weight, model[0].bias))
+    assert "forward" in vars(patched) and "forward" not in vars(model[0])
