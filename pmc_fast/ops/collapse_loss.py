@@ -115,16 +115,22 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # or backward would fill zeros the size of the head for outputs that nobody sees
 
 
+def _scale_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
+    if upstream.device.type == "cpu" and float(upstream) == 1:  # loss.backward(); on a GPU looking would wait for it
+        return gradient
+    return gradient.mul_(upstream)
+
+
 def _backward(ctx, upstream, *_unused):
     if upstream is None:
         return (None,) * ctx.count
     token_nll, *saved = ctx.saved_tensors
-    # loss.backward() gives 1: the gradients are then handed on as they are, not copied. On a GPU looking would wait for
-    # it, and what a tracer hands in (a subclass of Tensor) has no value to look at.
-    unit = type(upstream) is Tensor and upstream.device.type == "cpu" and float(upstream) == 1
+    # The gradients are scaled in place unless the graph is kept for another backward pass, or is being traced (tracers hand
+    # in subclasses of Tensor): the head's is too large to copy.
+    traced = type(upstream) is not Tensor
+    scale = torch.mul if traced or torch._C._autograd._get_current_graph_task_keep_graph() else _scale_in_place
     d_hidden, d_weight, d_bias = (
-        None if not need else g if unit else (upstream * g).to(g.dtype)
-        for g, need in zip(saved, ctx.needs, strict=True)
+        scale(g, upstream) if need else None for g, need in zip(saved, ctx.needs, strict=True)
     )
     d_token_weight = upstream * token_nll if ctx.needs_input_grad[3] else None
     return d_hidden, d_weight, None, d_token_weight, d_bias, *[None] * (ctx.count - 5)

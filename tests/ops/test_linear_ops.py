@@ -157,6 +157,40 @@ def test_a_graph_can_be_used_twice_and_a_head_tied(impl, rng_seed):
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_passes_over_a_kept_graph_add_up(impl, upstream, dtype, rng_seed):
+    hidden, weight, b, target = make(dtype=dtype)
+    leaves = (hidden, weight, b)
+    loss = collapse_loss(hidden, weight, target, torch.rand(len(target)), bias=b, impl=impl).loss
+    once = torch.autograd.grad(loss, leaves, torch.tensor(upstream), retain_graph=True)
+    for times in (1, 2, 3):  # the last one frees the graph and may scale in place
+        loss.backward(torch.tensor(upstream), retain_graph=times < 3)
+        for leaf, gradient in zip(leaves, once, strict=True):
+            rtol = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+            torch.testing.assert_close(leaf.grad, times * gradient, rtol=rtol, atol=1e-6)
+
+
+def test_the_gradient_of_the_head_is_not_copied(rng_seed):
+    """The memory that the op wrote the gradient to becomes the leaf's gradient, whatever the upstream scalar."""
+    written = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.pmc_fast.collapse_loss.default:
+                written.append(out[3].data_ptr())
+            return out
+
+    for upstream in (1.0, 0.5):
+        hidden, weight, _, target = make(bias=False)
+        with Watch():
+            loss = collapse_loss(hidden, weight, target, torch.rand(len(target)), impl="native").loss
+        loss.backward(torch.tensor(upstream))
+        assert weight.grad.data_ptr() == written[-1]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_to_score(impl):
     hidden, weight, b, target = make()
