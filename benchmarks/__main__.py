@@ -10,7 +10,9 @@ from pathlib import Path
 
 COMMANDS = {
     "step": "one micro-batch of PMC: the published loop against pmc_fast, in turns, on the same prompts",
+    "run": "a whole short run of PMC by the published loop and by pmc_fast: time, and how fast the model unlearns",
     "ops": "each op against its peers, at the sizes that PMC meets",
+    "profile": "where the time of pmc_fast goes: phases, operators and a trace of one PMC step or one op",
 }
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from pmc_fast.errors import UserError
 
 
-def check_writable(path: Path) -> None:
-    """Raise UserError now rather than after the measuring if `path` cannot be written."""
+def check_writable(path: Path, option: str = "--json") -> None:
+    """Raise UserError now rather than after the measuring if `path`, given with `option`, cannot be written."""
     if path.is_dir():
-        raise UserError(f"--json: {path} is a folder; want a file")
+        raise UserError(f"{option}: {path} is a folder; want a file")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"--json: {folder} does not exist")
+        raise UserError(f"{option}: {folder} does not exist")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"--json: {path} cannot be written")
+        raise UserError(f"{option}: {path} cannot be written")
 
 
 def write(path: Path, schema: str, content: Mapping[str, object]) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from benchmarks import results
 from benchmarks.bench import Wrong
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment
+from pmc_fast.phases import phase
 
 SCHEMA = "pmc_fast.benchmarks.step/1"
 DTYPES = ("float32", "bfloat16")  # in float16 AdamW's second moments underflow, here as in the published loop
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     turns: dict[str, list[Turn]] = {PUBLISHED: [], OURS: []}
     with tqdm(total=3 + 2 * (args.repeats + 1), unit="turn", disable=None) as bar:
         bar.set_description("greedy answers")
-        for name, kind in ((PUBLISHED, _Published), (OURS, _PmcFast)):
+        for name, kind in ((PUBLISHED, Published), (OURS, PmcFast)):
             contestants[name] = kind(task)
             bar.update()
         bar.set_description("same loss and gradients?")
@@ -178,7 +179,7 @@ def _optimizer(model: torch.nn.Module, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01, fused=fused)
 
 
-class _Published:
+class Published:
     def __init__(self, task: Task) -> None:
         from benchmarks.published_loop import PublishedConfig, PublishedLoop
 
@@ -232,7 +233,7 @@ class _Published:
             self._task.model.set_attn_implementation(theirs)
 
 
-class _PmcFast:
+class PmcFast:
     def __init__(self, task: Task) -> None:
         from pmc_fast.pmc import PMC
 
@@ -258,9 +259,11 @@ class _PmcFast:
         optimizer, device = self._optimizer, self._task.device
         with PeakMemory(device) as peak, Stopwatch(device) as total:
             loss = self._pmc.loss(self._indices, self._task.retain)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with phase("backward"):
+                loss.backward()
+            with phase("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         stats = self._pmc.stats
         sample, score = stats["seconds"]["sample"], stats["seconds"]["score"]
         # whatever is neither sampling nor scoring is training, so that nothing goes uncounted

@@ -18,6 +18,7 @@ from pmc_fast.errors import UserError
 from pmc_fast.ledger import Entry, Ledger
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack, pad_left
+from pmc_fast.phases import phase
 from pmc_fast.philox import SELECTION_STREAM, gumbel
 from pmc_fast.prompts import Prompts
 from pmc_fast.rewards import Reward, RougeRecall
@@ -201,9 +202,11 @@ class PMC:
             tokens, lengths = samples.tokens.cpu().tolist(), samples.lengths.cpu().tolist()
             finished = samples.finished.cpu().numpy()
             answers = [[t[:n] for t, n in zip(*row, strict=True)] for row in zip(tokens, lengths, strict=True)]
-            texts = [self.prompts.decode(ids) for row in answers for ids in row]
+            with phase("detokenise"):
+                texts = [self.prompts.decode(ids) for row in answers for ids in row]
             references = [ledger.initial_answers[q] for q in questions for _ in range(config.num_samples)]
-            scores = self.reward.score(references, texts).reshape(len(questions), config.num_samples)
+            with phase("score"):
+                scores = self.reward.score(references, texts).reshape(len(questions), config.num_samples)
             picks = self._select(scores, finished, streams)
         truncated = 0
         for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
@@ -228,13 +231,17 @@ class PMC:
         """CE over the first `collapse` sequences + retain_weight * CE over the others, in one forward pass."""
         if not prompts:
             raise UserError("forget, retain: both are empty, expected at least one row")
-        packed = pack(prompts, answers, self.lm.device)
+        with phase("pack"):
+            packed = pack(prompts, answers, self.lm.device)
         is_collapse = packed.sequence < collapse
         counts = (int(is_collapse.sum()), int((~is_collapse).sum()))
         token_weight = torch.where(
             is_collapse, 1 / max(1, counts[0]), self.config.retain_weight / max(1, counts[1])
         ).float()
-        loss, token_nll = self.lm.head.collapse_loss(packed.hidden(self.lm), packed.target, token_weight)
+        with phase("forward"):
+            hidden = packed.hidden(self.lm)
+        with phase("loss"):
+            loss, token_nll = self.lm.head.collapse_loss(hidden, packed.target, token_weight)
         self.stats["collapse_loss"] = float(token_nll[is_collapse].mean()) if counts[0] else 0.0
         self.stats["retain_loss"] = float(token_nll[~is_collapse].mean()) if counts[1] else 0.0
         self.stats["trained_tokens"] = packed.input_ids.numel()

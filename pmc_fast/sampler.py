@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pmc_fast.errors import UserError
 from pmc_fast.fast_linear import fast_linear
 from pmc_fast.models import LanguageModel, evaluating
+from pmc_fast.phases import phase
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Sampler:
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
 
         with evaluating(self.lm.model), fast_linear(self.lm.model):
-            batch = _Batch(self.lm, input_ids, attention_mask, num_samples, steps, sequence_ids)
+            with phase("prefill"):
+                batch = _Batch(self.lm, input_ids, attention_mask, num_samples, steps, sequence_ids)
             for step in range(steps):
                 drawn = self.lm.head.sample(
                     batch.hidden, sequence=batch.sequence, position=torch.full_like(batch.sequence, step), **draw
@@ -173,33 +175,39 @@ class _Batch:
 
     def advance(self, token: Tensor, done: Tensor) -> bool:
         """Retire the rows that are done and run the others one token further; False if none is left."""
-        from pmc_fast.cache import move_rows, retired
-
         if bool(done.any()):
-            source, destination, rows = retired(done)
-            if rows == 0:
+            if bool(done.all()):
                 return False
-            self._cache.move(source, destination, rows)
-            token = move_rows(token, source, destination, rows)
-            self.slot = move_rows(self.slot, source, destination, rows)
-            self.sequence = move_rows(self.sequence, source, destination, rows)
-            self._position = move_rows(self._position, source, destination, rows)
-            if self._mask is not None:
-                self._mask = move_rows(self._mask, source, destination, rows)
+            with phase("retire"):
+                token = self._retire(token, done)
         options = {}
         self._generated += 1
         if self._mask is not None:
             grown = self._mask.new_ones(len(token), self._generated)
             options["attention_mask"] = torch.cat([self._mask, grown], dim=1)
-        self.hidden = self._lm.hidden(
-            token[:, None],
-            position_ids=self._position[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-            **options,
-        )[:, -1]
+        with phase("decode"):
+            self.hidden = self._lm.hidden(
+                token[:, None],
+                position_ids=self._position[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+                **options,
+            )[:, -1]
         self._position = self._position + 1
         return True
+
+    def _retire(self, token: Tensor, done: Tensor) -> Tensor:
+        """Keep the rows that are not done, everywhere; returns their tokens."""
+        from pmc_fast.cache import move_rows, retired
+
+        source, destination, rows = retired(done)
+        self._cache.move(source, destination, rows)
+        self.slot = move_rows(self.slot, source, destination, rows)
+        self.sequence = move_rows(self.sequence, source, destination, rows)
+        self._position = move_rows(self._position, source, destination, rows)
+        if self._mask is not None:
+            self._mask = move_rows(self._mask, source, destination, rows)
+        return move_rows(token, source, destination, rows)
 
 
 def _steps(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError
+from pmc_fast.phases import phase
 from pmc_fast.pmc import PMC
 from pmc_fast.runs import Run
 
@@ -163,15 +164,17 @@ class _Loop:
                 if not math.isfinite(value.item()):
                     raise UserError(f"step {step + 1}: the loss is {value.item()}; try a lower learning rate")
                 start = time.perf_counter()
-                (value / len(batches) if self.mean_gradient else value).backward()
+                with phase("backward"):
+                    (value / len(batches) if self.mean_gradient else value).backward()
             seconds.update(self.pmc.stats["seconds"])
             seconds["train"] += time.perf_counter() - start
             stats.append({**self.pmc.stats, "loss": value.item()})
         start = time.perf_counter()
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with phase("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         seconds["train"] += time.perf_counter() - start
         self.seconds.update(seconds)
         self.step += 1

@@ -9,9 +9,10 @@ from pmc_fast.errors import not_finite
 from pmc_fast.native import dtype_code, library
 from pmc_fast.native.gemm import add_head_gradient, compute_dtype, even_chunks, times_head, write_logits
 
-# Logits held at once, in float32; twice as many in bfloat16. The label tokens of a PMC batch (500-600) fit. Fewer rows make
-# the products slower, the gradient of the head above all, and more only take memory.
-CHUNK_ROWS = 640
+# Logits held at once, by the dtype of the products. Fewer rows make these slower, the gradient of the head above all, and
+# more only take memory. The label tokens of a PMC batch (500-600) fit; a bfloat16 gradient that is one product needs no
+# float32 copy of the head to be summed in, which is worth more rows.
+CHUNK_ROWS = {torch.float32: 640, torch.bfloat16: 2048}
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -37,11 +38,10 @@ def cross_entropy(
     scored = target != ignore_index
     graded = scored & (row_weight != 0) if any(needs) else torch.zeros_like(scored)
     dtype, vocab = compute_dtype(weight.dtype), weight.shape[0]
-    most = CHUNK_ROWS * torch.float32.itemsize // dtype.itemsize
     chunks = [
         (rows[chunk], with_gradient)
         for rows, with_gradient in ((graded.nonzero()[:, 0], True), ((scored & ~graded).nonzero()[:, 0], False))
-        for chunk in even_chunks(len(rows), most)
+        for chunk in even_chunks(len(rows), CHUNK_ROWS[dtype])
     ]
     one_product = sum(with_gradient for _, with_gradient in chunks) == 1
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pmc_fast.native.gemm import compute_dtype, even_chunks, write_logits
 from pmc_fast.native.sample import sample
+from pmc_fast.phases import phase
 
 # Logits held at once.
 CHUNK_ROWS = 256
@@ -26,10 +27,11 @@ def linear_sample(
     dtype = compute_dtype(weight.dtype)
     drawn = []
     for rows in even_chunks(len(hidden), CHUNK_ROWS):
-        logits = torch.empty(rows.stop - rows.start, weight.shape[0], dtype=dtype)
-        write_logits(hidden[rows].to(dtype), weight, bias, logits)
-        drawn.append(
-            sample(
+        with phase("head"):
+            logits = torch.empty(rows.stop - rows.start, weight.shape[0], dtype=dtype)
+            write_logits(hidden[rows].to(dtype), weight, bias, logits)
+        with phase("sample"):
+            draws = sample(
                 logits,
                 softcap=softcap,
                 logit_scale=logit_scale,
@@ -39,5 +41,5 @@ def linear_sample(
                 first_row=rows.start,
                 **sampling,
             )
-        )
+        drawn.append(draws)
     return drawn[0] if len(drawn) == 1 else tuple(torch.cat(column) for column in zip(*drawn, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pmc_fast.phases import phase
 from pmc_fast.reference import head
 from pmc_fast.reference.sample import sample
 
@@ -11,4 +12,7 @@ from pmc_fast.reference.sample import sample
 def linear_sample(
     hidden: Tensor, weight: Tensor, *, bias: Tensor | None, softcap: float | None, logit_scale: float, **sampling
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return sample(head.logits(hidden, weight, bias, softcap, logit_scale), **sampling)
+    with phase("head"):
+        logits = head.logits(hidden, weight, bias, softcap, logit_scale)
+    with phase("sample"):
+        return sample(logits, **sampling)
