@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-PREFIX = "pmc_fast::"
+PREFIX = "pmc_fast."  # the ops are pmc_fast::<name>
 
 # In the order in which a step goes through them.
 PHASES = (
@@ -28,7 +28,7 @@ _NOBODY_LISTENS = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager:
-    """A range named ``pmc_fast::<name>`` for torch.profiler, and for NVTX under ``torch.autograd.profiler.emit_nvtx``.
+    """A range named ``pmc_fast.<name>`` for torch.profiler, and for NVTX under ``torch.autograd.profiler.emit_nvtx``.
 
     Args:
         name: one of ``PHASES``.

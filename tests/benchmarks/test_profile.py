@@ -23,7 +23,7 @@ def test_a_step_by_phases(tmp_path, capsys):
     assert all(line["seconds"] > 0 and name in printed for name, line in phases.items())
     assert phases["forward"]["allocated_bytes"] > 0 and phases["prefill"]["calls"] == 1
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert {"pmc_fast::decode", "pmc_fast::backward"} <= {event.get("name") for event in events}
+    assert {"pmc_fast.decode", "pmc_fast.backward"} <= {event.get("name") for event in events}
 
 
 def test_an_op_by_operators(tmp_path, capsys):
