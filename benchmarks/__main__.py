@@ -5,67 +5,97 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+
+@dataclass(frozen=True)
+class Command:
+    """What `benchmarks/<name>.py` does, and whether it measures: on a device, with the compiled module."""
+
+    what: str
+    measures: bool = True
+
+
 COMMANDS = {
-    "step": "one micro-batch of PMC: the published loop against pmc_fast, in turns, on the same prompts",
-    "run": "a whole short run of PMC by the published loop and by pmc_fast: time, and how fast the model unlearns",
-    "ops": "each op against its peers, at the sizes that PMC meets",
-    "profile": "where the time of pmc_fast goes: phases, operators and a trace of one PMC step or one op",
+    "step": Command("one micro-batch of PMC: the published loop against pmc_fast, in turns, on the same prompts"),
+    "run": Command(
+        "a whole short run of PMC by the published loop and by pmc_fast: time, and how fast the model unlearns"
+    ),
+    "ops": Command("each op against its peers, at the sizes that PMC meets"),
+    "profile": Command("where the time of pmc_fast goes: phases, operators and a trace of one PMC step or one op"),
+    "report": Command("the tables and pictures of result files", measures=False),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one benchmark; 0 if it ran, 1 if a result is wrong where none may be, 2 for bad input."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    """Run one command; 0 if it ran, 1 if a result is wrong where none may be, 2 for bad input."""
     try:
         from pmc_fast.errors import UserError
     except ImportError as error:
         return _fail(f"pmc_fast cannot be imported ({error}): run `pip install -e '.[bench]'` in the source tree")
+    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    run = importlib.import_module(f"benchmarks.{args.command}").run
     try:
-        import torch
-
-        from benchmarks import results
-        from benchmarks.bench import Wrong
-        from pmc_fast.loading import choose_device
-
-        _require_compiled_module()
-        device = choose_device(args.device)
-        if args.json:
-            results.check_writable(args.json)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        importlib.import_module(f"benchmarks.{args.command}").run(args, device)
+        if COMMANDS[args.command].measures:
+            return _measure(run, args)
+        run(args)
     except UserError as error:
         return _fail(str(error))
-    except Wrong as error:
-        print(f"WRONG, so not timed: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _measure(run: Callable[..., None], args: argparse.Namespace) -> int:
+    """Run a benchmark on the device that the options name."""
+    import torch
+
+    from benchmarks import results
+    from benchmarks.bench import Wrong
+    from pmc_fast.loading import choose_device
+
+    _require_compiled_module()
+    device = choose_device(args.device)
+    if args.json:
+        results.check_writable(args.json)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        run(args, device)
+    except Wrong as error:
+        print(f"WRONG, so not timed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; only the module of the command that it names is imported."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure pmc_fast side by side with what it replaces. Everyone's results are checked before they "
         "are timed; contestants take turns in one process; medians and 20th to 80th percentiles are reported.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, what in COMMANDS.items():
-        command = commands.add_parser(
+    for name, command in COMMANDS.items():
+        what = command.what
+        options = commands.add_parser(
             name, help=what, description=what[0].upper() + what[1:] + ".", formatter_class=argparse.RawTextHelpFormatter
         )
-        importlib.import_module(f"benchmarks.{name}").add_arguments(command)
-        command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-        command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
-        command.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed turns (default: 3)")
-        command.add_argument("--seed", type=int, default=0, help="of inputs and samples (default: 0)")
-        command.add_argument("--json", type=Path, metavar="OUT", help="also write the result to this file")
-    return parser
+        if name in arguments[:1]:
+            importlib.import_module(f"benchmarks.{name}").add_arguments(options)
+            if command.measures:
+                _add_measuring_arguments(options)
+    return parser.parse_args(arguments)
+
+
+def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed turns (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of inputs and samples (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result to this file")
 
 
 def _positive(text: str) -> int:

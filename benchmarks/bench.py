@@ -16,11 +16,18 @@ class Wrong(Exception):
     """What was to be timed computes something else than it should."""
 
 
+class CannotRun(Exception):
+    """A contestant refuses: it is not installed, or not made for this device, dtype or argument."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a result is right, how that was seen in one phrase, and its errors against float64 by name."""
+    """Whether a result is right, how that was seen in one phrase, and its errors against float64 by name.
 
-    right: bool
+    `right` is None if there is no result; `evidence` then says why.
+    """
+
+    right: bool | None
     evidence: str
     errors: Mapping[str, float] = field(default_factory=dict)
 
@@ -36,6 +43,9 @@ class Bench(abc.ABC):
     title: str
     dtype: torch.dtype | None = None
     yardstick: str | None = None
+    flops: int = 0  # that any way of computing it takes
+    moved_bytes: int = 0  # that must be read and written at least
+    large: bool = False  # beyond a PMC batch; for GPUs
 
     @abc.abstractmethod
     def make_inputs(self, seed: int, device: torch.device) -> Any:
@@ -65,7 +75,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     difference = norm = 0.0
     for g, w in zip(got.split(1 << 24), want.split(1 << 24), strict=True):
         w = w.double()
-        difference += float((g.double() - w).square().sum())
+        difference += float((g.detach().double() - w).square().sum())
         norm += float(w.square().sum())
     error = (difference / norm) ** 0.5 if norm else float(difference > 0)
     return error if error == error else float("inf")

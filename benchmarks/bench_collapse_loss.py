@@ -1,4 +1,4 @@
-"""The loss and its gradients: pmc_fast, eager torch cross-entropy, torch's linear_cross_entropy."""
+"""The loss and its gradients: pmc_fast, eager torch cross-entropy, and other fused losses."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.bench import OURS
 from benchmarks.head import HeadBench, LabelledInputs
 from benchmarks.oracle import HeadGradients, head_gradients
-from benchmarks.shapes import LABEL_ROWS, LLAMA_1B, MANY_LABEL_ROWS, PHI_1_5, SMOLLM2_135M
+from benchmarks.shapes import LABEL_ROWS, LARGE_HEAD, LARGE_LABEL_ROWS, LLAMA_1B, MANY_LABEL_ROWS, PHI_1_5, SMOLLM2_135M
 
 
 def ours(x: LabelledInputs) -> torch.Tensor:
@@ -29,11 +30,6 @@ def eager_float32_logits(x: LabelledInputs) -> torch.Tensor:
     return F.cross_entropy(F.linear(x.hidden, x.weight, x.bias).float(), x.target)
 
 
-def torch_linear_cross_entropy(x: LabelledInputs) -> torch.Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(x.hidden, x.weight, x.target, linear_bias=x.bias, options=options)
-
-
 class CollapseLossBench(HeadBench):
     """Every token's weight is the same: the mean, since that is what all peers can compute."""
 
@@ -43,9 +39,7 @@ class CollapseLossBench(HeadBench):
         runs = {OURS: ours, self.yardstick: eager}
         if self.dtype != torch.float32:
             runs["torch eager, float32 logits"] = eager_float32_logits
-        if hasattr(F, "linear_cross_entropy"):
-            runs["linear_cross_entropy"] = torch_linear_cross_entropy
-        return runs
+        return runs | peers.mean_losses(eager)
 
     def upstream(self, generator: torch.Generator) -> torch.Tensor:
         return torch.ones(())
@@ -62,6 +56,7 @@ BENCHES = [
     CollapseLossBench(LABEL_ROWS, PHI_1_5),
     CollapseLossBench(MANY_LABEL_ROWS, SMOLLM2_135M, torch.bfloat16),
     CollapseLossBench(LABEL_ROWS, LLAMA_1B, torch.bfloat16),
+    CollapseLossBench(LARGE_LABEL_ROWS, LARGE_HEAD, torch.bfloat16, large=True),
 ]
 
 

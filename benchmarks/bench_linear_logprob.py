@@ -1,4 +1,4 @@
-"""Per-token log-probabilities, forward and backward: pmc_fast, eager torch, torch's linear_cross_entropy."""
+"""Per-token log-probabilities, forward and backward: pmc_fast, eager torch, and other fused losses."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.bench import OURS
 from benchmarks.head import HeadBench, LabelledInputs
 from benchmarks.oracle import HeadGradients, head_gradients
-from benchmarks.shapes import LABEL_ROWS, LLAMA_1B, SMOLLM2_135M
+from benchmarks.shapes import LABEL_ROWS, LARGE_HEAD, LARGE_LABEL_ROWS, LLAMA_1B, SMOLLM2_135M
 
 
 def ours(x: LabelledInputs) -> torch.Tensor:
@@ -23,21 +24,13 @@ def eager(x: LabelledInputs) -> torch.Tensor:
     return F.linear(x.hidden, x.weight, x.bias).log_softmax(-1).gather(1, x.target[:, None])[:, 0]
 
 
-def torch_linear_cross_entropy(x: LabelledInputs) -> torch.Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(x.hidden, x.weight, x.target, linear_bias=x.bias, reduction="none", options=options)
-
-
 class LinearLogprobBench(HeadBench):
     """Every token's upstream gradient is different, as in NPO, DPO and GRPO."""
 
     op = "linear_logprob"
 
     def forwards(self) -> Mapping[str, Callable[[LabelledInputs], torch.Tensor]]:
-        runs = {OURS: ours, self.yardstick: eager}
-        if hasattr(F, "linear_cross_entropy"):
-            runs["linear_cross_entropy"] = torch_linear_cross_entropy
-        return runs
+        return {OURS: ours, self.yardstick: eager, **peers.logprobs(eager)}
 
     def upstream(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(self.rows, generator=generator)
@@ -52,6 +45,7 @@ BENCHES = [
     LinearLogprobBench(LABEL_ROWS, SMOLLM2_135M),
     LinearLogprobBench(LABEL_ROWS, LLAMA_1B),
     LinearLogprobBench(LABEL_ROWS, SMOLLM2_135M, torch.bfloat16),
+    LinearLogprobBench(LARGE_LABEL_ROWS, LARGE_HEAD, torch.bfloat16, large=True),
 ]
 
 

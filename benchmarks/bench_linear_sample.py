@@ -12,7 +12,7 @@ from benchmarks.bench import OURS, Bench, Verdict
 from benchmarks.bench_sample import Settings, draw_with_torch_topk, draw_with_transformers, judge_draws
 from benchmarks.head import HeadInputs, random_head
 from benchmarks.oracle import Truncated, head_logits, truncated
-from benchmarks.shapes import DECODE_ROWS, LLAMA_3B, PHI_1_5, SMOLLM2_135M, Head
+from benchmarks.shapes import DECODE_ROWS, LARGE_DECODE_ROWS, LARGE_HEAD, LLAMA_3B, PHI_1_5, SMOLLM2_135M, Head
 
 
 class LinearSampleBench(Bench):
@@ -20,11 +20,16 @@ class LinearSampleBench(Bench):
 
     op = "linear_sample"
 
-    def __init__(self, rows: int, head: Head, settings: Settings, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, rows: int, head: Head, settings: Settings, dtype: torch.dtype = torch.float32, large: bool = False
+    ) -> None:
         self.rows = rows
         self.head = head
         self.settings = settings
         self.dtype = dtype
+        self.large = large
+        self.flops = 2 * rows * head.hidden * head.vocab
+        self.moved_bytes = (rows + head.vocab) * head.hidden * dtype.itemsize
         bias = " with bias" if head.bias else ""
         self.title = f"{rows} x {head.hidden} x {head.vocab}{bias}, {settings}"
 
@@ -63,6 +68,7 @@ BENCHES = [
     LinearSampleBench(DECODE_ROWS, PHI_1_5, Settings(temperature=1.25, top_k=50)),
     LinearSampleBench(DECODE_ROWS, LLAMA_3B, Settings(top_k=50)),
     LinearSampleBench(DECODE_ROWS, SMOLLM2_135M, Settings(top_k=50), torch.bfloat16),
+    LinearSampleBench(LARGE_DECODE_ROWS, LARGE_HEAD, Settings(top_k=50), torch.bfloat16, large=True),
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,10 +90,11 @@ class RougeLRecallBench(Bench):
     def contestants(self) -> Mapping[str, Callable[[Pairs], Any]]:
         from pmc_fast.ops.rouge_l_recall import rouge_l_recall
 
-        runs = {OURS: lambda pairs: rouge_l_recall(*pairs), "rouge_score": with_rouge_score}
-        if find_spec("rapidfuzz"):
-            runs["rapidfuzz"] = with_rapidfuzz
-        return runs
+        return {
+            OURS: lambda pairs: rouge_l_recall(*pairs),
+            "rouge_score": with_rouge_score,
+            "rapidfuzz": with_rapidfuzz,
+        }
 
     def oracle(self, inputs: Pairs) -> np.ndarray:
         return with_rouge_score(inputs)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench import OURS, Bench, Verdict
+from benchmarks.bench import OURS, Bench, CannotRun, Verdict
 from benchmarks.oracle import Truncated, surprise_of_counts, truncated
-from benchmarks.shapes import DECODE_ROWS, LLAMA_3B, SMOLLM2_135M, Head
+from benchmarks.shapes import DECODE_ROWS, LARGE_DECODE_ROWS, LARGE_HEAD, LLAMA_3B, SMOLLM2_135M, Head
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,18 @@ def draw_with_torch_topk(logits: torch.Tensor, settings: Settings) -> torch.Tens
     return tokens.gather(1, torch.multinomial(probability, num_samples=1)).squeeze(1)
 
 
+def draw_with_flashinfer(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Token per row by rejection sampling on a GPU; the temperature is applied before it."""
+    if logits.device.type != "cuda":
+        raise CannotRun("its kernels need a GPU")
+    from flashinfer.sampling import top_k_top_p_sampling_from_logits, top_p_sampling_from_probs
+
+    scaled = logits / settings.temperature
+    if settings.top_k is None:
+        return top_p_sampling_from_probs(scaled.softmax(dim=-1), settings.top_p).long()
+    return top_k_top_p_sampling_from_logits(scaled, settings.top_k, settings.top_p).long()
+
+
 def judge_draws(
     draw: Callable[[], torch.Tensor], tokens: torch.Tensor, truth: Truncated, same_row: Truncated
 ) -> Verdict:
@@ -80,8 +92,10 @@ class SampleBench(Bench):
     op = "sample"
     dtype = torch.float32
 
-    def __init__(self, rows: int, head: Head, settings: Settings) -> None:
+    def __init__(self, rows: int, head: Head, settings: Settings, large: bool = False) -> None:
         self.rows = rows
+        self.large = large
+        self.moved_bytes = rows * head.vocab * self.dtype.itemsize
         self.head = head
         self.settings = settings
         self.title = f"{rows} x {head.vocab}, {settings}"
@@ -99,6 +113,7 @@ class SampleBench(Bench):
         runs = {OURS: ours, "transformers": lambda logits: draw_with_transformers(logits, self.settings)}
         if self.settings.top_k is not None:
             runs["torch topk"] = lambda logits: draw_with_torch_topk(logits, self.settings)
+        runs["flashinfer"] = lambda logits: draw_with_flashinfer(logits, self.settings)
         return runs
 
     def oracle(self, inputs: torch.Tensor) -> Truncated:
@@ -114,6 +129,7 @@ BENCHES = [
     SampleBench(DECODE_ROWS, SMOLLM2_135M, Settings()),
     SampleBench(DECODE_ROWS, SMOLLM2_135M, Settings(top_k=50)),
     SampleBench(DECODE_ROWS, LLAMA_3B, Settings()),
+    SampleBench(LARGE_DECODE_ROWS, LARGE_HEAD, Settings(top_k=50), large=True),
 ]
 
 

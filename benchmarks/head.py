@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.bench import Bench, Verdict, judge_errors, relative_error
+from benchmarks.measure import Stopwatch
 from benchmarks.oracle import HeadGradients
 from benchmarks.shapes import Head
 
@@ -52,14 +53,17 @@ class Result(NamedTuple):
 
 
 def with_gradients(forward: Callable[[LabelledInputs], torch.Tensor]) -> Callable[[LabelledInputs], Result]:
-    """Forward and backward."""
+    """Forward and backward; `forward_seconds`, an attribute of what is returned, gets the first part of each call."""
 
     def run(x: LabelledInputs) -> Result:
         inputs = [x.hidden, x.weight] if x.bias is None else [x.hidden, x.weight, x.bias]
-        value = forward(x)
+        with Stopwatch(x.hidden.device) as watch:
+            value = forward(x)
+        run.forward_seconds.append(watch.seconds)
         gradients = torch.autograd.grad(value, inputs, x.upstream.to(value.dtype))
         return Result(value.detach(), *gradients, *[None] * (3 - len(gradients)))
 
+    run.forward_seconds = []
     return run
 
 
@@ -68,10 +72,14 @@ class HeadBench(Bench):
 
     yardstick = "torch eager"
 
-    def __init__(self, rows: int, head: Head, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, rows: int, head: Head, dtype: torch.dtype = torch.float32, large: bool = False) -> None:
         self.rows = rows
         self.head = head
         self.dtype = dtype
+        self.large = large
+        # logits, gradient of hidden, gradient of the head; hidden and head read, their gradients written
+        self.flops = 6 * rows * head.hidden * head.vocab
+        self.moved_bytes = 2 * (rows + head.vocab) * head.hidden * dtype.itemsize
         bias = " with bias" if head.bias else ""
         self.title = f"{rows} x {head.hidden} x {head.vocab}{bias}, forward + backward"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -14,12 +16,16 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import results
-from benchmarks.bench import OURS, Bench, Verdict
+from benchmarks.bench import OURS, Bench, CannotRun, Verdict
+from benchmarks.limits import Limits, measure_limits
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave
+from benchmarks.peers import COMPILED
+from pmc_fast.errors import UserError
 
 SCHEMA = "pmc_fast.benchmarks.ops/1"
 OPS = ("sample", "linear_sample", "linear_logprob", "collapse_loss", "rouge_l_recall")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHAPES = {"pmc": (False,), "large": (True,), "all": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,22 @@ class Row:
     repeats: int = 0
     ratio: float | None = None  # times as long as pmc_fast
     peak_bytes: int | None = None
+    forward: Spread | None = None  # the part of `seconds` before the backward pass, where there is one
+    flops: int = 0
+    bytes: int = 0
+    share_of_limit: float | None = None  # the least time that this machine could take, over the median
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ops` besides those of every benchmark."""
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME", help=f"of {', '.join(OPS)}")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
+    parser.add_argument(
+        "--shapes", choices=SHAPES, default="pmc", help="pmc: a PMC batch's; large: for GPUs; all (default: pmc)"
+    )
+    parser.add_argument(
+        "--peer", nargs="+", metavar="NAME", help="only these besides pmc_fast and plain torch (default: every peer)"
+    )
     parser.add_argument(
         "--limit-s",
         type=float,
@@ -55,19 +71,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Print a table per bench, and write what is known so far after each."""
     dtypes = [DTYPES[name] for name in args.dtype]
-    benches = [bench for op in args.op for bench in benches_of(op) if bench.dtype is None or bench.dtype in dtypes]
+    benches = [
+        bench
+        for op in args.op
+        for bench in benches_of(op)
+        if (bench.dtype is None or bench.dtype in dtypes) and bench.large in SHAPES[args.shapes]
+    ]
+    if not benches:
+        raise UserError(f"--op, --dtype, --shapes: no benchmark of {', '.join(args.op)} fits all three")
+    contestants = [contestants_of(bench, args.peer) for bench in benches]
+    if unknown := set(args.peer or ()) - set().union(*contestants):
+        known = sorted({name for bench in benches for name in bench.contestants()} - {OURS})
+        raise UserError(f"--peer: got {', '.join(sorted(unknown))}, want some of {', '.join(known)}")
     rows: list[Row] = []
     where = environment(device, args.seed)
-    steps = sum(len(bench.contestants()) for bench in benches) * (args.repeats + 1)
-    with tqdm(total=steps, unit="run", disable=None) as bar:
-        for bench in benches:
+    limits = measure_limits(device, {bench.dtype for bench in benches if bench.dtype})
+    print(describe(limits))
+    with tqdm(total=sum(map(len, contestants)) * (args.repeats + 1), unit="run", disable=None) as bar:
+        for bench, runs in zip(benches, contestants, strict=True):
             bar.set_description(f"{bench.op} {bench.title}"[:60])
             done = bar.n
-            rows += (new := measure(bench, device, args.seed, args.repeats, args.limit_s, bar.update))
+            rows += (new := measure(bench, runs, device, args.seed, args.repeats, args.limit_s, limits, bar.update))
             bar.update(done + len(new) * (args.repeats + 1) - bar.n)
             tqdm.write(table(new))
             if args.json:
-                results.write(args.json, SCHEMA, {"environment": where, "rows": [asdict(row) for row in rows]})
+                content = {"environment": where, "limits": asdict(limits), "rows": [asdict(row) for row in rows]}
+                results.write(
+                    args.json, SCHEMA, {**content, "command": "python -m benchmarks " + shlex.join(sys.argv[1:])}
+                )
 
 
 def benches_of(op: str) -> list[Bench]:
@@ -75,17 +106,36 @@ def benches_of(op: str) -> list[Bench]:
     return import_module(f"benchmarks.bench_{op}").BENCHES
 
 
+def contestants_of(bench: Bench, peers: Sequence[str] | None) -> dict[str, Callable[[Any], Any]]:
+    """Who runs: pmc_fast, the yardstick, and of the others those named; None is all."""
+    always = (OURS, bench.yardstick)
+    return {name: run for name, run in bench.contestants().items() if peers is None or name in (*always, *peers)}
+
+
+def describe(limits: Limits) -> str:
+    """The machine's limits in a line."""
+    rates = [f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in sorted(limits.flops_per_s.items())]
+    return f"This machine: {', '.join([f'{limits.bytes_per_s / 1e9:.1f} GB/s copied', *rates])}.\n"
+
+
 def measure(
-    bench: Bench, device: torch.device, seed: int, repeats: int, limit_s: float, tick: Callable[[], object]
+    bench: Bench,
+    runs: Mapping[str, Callable[[Any], Any]],
+    device: torch.device,
+    seed: int,
+    repeats: int,
+    limit_s: float,
+    limits: Limits | None,
+    tick: Callable[[], object],
 ) -> list[Row]:
     """Judge every contestant of a bench, then time those that are right in turns."""
     gc.collect()
     torch.manual_seed(seed)
     inputs = bench.make_inputs(seed, device)
     oracle = bench.oracle(inputs)
-    runs = bench.contestants()
     dtype = str(bench.dtype).removeprefix("torch.") if bench.dtype else None
     row = partial(Row, bench.op, bench.title, dtype)
+    least = limits.seconds(bench.flops, bench.moved_bytes, dtype) if limits and bench.moved_bytes else None
 
     verdicts: dict[str, Verdict] = {}
     peaks: dict[str, int | None] = {}
@@ -95,7 +145,7 @@ def measure(
         seconds, peaks[name], verdicts[name] = _judged_run(bench, runs[name], inputs, oracle, device, budget)
         if name == bench.yardstick:
             budget = verdicts[name].errors
-        if verdicts[name].right and seconds > limit_s:
+        if verdicts[name].right and seconds > limit_s and name != COMPILED:  # whose first run is mostly compiling
             times[name] = [seconds]
         tick()
     del oracle
@@ -114,8 +164,22 @@ def measure(
         if name not in spreads:
             rows.append(row(name, verdict.right, verdict.evidence))
             continue
-        ratio = spreads[name].median / ours.median if ours else None
-        rows.append(row(name, True, verdict.evidence, spreads[name], len(times[name]), ratio, peaks[name]))
+        median, forward = spreads[name].median, getattr(runs[name], "forward_seconds", [])[-len(times[name]) :]
+        rows.append(
+            row(
+                name,
+                True,
+                verdict.evidence,
+                spreads[name],
+                len(times[name]),
+                median / ours.median if ours else None,
+                peaks[name],
+                Spread.of(forward) if forward else None,
+                bench.flops,
+                bench.moved_bytes,
+                least / median if least else None,
+            )
+        )
     return sorted(rows, key=lambda row: list(runs).index(row.contestant))
 
 
@@ -130,25 +194,28 @@ def _judged_run(
     try:
         with PeakMemory(device) as peak, Stopwatch(device) as watch:
             result = run(inputs)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        return 0.0, None, Verdict(False, f"cannot run: {error}")
+    except (CannotRun, ImportError, NotImplementedError, RuntimeError) as error:
+        return 0.0, None, Verdict(None, str(error) or type(error).__name__)
     return watch.seconds, peak.bytes, bench.judge(run, result, inputs, oracle, budget)
 
 
 def table(rows: list[Row]) -> str:
     """The rows of one bench for reading."""
     lines = [f"{rows[0].op}  {rows[0].title}" + (f"  {rows[0].dtype}" if rows[0].dtype else "")]
-    lines.append(f"  {'':28}{'median':>10}{'20-80 %':>20}{'times ours':>12}{'extra memory':>14}")
+    head = f"{'median':>10}{'20-80 %':>20}{'forward':>10}{'times ours':>12}{'of limit':>10}{'extra memory':>14}"
+    lines.append(f"  {'':28}{head}")
     for row in rows:
         if row.seconds is None:
-            lines.append(f"  {row.contestant:28}WRONG, not timed: {row.evidence}")
+            why = "not run" if row.right is None else "WRONG, not timed"
+            lines.append(f"  {row.contestant:28}{why}: {row.evidence.splitlines()[0]}")
             continue
         between = "one run" if row.repeats == 1 else f"{clock(row.seconds.p20)} - {clock(row.seconds.p80)}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB"
-        lines.append(
-            f"  {row.contestant:28}{clock(row.seconds.median):>10}{between:>20}{ratio:>12}{memory:>14}  {row.evidence}"
-        )
+        forward = "" if row.forward is None else clock(row.forward.median)
+        share = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
+        numbers = f"{clock(row.seconds.median):>10}{between:>20}{forward:>10}{ratio:>12}{share:>10}{memory:>14}"
+        lines.append(f"  {row.contestant:28}{numbers}  {row.evidence}")
     return "\n".join(lines) + "\n"
 
 

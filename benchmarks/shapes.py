@@ -23,3 +23,6 @@ LLAMA_3B = Head("Llama-3.2-3B", 128256, 3072)
 DECODE_ROWS = 160  # 8 questions x 20 samples
 LABEL_ROWS = 557  # answer tokens of 16 training sequences
 MANY_LABEL_ROWS = 2048  # a larger batch, or another method's
+LARGE_LABEL_ROWS = 8192  # a whole batch of long answers, on a GPU
+LARGE_HEAD = Head("8B", 131072, 4096)
+LARGE_DECODE_ROWS = 1280  # 64 questions x 20 samples

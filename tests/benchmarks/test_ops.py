@@ -8,11 +8,12 @@ import torch
 
 from benchmarks import bench_rouge_l_recall, ops
 from benchmarks.__main__ import main
-from benchmarks.bench import Bench, Verdict
+from benchmarks.bench import Bench, CannotRun, Verdict
 from benchmarks.bench_collapse_loss import CollapseLossBench
 from benchmarks.bench_linear_logprob import LinearLogprobBench
 from benchmarks.bench_linear_sample import LinearSampleBench
 from benchmarks.bench_sample import SampleBench, Settings
+from benchmarks.limits import measure_limits
 from benchmarks.oracle import head_gradients, surprise_of_counts, truncated
 from benchmarks.shapes import Head
 
@@ -42,18 +43,23 @@ class Doubling(Bench):
         return Verdict(result == oracle, f"{result} for {oracle}")
 
 
+def measure(bench, seed, repeats, limit_s, limits=None):
+    return ops.measure(bench, bench.contestants(), CPU, seed, repeats, limit_s, limits, lambda: None)
+
+
 def test_who_is_wrong_or_refuses_gets_no_time():
-    rows = {row.contestant: row for row in ops.measure(Doubling(), CPU, 3, 2, 60.0, lambda: None)}
+    rows = {row.contestant: row for row in measure(Doubling(), 3, 2, 60.0)}
     assert rows["pmc_fast"].ratio == 1 and rows["peer"].ratio > 0
     assert rows["peer"].repeats == 2 and rows["peer"].seconds.median > 0
     assert rows["squares"].right is False and rows["squares"].seconds is None
     assert "not today" in rows["refuses"].evidence and rows["refuses"].seconds is None
     printed = ops.table(list(rows.values()))
-    assert "WRONG, not timed: 9 for 6" in printed
+    assert "WRONG, not timed: 9 for 6" in printed and "not run: not today" in printed
+    assert rows["refuses"].right is None
 
 
 def test_slow_contestants_run_once():
-    rows = ops.measure(Doubling(), CPU, 3, 5, 0.0, lambda: None)
+    rows = measure(Doubling(), 3, 5, 0.0)
     assert [row.repeats for row in rows if row.right] == [1, 1]
 
 
@@ -78,7 +84,12 @@ def test_every_contestant_is_judged_right(bench, rng_seed):
     assert len(runs) > 1
     budget = None
     for name in sorted(runs, key=lambda name: name != bench.yardstick):
-        verdict = bench.judge(runs[name], runs[name](inputs), inputs, oracle, budget)
+        try:
+            result = runs[name](inputs)
+        except CannotRun as reason:
+            assert "need a GPU" in str(reason) and not torch.cuda.is_available()
+            continue
+        verdict = bench.judge(runs[name], result, inputs, oracle, budget)
         assert verdict.right, (name, verdict)
         budget = verdict.errors if name == bench.yardstick else budget
 
@@ -167,6 +178,35 @@ def test_ops_writes_its_schema(tmp_path, capsys, rng_seed):
     assert [row["contestant"] for row in result["rows"]][:2] == ["pmc_fast", "rouge_score"]
     assert all(row["right"] and row["seconds"]["median"] > 0 for row in result["rows"])
     assert "rouge_score" in capsys.readouterr().out
+
+
+def test_forward_time_and_share_of_the_limit():
+    limits = measure_limits(CPU, [torch.float32])
+    assert limits.bytes_per_s > 1e8 and limits.flops_per_s["float32"] > 1e8
+    bench = CollapseLossBench(37, SMALL)
+    runs = ops.contestants_of(bench, ["chunked torch"])
+    assert list(runs) == ["pmc_fast", "torch eager", "chunked torch"]
+    for row in ops.measure(bench, runs, CPU, 0, 3, 60.0, limits, lambda: None):
+        assert 0 < row.forward.median < row.seconds.median
+        least = max(row.flops / limits.flops_per_s["float32"], row.bytes / limits.bytes_per_s)
+        assert row.share_of_limit == pytest.approx(least / row.seconds.median)
+        assert row.flops == 6 * 37 * 24 * 1511 and row.bytes == 2 * 4 * 24 * (37 + 1511)
+
+
+def test_every_op_has_a_large_shape_and_a_small_one():
+    for op in ops.OPS:
+        sizes = {bench.large for bench in ops.benches_of(op)}
+        assert False in sizes and (True in sizes or op == "rouge_l_recall")
+
+
+def test_an_unknown_peer_is_refused_with_the_known(capsys):
+    assert main(["ops", "--op", "rouge_l_recall", "--peer", "oracle"]) == 2
+    assert "--peer: got oracle, want some of rapidfuzz, rouge_score" in capsys.readouterr().err
+
+
+def test_shapes_that_an_op_lacks_are_refused(capsys):
+    assert main(["ops", "--op", "rouge_l_recall", "--shapes", "large"]) == 2
+    assert "no benchmark of rouge_l_recall" in capsys.readouterr().err
 
 
 def test_unknown_op_is_refused(capsys):
