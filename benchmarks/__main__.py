@@ -24,18 +24,30 @@ COMMANDS = {
         "a whole short run of PMC by the published loop and by pmc_fast: time, and how fast the model unlearns"
     ),
     "ops": Command("each op against its peers, at the sizes that PMC meets"),
-    "profile": Command("where the time of pmc_fast goes: phases, operators and a trace of one PMC step or one op"),
+    "profile": Command(
+        "where the time of pmc_fast goes: phases, operators and a trace of a PMC step, a short run or one op"
+    ),
+    "compile": Command(
+        "every Triton kernel, compiled for GPUs that need not be there and held to limits", measures=False
+    ),
     "report": Command("the tables and pictures of result files", measures=False),
+    "gpu": Command(
+        "everything that there is to run on a GPU, unattended and within minutes: tests, ops, steps, profiles, a report",
+        measures=False,
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it ran, 1 if a result is wrong where none may be, 2 for bad input."""
     try:
+        from benchmarks.results import command_line
         from pmc_fast.errors import UserError
     except ImportError as error:
         return _fail(f"pmc_fast cannot be imported ({error}): run `pip install -e '.[bench]'` in the source tree")
-    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args = _parse(words)
+    args.command_line = command_line(words)
     run = importlib.import_module(f"benchmarks.{args.command}").run
     try:
         if COMMANDS[args.command].measures:
@@ -45,7 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
+    except _wrong() as error:  # asked for only now, since it takes torch along
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _wrong() -> type[Exception]:
+    from benchmarks.bench import Wrong
+
+    return Wrong
 
 
 def _measure(run: Callable[..., None], args: argparse.Namespace) -> int:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 OURS = "pmc_fast"
+
+
+def named(impl: str) -> str:
+    """What the contestant is called that runs one implementation of ours by name."""
+    return f"{OURS}, {impl}"
+
+
+def each_implementation(op: str, ours: Callable[..., Any]) -> dict[str, Callable[[Any], Any]]:
+    """`ours(inputs, impl=...)` as it chooses by itself, and with each implementation by name; who cannot run says why."""
+    from pmc_fast.backend import IMPLEMENTATIONS
+
+    return {OURS: ours, **{named(impl): partial(ours, impl=impl) for impl in IMPLEMENTATIONS[op]}}
 
 
 class Wrong(Exception):

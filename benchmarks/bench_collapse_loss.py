@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import peers
-from benchmarks.bench import OURS
+from benchmarks.bench import each_implementation
 from benchmarks.head import HeadBench, LabelledInputs
 from benchmarks.oracle import HeadGradients, head_gradients
 from benchmarks.shapes import LABEL_ROWS, LARGE_HEAD, LARGE_LABEL_ROWS, LLAMA_1B, MANY_LABEL_ROWS, PHI_1_5, SMOLLM2_135M
 
 
-def ours(x: LabelledInputs) -> torch.Tensor:
+def ours(x: LabelledInputs, impl: str | None = None) -> torch.Tensor:
     from pmc_fast.ops.collapse_loss import collapse_loss
 
     token_weight = torch.full((len(x.hidden),), 1 / len(x.hidden), device=x.hidden.device)
-    return collapse_loss(x.hidden, x.weight, x.target, token_weight, bias=x.bias).loss
+    return collapse_loss(x.hidden, x.weight, x.target, token_weight, bias=x.bias, ignore_index=None, impl=impl).loss
 
 
 def eager(x: LabelledInputs) -> torch.Tensor:
@@ -36,7 +36,7 @@ class CollapseLossBench(HeadBench):
     op = "collapse_loss"
 
     def forwards(self) -> Mapping[str, Callable[[LabelledInputs], torch.Tensor]]:
-        runs = {OURS: ours, self.yardstick: eager}
+        runs = {**each_implementation(self.op, ours), self.yardstick: eager}
         if self.dtype != torch.float32:
             runs["torch eager, float32 logits"] = eager_float32_logits
         return runs | peers.mean_losses(eager)

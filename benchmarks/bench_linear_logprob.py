@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import peers
-from benchmarks.bench import OURS
+from benchmarks.bench import each_implementation
 from benchmarks.head import HeadBench, LabelledInputs
 from benchmarks.oracle import HeadGradients, head_gradients
 from benchmarks.shapes import LABEL_ROWS, LARGE_HEAD, LARGE_LABEL_ROWS, LLAMA_1B, SMOLLM2_135M
 
 
-def ours(x: LabelledInputs) -> torch.Tensor:
+def ours(x: LabelledInputs, impl: str | None = None) -> torch.Tensor:
     from pmc_fast.ops.linear_logprob import linear_logprob
 
-    return linear_logprob(x.hidden, x.weight, x.target, bias=x.bias)
+    return linear_logprob(x.hidden, x.weight, x.target, bias=x.bias, ignore_index=None, impl=impl)
 
 
 def eager(x: LabelledInputs) -> torch.Tensor:
@@ -30,7 +30,7 @@ class LinearLogprobBench(HeadBench):
     op = "linear_logprob"
 
     def forwards(self) -> Mapping[str, Callable[[LabelledInputs], torch.Tensor]]:
-        return {OURS: ours, self.yardstick: eager, **peers.logprobs(eager)}
+        return {**each_implementation(self.op, ours), self.yardstick: eager, **peers.logprobs(eager)}
 
     def upstream(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(self.rows, generator=generator)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench import OURS, Bench, Verdict
+from benchmarks.bench import Bench, Verdict, each_implementation
 from benchmarks.bench_sample import Settings, draw_with_torch_topk, draw_with_transformers, judge_draws
+from benchmarks.compiled import COMPILED, compiled
 from benchmarks.head import HeadInputs, random_head
 from benchmarks.oracle import Truncated, head_logits, truncated
 from benchmarks.shapes import DECODE_ROWS, LARGE_DECODE_ROWS, LARGE_HEAD, LLAMA_3B, PHI_1_5, SMOLLM2_135M, Head
@@ -40,10 +41,12 @@ class LinearSampleBench(Bench):
     def contestants(self) -> Mapping[str, Callable[[HeadInputs], Any]]:
         from pmc_fast.ops.linear_sample import linear_sample
 
-        def ours(x: HeadInputs) -> torch.Tensor:
-            return linear_sample(x.hidden, x.weight, bias=x.bias, **self.settings.cuts(), seed=1).token
+        def ours(x: HeadInputs, impl: str | None = None) -> torch.Tensor:
+            return linear_sample(x.hidden, x.weight, bias=x.bias, **self.settings.cuts(), seed=1, impl=impl).token
 
-        runs = {OURS: ours, "linear + transformers": lambda x: draw_with_transformers(F.linear(*x), self.settings)}
+        runs = each_implementation(self.op, ours)
+        runs["linear + transformers"] = lambda x: draw_with_transformers(F.linear(*x), self.settings)
+        runs[COMPILED] = compiled(runs["linear + transformers"])
         if self.settings.top_k is not None:
             runs["linear + torch topk"] = lambda x: draw_with_torch_topk(F.linear(*x), self.settings)
         return runs

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.bench import OURS, Bench, Verdict
+from benchmarks.bench import Bench, Verdict, each_implementation
 from benchmarks.shapes import DECODE_ROWS
 
 
@@ -91,7 +91,7 @@ class RougeLRecallBench(Bench):
         from pmc_fast.ops.rouge_l_recall import rouge_l_recall
 
         return {
-            OURS: lambda pairs: rouge_l_recall(*pairs),
+            **each_implementation(self.op, lambda pairs, impl=None: rouge_l_recall(*pairs, impl=impl)),
             "rouge_score": with_rouge_score,
             "rapidfuzz": with_rapidfuzz,
         }

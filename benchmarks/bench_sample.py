@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench import OURS, Bench, CannotRun, Verdict
+from benchmarks.bench import Bench, CannotRun, Verdict, each_implementation
+from benchmarks.compiled import COMPILED, compiled
 from benchmarks.oracle import Truncated, surprise_of_counts, truncated
 from benchmarks.shapes import DECODE_ROWS, LARGE_DECODE_ROWS, LARGE_HEAD, LLAMA_3B, SMOLLM2_135M, Head
 
@@ -106,11 +107,12 @@ class SampleBench(Bench):
     def contestants(self) -> Mapping[str, Callable[[torch.Tensor], Any]]:
         from pmc_fast.ops.sample import sample
 
-        def ours(logits: torch.Tensor) -> torch.Tensor:
-            rows = torch.arange(len(logits), device=logits.device)
-            return sample(logits, **self.settings.cuts(), seed=1, sequence=rows, position=torch.zeros_like(rows)).token
+        def ours(logits: torch.Tensor, impl: str | None = None) -> torch.Tensor:
+            return sample(logits, **self.settings.cuts(), seed=1, impl=impl).token
 
-        runs = {OURS: ours, "transformers": lambda logits: draw_with_transformers(logits, self.settings)}
+        runs = each_implementation(self.op, ours)
+        runs["transformers"] = lambda logits: draw_with_transformers(logits, self.settings)
+        runs[COMPILED] = compiled(runs["transformers"])
         if self.settings.top_k is not None:
             runs["torch topk"] = lambda logits: draw_with_torch_topk(logits, self.settings)
         runs["flashinfer"] = lambda logits: draw_with_flashinfer(logits, self.settings)

@@ -11,6 +11,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import CannotRun  # noqa: E402
+from benchmarks.ops import contestants_of  # noqa: E402
+from pmc_fast import BackendUnavailable  # noqa: E402
 
 _SEED = 20250704
 
@@ -27,7 +29,7 @@ def pytest_generate_tests(metafunc):
         pytest.param((bench, name), id=f"{bench.title}-{name}")
         for bench in metafunc.module.BENCHES
         if bench.dtype in (None, wanted) and not bench.large
-        for name in bench.contestants()
+        for name in contestants_of(bench, None, torch.device("cpu"))
     ]
     metafunc.parametrize("contest", contests, indirect=True)
 
@@ -67,7 +69,7 @@ def contest(request, judged):
         budget = None if name == bench.yardstick else case.budget
         try:
             result = run(case.inputs)
-        except (CannotRun, ImportError, NotImplementedError) as error:
+        except (BackendUnavailable, CannotRun, ImportError, NotImplementedError) as error:
             pytest.skip(str(error))
         verdict = bench.judge(run, result, case.inputs, case.oracle, budget)
         assert verdict.right, verdict.evidence

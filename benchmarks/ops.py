@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,14 +14,15 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import results
-from benchmarks.bench import OURS, Bench, CannotRun, Verdict
+from benchmarks.bench import OURS, Bench, CannotRun, Verdict, named
+from benchmarks.compiled import COMPILED
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave
-from benchmarks.peers import COMPILED
+from pmc_fast.backend import IMPLEMENTATIONS, choose
 from pmc_fast.errors import UserError
 
 SCHEMA = "pmc_fast.benchmarks.ops/1"
-OPS = ("sample", "linear_sample", "linear_logprob", "collapse_loss", "rouge_l_recall")
+OPS = ("sample", "linear_sample", "linear_logprob", "collapse_loss", "decode_attention", "rouge_l_recall")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"pmc": (False,), "large": (True,), "all": (False, True)}
 
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     ]
     if not benches:
         raise UserError(f"--op, --dtype, --shapes: no benchmark of {', '.join(args.op)} fits all three")
-    contestants = [contestants_of(bench, args.peer) for bench in benches]
+    contestants = [contestants_of(bench, args.peer, device) for bench in benches]
     if unknown := set(args.peer or ()) - set().union(*contestants):
         known = sorted({name for bench in benches for name in bench.contestants()} - {OURS})
         raise UserError(f"--peer: got {', '.join(sorted(unknown))}, want some of {', '.join(known)}")
@@ -96,9 +95,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             tqdm.write(table(new))
             if args.json:
                 content = {"environment": where, "limits": asdict(limits), "rows": [asdict(row) for row in rows]}
-                results.write(
-                    args.json, SCHEMA, {**content, "command": "python -m benchmarks " + shlex.join(sys.argv[1:])}
-                )
+                results.write(args.json, SCHEMA, {**content, "command": args.command_line})
 
 
 def benches_of(op: str) -> list[Bench]:
@@ -106,10 +103,14 @@ def benches_of(op: str) -> list[Bench]:
     return import_module(f"benchmarks.bench_{op}").BENCHES
 
 
-def contestants_of(bench: Bench, peers: Sequence[str] | None) -> dict[str, Callable[[Any], Any]]:
-    """Who runs: pmc_fast, the yardstick, and of the others those named; None is all."""
-    always = (OURS, bench.yardstick)
-    return {name: run for name, run in bench.contestants().items() if peers is None or name in (*always, *peers)}
+def contestants_of(bench: Bench, peers: Sequence[str] | None, device: torch.device) -> dict[str, Callable[[Any], Any]]:
+    """Who runs: pmc_fast, the yardstick, and of the others those named; None is all.
+
+    The implementation that pmc_fast chooses by itself does not run a second time by its name.
+    """
+    chosen = named(choose(bench.op, None, device.type, bench.dtype)) if bench.op in IMPLEMENTATIONS else None
+    runs = {name: run for name, run in bench.contestants().items() if name != chosen}
+    return {name: run for name, run in runs.items() if peers is None or name in (OURS, bench.yardstick, *peers)}
 
 
 def describe(limits: Limits) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.bench import CannotRun
+from benchmarks.compiled import COMPILED, compiled
 from benchmarks.head import LabelledInputs
 
 Forward = Callable[[LabelledInputs], torch.Tensor]
@@ -37,15 +38,6 @@ def logprobs(eager: Forward) -> dict[str, Forward]:
         "linear_cross_entropy": lambda x: -torch_linear_cross_entropy(x, reduction="none"),
         "cut-cross-entropy": lambda x: -cut_cross_entropy(x, reduction="none"),
     }
-
-
-COMPILED = "torch.compile"
-
-
-@cache
-def compiled(eager: Forward) -> Forward:
-    """What torch's compiler makes of `eager`; compiled at the first call."""
-    return torch.compile(eager, dynamic=False)
 
 
 def chunked(x: LabelledInputs) -> torch.Tensor:

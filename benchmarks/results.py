@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pmc_fast.errors import UserError
@@ -19,6 +20,16 @@ def check_writable(path: Path, option: str = "--json") -> None:
         raise UserError(f"{option}: {folder} does not exist")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"{option}: {path} cannot be written")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command that makes a result again; of paths only the last part, since folders differ between machines."""
+    return shlex.join(["python", "-m", "benchmarks", *(Path(word).name if os.sep in word else word for word in words)])
+
+
+def name_of(path: str | None) -> str | None:
+    """What a result calls a file or folder that an option named: its last part."""
+    return None if path is None else Path(path).name
 
 
 def write(path: Path, schema: str, content: Mapping[str, object]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -88,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Run PMC twice, print a table, and write what is known so far after each evaluation."""
     task = load(args, device)
-    about = {"config": _options(args, task), "environment": environment(device, args.seed), "command": _command(args)}
+    about = {"config": _options(args, task), "environment": environment(device, args.seed), "command": args.command_line}
     records: dict[str, Record] = {}
 
     def write() -> None:
@@ -417,10 +416,10 @@ def _column(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     return {
-        "model": args.model or "the demo's",
+        "model": results.name_of(args.model) or "the demo's",
         "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-        "forget": args.forget,
-        "retain": args.retain,
+        "forget": results.name_of(args.forget),
+        "retain": results.name_of(args.retain),
         "forget_rows": len(task.forget),
         "retain_rows": len(task.retain),
         "dtype": args.dtype,
@@ -428,15 +427,6 @@ def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         "evaluation_rows": args.evaluation_rows,
         **asdict(task.config),
     }
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command line with every option that has a value, defaults included."""
-    words = ["python", "-m", "benchmarks", args.command]
-    for name, value in vars(args).items():
-        if name not in ("command", "repeats") and value is not None:  # there is one turn, whatever --repeats says
-            words += [_option(name), str(value)]
-    return shlex.join(words)
 
 
 def _option(name: str) -> str:

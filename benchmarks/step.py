@@ -103,17 +103,17 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 bar.update()
             if repeat and args.json:  # after each round, so that a run cut short loses nothing
                 content = {**summary(turns), "agreement": agreement, "config": _options(args, task)}
-                results.write(args.json, SCHEMA, {**content, "environment": where})
+                results.write(args.json, SCHEMA, {**content, "environment": where, "command": args.command_line})
     print(table(summary(turns), args.repeats))
 
 
 def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     config = {name: getattr(task.config, name) for name in ("num_samples", "temperature", "top_k", "top_p")}
     return {
-        "model": args.model or "random weights",
+        "model": results.name_of(args.model) or "random weights",
         "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-        "forget": args.forget,
-        "retain": args.retain,
+        "forget": results.name_of(args.forget),
+        "retain": results.name_of(args.retain),
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "repeats": args.repeats,

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <limits>
 
 #include "cpu/isa.h"
@@ -82,6 +83,22 @@ PYBIND11_MODULE(_C, m) {
                                                  pointer<float>(nll),
                                                  pointer<void>(workspace),
                                                  threads});
+        },
+        release());
+
+    m.def("decode_attention_workspace_floats", &pmc::decode_attention_workspace_floats, py::arg("length"),
+          py::arg("dim"));
+    m.def(
+        "decode_attention",
+        [](uintptr_t query, uintptr_t key, uintptr_t value, int dtype, int64_t rows, int64_t heads, int64_t kv_heads,
+           int64_t length, int64_t dim, std::array<int64_t, 3> key_stride, std::array<int64_t, 3> value_stride,
+           uintptr_t first, float scale, float softcap, uintptr_t out, uintptr_t workspace, int threads) {
+            const auto strides = [](const std::array<int64_t, 3>& s) { return pmc::CacheStrides{s[0], s[1], s[2]}; };
+            return pmc::kernels().decode_attention({pointer<const void>(query), pointer<const void>(key),
+                                                    pointer<const void>(value), static_cast<pmc::Dtype>(dtype), rows,
+                                                    heads, kv_heads, length, dim, strides(key_stride),
+                                                    strides(value_stride), pointer<const int64_t>(first), scale,
+                                                    softcap, pointer<void>(out), pointer<void>(workspace), threads});
         },
         release());
 

@@ -17,6 +17,7 @@ _HOME = {
     "Samples": "pmc_fast.sampler",
     "UserError": "pmc_fast.errors",
     "collapse_loss": "pmc_fast.ops",
+    "decode_attention": "pmc_fast.ops",
     "evaluate": "pmc_fast.evaluation",
     "linear_logprob": "pmc_fast.ops",
     "linear_sample": "pmc_fast.ops",

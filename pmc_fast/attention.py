@@ -1,4 +1,4 @@
-"""Attention over a packed batch: each sequence sees itself alone."""
+"""Attention as this library runs it: over a packed batch, and of one new token per row over a cache."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from pmc_fast.errors import UserError
+from pmc_fast.ops import decode_attention
 
 NAME = "pmc_fast"
 
 # How many attention calls of the packed forward pass under way have seen its lengths; None outside of one.
 _calls: ContextVar[list[int] | None] = ContextVar("pmc_fast_packed_calls", default=None)
+
+# For each attention call of the pass under way, whether `decode_attention` could take its place; None if nobody asks.
+_probe: ContextVar[list[bool] | None] = ContextVar("pmc_fast_probe", default=None)
+
+# The first position that each row sees, while rows are decoded one token at a time; None otherwise.
+_first: ContextVar[Tensor | None] = ContextVar("pmc_fast_first", default=None)
 
 
 def install(model: nn.Module) -> None:
@@ -43,10 +50,42 @@ def packed() -> Iterator[None]:
         raise UserError("model: its attention does not take keyword arguments, so it cannot run a packed batch")
 
 
+@contextmanager
+def replacing_sdpa(model: nn.Module) -> Iterator[list[bool]]:
+    """Within a with block, this module's attention in place of torch's; a model with any other is left as it is.
+
+    The list that it gives gets an entry for each attention call that passes through here: whether `decode_attention`
+    could do it.
+    """
+    theirs = model.config._attn_implementation
+    calls: list[bool] = []
+    if theirs not in ("sdpa", NAME):
+        yield calls
+        return
+    install(model)
+    token = _probe.set(calls)
+    try:
+        yield calls
+    finally:
+        _probe.reset(token)
+        if theirs != NAME:
+            model.set_attn_implementation(theirs)
+
+
+@contextmanager
+def decoding(first: Tensor) -> Iterator[None]:
+    """Around a pass of one token per row: no mask is made, each row sees its cache from position `first` [N] on."""
+    token = _first.set(first)
+    try:
+        yield
+    finally:
+        _first.reset(token)
+
+
 def _mask(*args, **kwargs) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
-    return None if _calls.get() is not None else sdpa_mask(*args, **kwargs)
+    return None if _calls.get() is not None or _first.get() is not None else sdpa_mask(*args, **kwargs)
 
 
 def _forward(
@@ -65,6 +104,12 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if kwargs.get("s_aux") is not None:
         raise UserError("model: its attention has sinks, which this version does not support")
+    if (calls := _probe.get()) is not None:
+        calls.append(key.shape == value.shape)
+    if (first := _first.get()) is not None:
+        if sliding_window is not None:
+            first = first.clamp(min=key.shape[2] - sliding_window)
+        return decode_attention(query[:, :, 0], key, value, first, scale=scaling, softcap=softcap)[:, None], None
     if packed_lengths is None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

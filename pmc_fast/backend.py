@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 # Every implementation of an op is the function of the op's name in the module of the op's name in one of these.
 PACKAGES = {
@@ -15,16 +17,17 @@ PACKAGES = {
     "reference": "pmc_fast.reference",
 }
 
-# Fastest first.
+# Fastest first; native is for CPUs, triton for GPUs.
 IMPLEMENTATIONS = {
-    "collapse_loss": ("native", "reference"),
-    "linear_logprob": ("native", "reference"),
-    "linear_sample": ("native", "reference"),
+    "collapse_loss": ("native", "triton", "reference"),
+    "decode_attention": ("native", "reference"),
+    "linear_logprob": ("native", "triton", "reference"),
+    "linear_sample": ("native", "triton", "reference"),
     "rouge_l_recall": ("native", "reference"),
-    "sample": ("native", "reference"),
+    "sample": ("native", "triton", "reference"),
 }
 
-NATIVE_DTYPES = ("float32", "bfloat16")
+DTYPES = {"native": ("float32", "bfloat16"), "triton": ("float32", "bfloat16", "float16")}
 
 
 class BackendUnavailable(RuntimeError):
@@ -40,9 +43,22 @@ def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) 
             return reason
         if device_type != "cpu":
             return f"the native implementation runs on the CPU, the tensors are on {device_type}"
-        if dtype is not None and (name := str(dtype).removeprefix("torch.")) not in NATIVE_DTYPES:
-            return f"the native implementation takes {' and '.join(NATIVE_DTYPES)}, not {name}"
+    if impl == "triton" and (reason := _why_not_triton(device_type)):
+        return reason
+    if impl in DTYPES and dtype is not None and (name := str(dtype).removeprefix("torch.")) not in DTYPES[impl]:
+        return f"the {impl} implementation takes {', '.join(DTYPES[impl])}, not {name}"
     return None
+
+
+def _why_not_triton(device_type: str) -> str | None:
+    if reason := _missing_triton():
+        return reason
+    if device_type == "cuda" or (device_type == "cpu" and interpreting()):
+        return None
+    return (
+        f"Triton's kernels run on GPUs, the tensors are on {device_type} (to run them on the CPU, slowly, in Triton's "
+        "interpreter, set TRITON_INTERPRET=1 before Python starts)"
+    )
 
 
 def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = None) -> str:
@@ -54,6 +70,8 @@ def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = 
     """
     if impl is None:
         for name in IMPLEMENTATIONS[op]:
+            if name == "triton" and device_type == "cpu":
+                continue  # the interpreter is for those who ask for it
             reason = why_not(op, name, device_type, dtype)
             if reason is None:
                 return name
@@ -79,6 +97,18 @@ def missing_library() -> str | None:
         import_module("pmc_fast.native").library()
     except BackendUnavailable as error:
         return str(error)
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _missing_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: run `pip install triton`"
     return None
 
 

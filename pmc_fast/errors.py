@@ -5,9 +5,18 @@ class UserError(ValueError):
     """Bad input or options; the command line prints the message alone and exits with code 2."""
 
 
+# What is wrong with a row of logits that an op refuses, and what it wants.
+NO_DISTRIBUTION = (
+    "hold NaN or +inf, or nothing but -inf, or overflow when divided by the temperature; expected finite numbers (-inf is "
+    "allowed for tokens that must not be drawn)"
+)
+
+
 def not_finite(name: str, row: int) -> ValueError:
     """What an op raises when it meets a row of logits that is no distribution."""
-    return ValueError(
-        f"{name}: the logits of row {row} hold NaN or +inf, or nothing but -inf, or overflow when divided by the "
-        "temperature; expected finite numbers (-inf is allowed for tokens that must not be drawn)"
-    )
+    return ValueError(f"{name}: the logits of row {row} {NO_DISTRIBUTION}")
+
+
+def scores_not_finite(row: int) -> ValueError:
+    """What `decode_attention` raises when a row's scores are no numbers."""
+    return ValueError(f"decode_attention: the scores of row {row} hold NaN or infinities; expected finite numbers")

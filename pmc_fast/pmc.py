@@ -233,17 +233,19 @@ class PMC:
             raise UserError("forget, retain: both are empty, expected at least one row")
         with phase("pack"):
             packed = pack(prompts, answers, self.lm.device)
+        # Counted on the host: a GPU would have to be waited for.
+        counts = [sum(map(len, part)) for part in (answers[:collapse], answers[collapse:])]
         is_collapse = packed.sequence < collapse
-        counts = (int(is_collapse.sum()), int((~is_collapse).sum()))
         token_weight = torch.where(
             is_collapse, 1 / max(1, counts[0]), self.config.retain_weight / max(1, counts[1])
         ).float()
         with phase("forward"):
             hidden = packed.hidden(self.lm)
         with phase("loss"):
-            loss, token_nll = self.lm.head.collapse_loss(hidden, packed.target, token_weight)
-        self.stats["collapse_loss"] = float(token_nll[is_collapse].mean()) if counts[0] else 0.0
-        self.stats["retain_loss"] = float(token_nll[~is_collapse].mean()) if counts[1] else 0.0
+            loss, token_nll = self.lm.head.collapse_loss(hidden, packed.target, token_weight, ignore_index=None)
+        totals = torch.stack([(token_nll * part).sum() for part in (is_collapse, ~is_collapse)]).tolist()
+        for name, total, count in zip(("collapse_loss", "retain_loss"), totals, counts, strict=True):
+            self.stats[name] = total / max(1, count)
         self.stats["trained_tokens"] = packed.input_ids.numel()
         return loss
 

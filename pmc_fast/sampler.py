@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pmc_fast import attention, backend
 from pmc_fast.errors import UserError
 from pmc_fast.fast_linear import fast_linear
 from pmc_fast.models import LanguageModel, evaluating
@@ -110,9 +112,11 @@ class Sampler:
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
 
-        with evaluating(self.lm.model), fast_linear(self.lm.model):
+        model = self.lm.model
+        with evaluating(model), fast_linear(model, rows), attention.replacing_sdpa(model) as attention_calls:
             with phase("prefill"):
                 batch = _Batch(self.lm, input_ids, attention_mask, num_samples, steps, sequence_ids)
+            batch.use_decode_attention(attention_calls)
             for step in range(steps):
                 drawn = self.lm.head.sample(
                     batch.hidden, sequence=batch.sequence, position=torch.full_like(batch.sequence, step), **draw
@@ -169,9 +173,18 @@ class _Batch:
         self.slot = torch.arange(prompts * num_samples, device=input_ids.device)
         self.sequence = (sequence_ids[:, None] * num_samples + copies).flatten()
         self._position = (position[:, -1] + 1).repeat_interleave(num_samples)
-        self._padded = bool(prefill)
-        self._mask = mask.repeat_interleave(num_samples, dim=0) if self._padded else None
+        self._mask = mask.repeat_interleave(num_samples, dim=0) if prefill else None
+        self._first: Tensor | None = None
         self._generated = 0
+
+    def use_decode_attention(self, calls: list[bool]) -> None:
+        """Decode with the op of that name if it could have done the prefill's attention calls, and is fast here."""
+        if calls and all(calls) and self._uses_native():
+            padding = torch.zeros_like(self._position) if self._mask is None else (self._mask == 0).sum(1)
+            self._first, self._mask = padding, None
+
+    def _uses_native(self) -> bool:
+        return backend.choose("decode_attention", None, self.hidden.device.type, self.hidden.dtype) == "native"
 
     def advance(self, token: Tensor, done: Tensor) -> bool:
         """Retire the rows that are done and run the others one token further; False if none is left."""
@@ -185,7 +198,8 @@ class _Batch:
         if self._mask is not None:
             grown = self._mask.new_ones(len(token), self._generated)
             options["attention_mask"] = torch.cat([self._mask, grown], dim=1)
-        with phase("decode"):
+        attending = nullcontext() if self._first is None else attention.decoding(self._first)
+        with phase("decode"), attending:
             self.hidden = self._lm.hidden(
                 token[:, None],
                 position_ids=self._position[:, None],
@@ -205,8 +219,9 @@ class _Batch:
         self.slot = move_rows(self.slot, source, destination, rows)
         self.sequence = move_rows(self.sequence, source, destination, rows)
         self._position = move_rows(self._position, source, destination, rows)
-        if self._mask is not None:
-            self._mask = move_rows(self._mask, source, destination, rows)
+        for name in ("_mask", "_first"):
+            if (values := getattr(self, name)) is not None:
+                setattr(self, name, move_rows(values, source, destination, rows))
         return move_rows(token, source, destination, rows)
 
 

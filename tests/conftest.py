@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `benchmarks`; last, so an installed pmc_fast wins
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

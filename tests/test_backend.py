@@ -49,10 +49,12 @@ def test_every_implementation_takes_the_same_arguments(op):
         ("cpu", torch.float16, "reference"),
         ("cpu", torch.float64, "reference"),
         ("cpu", "float32", "native"),
-        ("cuda", torch.float32, "reference"),
+        ("cuda", torch.float16, "triton"),
+        ("cuda", torch.float64, "reference"),
     ],
 )
 def test_the_fastest_that_can_run(op, device, dtype, expected):
+    expected = expected if expected in IMPLEMENTATIONS[op] else "reference"
     assert choose(op, None, device, dtype) == expected
 
 
@@ -67,6 +69,26 @@ def test_the_one_named_or_an_error(op):
         choose(op, "cuda")
     with pytest.raises(ValueError, match=r"impl: got 'Native', expected None or one of 'cuda', 'triton', 'native'"):
         choose(op, "Native")
+
+
+def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("sample", "triton", "cpu", torch.float16) == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(
+        BackendUnavailable, match=r"sample\(impl='triton'\): Triton's kernels run on GPUs.*TRITON_INTERPRET"
+    ):
+        choose("sample", "triton", "cpu", torch.float32)
+    assert choose("sample", "triton", "cuda", torch.float32) == "triton"
+    with pytest.raises(BackendUnavailable, match="takes float32, bfloat16, float16, not float64"):
+        choose("sample", "triton", "cuda", torch.float64)
+
+
+def test_without_triton_naming_it_is_an_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(backend, "_missing_triton", lambda: "Triton is not installed: run `pip install triton`")
+    with pytest.raises(BackendUnavailable, match="pip install triton"):
+        choose("collapse_loss", "triton", "cuda", torch.float32)
+    assert choose("collapse_loss", None, "cuda", torch.float32) == "reference"
 
 
 def test_without_the_compiled_module_the_reference_runs_and_says_so_once(no_library, recwarn):

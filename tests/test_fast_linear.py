@@ -6,6 +6,7 @@ from tiny import make_model
 from torch import nn
 from torch.nn import functional as F
 
+from pmc_fast import fast_linear as the_module
 from pmc_fast.fast_linear import fast_linear, linear
 
 
@@ -37,7 +38,7 @@ def test_the_model_computes_the_same_and_is_left_as_it_was(rng_seed):
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     want, calls = model(ids).logits, []
     hook = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(KeyError), fast_linear(model):
+    with pytest.raises(KeyError), fast_linear(model, 2):
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
         raise KeyError
     assert calls == [1]
@@ -57,6 +58,30 @@ def test_layers_with_a_forward_of_their_own_keep_it(rng_seed):
     patched.forward = lambda x: x
     model = nn.Sequential(Doubled(3, 3), patched)
     x = torch.randn(5, 3)
-    with torch.no_grad(), fast_linear(model):
+    with torch.no_grad(), fast_linear(model, 2):
         assert torch.equal(model(x), 2 * F.linear(x, model[0].weight, model[0].bias))
     assert "forward" in vars(patched) and "forward" not in vars(model[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [0, 4 * 32 * 48, 1 << 30], ids=["none packed", "one layer packed", "all packed"])
+def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(room, monkeypatch, rng_seed):
+    monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(the_module, "PACKED_BYTES", room)
+    layers = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 33, bias=False)).bfloat16()
+    x = torch.randn(5, 32).bfloat16()
+    with fast_linear(layers, 5):
+        got = layers(x)
+    middle = F.linear(x.double(), layers[0].weight.double(), layers[0].bias.double()).bfloat16()
+    want = F.linear(middle.double(), layers[1].weight.double())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)  # one of the middle may round the other way
+
+
+def test_weights_are_packed_again_in_the_next_block(rng_seed):
+    layer, x = nn.Linear(9, 5), torch.randn(3, 9)
+    for _ in range(2):
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(5, 9))
+            with fast_linear(layer, 3):
+                torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, VOCAB, make_model
 
+from pmc_fast import attention, decode_attention
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
@@ -37,6 +38,31 @@ def test_company_and_retirement_do_not_change_an_answer(family, rng_seed):
         width = alone.tokens.shape[2]
         assert torch.equal(alone.tokens[0], together.tokens[row, :, :width])
         torch.testing.assert_close(alone.logprobs[0], together.logprobs[row, :, :width], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3]]], ids=["padded", "one prompt"])
+def test_decode_attention_takes_the_place_of_torchs(family, prompts, monkeypatch, rng_seed):
+    model, calls = make_model(family, seed=rng_seed), []
+    if family == "gemma2":  # transformers gives it eager attention, training this library's
+        attention.install(model)
+    theirs = model.config._attn_implementation
+    ids, mask = pad_left(prompts, 256)
+    options = {"num_samples": 3, "max_new_tokens": 12, "eos_token_id": 257, "seed": rng_seed, "top_p": 0.95}
+
+    def watched(*args, **kwargs):
+        calls.append(1)
+        return decode_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "decode_attention", watched)
+    fast = Sampler(model).sample(ids, mask, **options)
+    assert calls and model.config._attn_implementation == theirs
+    calls.clear()
+    model.set_attn_implementation("eager")  # not torch's: left as it is
+    slow = Sampler(model).sample(ids, mask, **options)
+    assert not calls and model.config._attn_implementation == "eager"
+    assert torch.equal(fast.tokens, slow.tokens)
+    torch.testing.assert_close(fast.logprobs, slow.logprobs, rtol=1e-3, atol=1e-4)
 
 
 def test_lengths_finished_and_logprobs(rng_seed):

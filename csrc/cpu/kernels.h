@@ -58,16 +58,42 @@ struct GumbelArgs {
     int threads;
 };
 
+// In elements; the dimensions of a head are next to one another.
+struct CacheStrides {
+    int64_t row, head, position;
+};
+
+struct DecodeAttentionArgs {
+    const void* query;  // [rows, heads, dim]
+    const void* key;    // [rows, kv_heads, length, dim]
+    const void* value;  // [rows, kv_heads, length, dim]
+    Dtype dtype;
+    int64_t rows, heads, kv_heads, length, dim;  // kv_heads divides heads
+    CacheStrides key_stride, value_stride;
+    const int64_t* first;  // [rows], each in [0, length): the positions before it are left out
+    float scale;           // scores = scale * query . key, then
+    float softcap;         // softcap * tanh(scores / softcap); 0 leaves them
+    void* out;             // [rows, heads, dim]
+    void* workspace;       // threads * decode_attention_workspace_floats(length, dim) floats
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     int64_t (*sample)(const SampleArgs&);
     int64_t (*cross_entropy)(const CrossEntropyArgs&);
     void (*gumbel)(const GumbelArgs&);
+    int64_t (*decode_attention)(const DecodeAttentionArgs&);
 };
 
 constexpr int64_t kWorkspaceSlack = 64;  // elements past the end that a vector may touch
 
 inline int64_t sample_workspace_bytes(int64_t vocab) { return (vocab + kWorkspaceSlack) * 16; }
 inline int64_t cross_entropy_workspace_bytes(int64_t vocab) { return (vocab + kWorkspaceSlack) * 4; }
+
+// Of the few heads that are taken at once: a score for each position, and the query.
+inline int64_t decode_attention_workspace_floats(int64_t length, int64_t dim) {
+    return 4 * (length + dim) + kWorkspaceSlack;
+}
 
 }  // namespace pmc

@@ -78,6 +78,14 @@ inline float horizontal_max(Floats v) {
     return best;
 }
 
+inline float horizontal_sum_float(Floats v) {
+    float sums[kLanes];
+    std::memcpy(sums, &v, sizeof v);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+    return sums[0];
+}
+
 inline double horizontal_sum(Floats v) {
     double sum = 0;
     for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];

@@ -28,14 +28,14 @@ def cross_entropy(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    ignore_index: int,
+    ignore_index: int | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
     """Each row's nll (0 where ignored) and the gradients of sum(row_weight * nll) for hidden, weight, bias as needed.
 
     Ignored rows are left out of every product, rows of weight 0 out of the gradients' products.
     """
-    scored = target != ignore_index
+    scored = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     graded = scored & (row_weight != 0) if any(needs) else torch.zeros_like(scored)
     dtype, vocab = compute_dtype(weight.dtype), weight.shape[0]
     chunks = [

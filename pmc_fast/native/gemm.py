@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from pmc_fast.fast_linear import linear
+from pmc_fast.fast_linear import has_fast_bfloat16, linear
 
 # Tokens of the vocabulary multiplied at a time in float32. A slice of a product then stays in cache on its way to where
 # it belongs, and little of a bfloat16 head is widened at once.
 SLICE_TOKENS = 8192
-
-
-@cache
-def has_fast_bfloat16() -> bool:
-    """Without bfloat16 instructions torch multiplies bfloat16 several times slower than float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

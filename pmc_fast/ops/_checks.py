@@ -43,10 +43,14 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | N
         raise ValueError(f"weight: got device {weight.device}, expected {hidden.device}, that of hidden")
     if bias is not None:
         vector("bias", bias, weight.shape[0], hidden.dtype, hidden)
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap: got {softcap}, expected None or a finite number above 0")
+    soft_cap(softcap)
     if not (math.isfinite(logit_scale) and logit_scale != 0):
         raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number other than 0")
+
+
+def soft_cap(value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"softcap: got {value}, expected None or a finite number above 0")
 
 
 def temperature(value: float, *, allow_zero: bool) -> None:
@@ -69,28 +73,35 @@ def sampling(temperature_: float, top_k: int | None, top_p: float, min_p: float,
         raise ValueError(f"seed: got {seed!r}, expected an integer in [0, 2^63)")
 
 
-def targets(target: Tensor, vocab: int, ignore_index: int) -> None:
+def targets(target: Tensor, vocab: int, ignore_index: int | None) -> None:
     """The values of target; reads them, so only an op's body calls it."""
-    outside = (target != ignore_index) & ((target < 0) | (target >= vocab))
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"target: got {int(target[row])} at row {row}, expected token ids in [0, {vocab}) or "
-            f"ignore_index={ignore_index}"
-        )
+    outside = (target < 0) | (target >= vocab)
+    wanted = f"token ids in [0, {vocab})"
+    if ignore_index is not None:
+        outside &= target != ignore_index
+        wanted += f" or ignore_index={ignore_index}"
+    _none("target", outside, target, wanted)
+
+
+def within(name: str, values: Tensor, size: int) -> None:
+    """That every value is in [0, size); reads them, so only an op's body calls it."""
+    _none(name, (values < 0) | (values >= size), values, f"integers in [0, {size})")
 
 
 def counters(name: str, values: Tensor) -> None:
     """The values of sequence or position; reads them, so only an op's body calls it."""
-    outside = (values < 0) | (values >= 2**32)
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(f"{name}: got {int(values[row])} at row {row}, expected integers in [0, 2^32)")
+    _none(name, (values < 0) | (values >= 2**32), values, "integers in [0, 2^32)")
 
 
 def finite(name: str, values: Tensor) -> None:
     """That every value is a number; reads them, so only an op's body calls it."""
-    bad = ~torch.isfinite(values)
-    if bad.any():
+    _none(name, ~torch.isfinite(values), values, "finite numbers")
+
+
+def _none(name: str, bad: Tensor, values: Tensor, wanted: str) -> None:
+    """Raise if a value is bad. On a GPU the device raises, when it gets there: the host does not wait to look."""
+    if bad.device.type != "cpu":
+        torch._assert_async(~bad.any(), f"{name}: expected {wanted}")
+    elif bad.any():
         row = int(bad.nonzero()[0])
-        raise ValueError(f"{name}: got {float(values[row])} at row {row}, expected finite numbers")
+        raise ValueError(f"{name}: got {values[row].item()} at row {row}, expected {wanted}")

@@ -26,7 +26,7 @@ def collapse_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     impl: str | None = None,
 ) -> CollapseLoss:
     """Weighted sum of the targets' negative log-likelihoods, with its gradients computed in the forward pass.
@@ -47,8 +47,9 @@ def collapse_loss(
         bias: [V], dtype of hidden, or None.
         softcap: bounds the logits smoothly (Gemma), or None.
         logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
-        ignore_index: the target that marks a row to leave out.
-        impl: None, "reference" or "native".
+        ignore_index: the target that marks a row to leave out; None promises that there is none, and spares a GPU the wait
+            to find them.
+        impl: None, "reference", "native" or "triton".
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or range; weights or logits that are not finite.
@@ -78,7 +79,7 @@ def _collapse_loss(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
-    ignore_index: int,
+    ignore_index: int | None,
     needs: list[bool],
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     impl: str | None = None,
 ) -> Tensor:
     """Log-probability of each target token under the output head, without holding the logits of all rows.
@@ -35,8 +35,9 @@ def linear_logprob(
         softcap: bounds the logits smoothly (Gemma), or None.
         logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
         temperature: divides the logits, above 0.
-        ignore_index: the target that marks a row to leave out.
-        impl: None, "reference" or "native".
+        ignore_index: the target that marks a row to leave out; None promises that there is none, and spares a GPU the wait
+            to find them.
+        impl: None, "reference", "native" or "triton".
 
     Returns:
         float32 [N] (float64 for float64 inputs), nats.
@@ -62,7 +63,7 @@ def _linear_logprob(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    ignore_index: int,
+    ignore_index: int | None,
     impl: str | None,
 ) -> Tensor:
     name = backend.choose("linear_logprob", impl, hidden.device.type, hidden.dtype)
@@ -94,7 +95,7 @@ def _linear_logprob_backward(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    ignore_index: int,
+    ignore_index: int | None,
     needs: list[bool],
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ def collapse_loss(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
-    ignore_index: int,
+    ignore_index: int | None,
     needs: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss, each token's nll, and the gradients of the loss that `needs` asks for: hidden, weight, bias."""

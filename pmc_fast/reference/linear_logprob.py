@@ -17,9 +17,9 @@ def linear_logprob(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> Tensor:
-    rows = (target != ignore_index).nonzero()[:, 0]
+    rows = _scored(target, ignore_index)
     logits = head.logits(hidden[rows], weight, bias, softcap, logit_scale)
     scaled = logits / temperature
     head.check_finite("linear_logprob", scaled, rows)
@@ -37,11 +37,11 @@ def linear_logprob_backward(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    ignore_index: int,
+    ignore_index: int | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of sum(upstream * linear_logprob(...)) that `needs` asks for: hidden, weight, bias."""
-    rows = (target != ignore_index).nonzero()[:, 0]
+    rows = _scored(target, ignore_index)
     used = hidden[rows]
     logits = head.logits(used, weight, bias, softcap, logit_scale)
     onehot = torch.nn.functional.one_hot(target[rows], weight.shape[0])
@@ -53,3 +53,10 @@ def linear_logprob_backward(
         d_weight.to(weight.dtype) if needs[1] else None,
         d_bias.to(bias.dtype) if needs[2] else None,
     )
+
+
+def _scored(target: Tensor, ignore_index: int | None) -> Tensor:
+    """The numbers of the rows that are not left out."""
+    if ignore_index is None:
+        return torch.arange(len(target), device=target.device)
+    return (target != ignore_index).nonzero()[:, 0]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pmc_fast import BackendUnavailable, collapse_loss, linear_logprob, linear_sample, sample
 from pmc_fast.native import cross_entropy, gemm, library
 
-IMPLS = ["reference", "native"]
+IMPLS = ["reference", "native", "triton"]
 HEADS = [
     {"softcap": None, "logit_scale": 1.0},
     {"softcap": 4.0, "logit_scale": 1.0},
@@ -46,21 +46,22 @@ def assert_near(got, want, dtype):
     assert (got.double() - want).abs().max() <= tolerance * want.abs().max() + 1e-6
 
 
-@pytest.fixture(params=["one chunk", "many chunks", "fast bfloat16"])
-def paths(request, monkeypatch):
-    """The native implementation's chunks of rows and widened slices, and the path of CPUs that multiply bfloat16."""
-    if request.param == "many chunks":
+@pytest.fixture(params=[*IMPLS, "native, many chunks", "native, fast bfloat16"])
+def impl(request, monkeypatch):
+    """Each implementation; of the native one its chunks and slices too, and the path of CPUs that multiply bfloat16."""
+    name, _, path = request.param.partition(", ")
+    if path == "many chunks":
         monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", {torch.float32: 4, torch.bfloat16: 5})
         monkeypatch.setattr(gemm, "SLICE_TOKENS", 100)
-    if request.param == "fast bfloat16":
+    if path == "fast bfloat16":
         monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
+    return name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_linear_logprob(impl, head, bias, dtype, paths, rng_seed):
+def test_linear_logprob(impl, head, bias, dtype, rng_seed):
     hidden, weight, b, target = make(dtype=dtype, bias=bias)
     upstream = torch.randn(len(target))
     logprob = linear_logprob(hidden, weight, target, bias=b, temperature=0.7, impl=impl, **head)
@@ -76,18 +77,23 @@ def test_linear_logprob(impl, head, bias, dtype, paths, rng_seed):
 @pytest.mark.parametrize("isa", library().instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_collapse_loss(impl, head, dtype, isa, paths, rng_seed):
+def test_native_collapse_loss_by_instruction_set(head, dtype, isa, rng_seed):
     before = library().instruction_set()
     library().use_instruction_set(isa)
     try:
-        hidden, weight, b, target = make(dtype=dtype)
-        token_weight = torch.rand(len(target))
-        token_weight[2::4] = 0
-        result = collapse_loss(hidden, weight, target, token_weight, bias=b, impl=impl, **head)
-        (3 * result.loss).backward()
+        test_collapse_loss("native", head, dtype, rng_seed)
     finally:
         library().use_instruction_set(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_collapse_loss(impl, head, dtype, rng_seed):
+    hidden, weight, b, target = make(dtype=dtype)
+    token_weight = torch.rand(len(target))
+    token_weight[2::4] = 0
+    result = collapse_loss(hidden, weight, target, token_weight, bias=b, impl=impl, **head)
+    (3 * result.loss).backward()
     want, gradients = oracle(hidden, weight, b, target, -3 * token_weight, **head)
     assert_near(result.token_nll, -want, dtype)
     assert_near(result.loss.detach(), -(token_weight.double() * want).sum(), dtype)
@@ -99,8 +105,7 @@ def test_collapse_loss(impl, head, dtype, isa, paths, rng_seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, dtype, paths, rng_seed):
+def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, dtype, rng_seed):
     hidden, weight, b, target = make(dtype=dtype)
     ruled_out = torch.arange(307) % 3 == 1  # in vectors and in the tail after them
     b = b.detach().masked_fill(ruled_out, -math.inf).requires_grad_()
@@ -189,6 +194,23 @@ def test_the_gradient_of_the_head_is_not_copied(rng_seed):
             loss = collapse_loss(hidden, weight, target, torch.rand(len(target)), impl="native").loss
         loss.backward(torch.tensor(upstream))
         assert weight.grad.data_ptr() == written[-1]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ignore_index_none_scores_every_row(impl, rng_seed):
+    hidden, weight, b, target = make()
+    target[target == IGNORED] = 5
+    token_weight = torch.rand(len(target))
+    for ignore_index in (None, IGNORED):
+        result = collapse_loss(hidden, weight, target, token_weight, bias=b, ignore_index=ignore_index, impl=impl)
+        logprob = linear_logprob(hidden, weight, target, bias=b, ignore_index=ignore_index, impl=impl)
+        want, gradients = oracle(hidden, weight, b, target, -token_weight, softcap=None, logit_scale=1.0)
+        assert_near(result.token_nll, -want, torch.float32)
+        assert_near(logprob.detach(), want, torch.float32)
+        for got, gradient in zip(torch.autograd.grad(result.loss, (hidden, weight, b)), gradients, strict=True):
+            assert_near(got, gradient, torch.float32)
+    with pytest.raises(ValueError, match=r"target: got -100 at row 0, expected token ids in \[0, 307\)$"):
+        collapse_loss(hidden, weight, target.clone().fill_(IGNORED), token_weight, ignore_index=None, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,0 +1,305 @@
+"""The output head and `sample` in one op.
+
+Nothing truncated (or greedy): `head_draw_kernel` multiplies a tile of the head by a tile of rows, turns the product into logits
+in registers and leaves of each row its maximum, masses and winner, 24 bytes for VOCAB_TILE tokens; `sample`'s reduction
+finishes. The head is read once from memory, V D s bytes, since the programs that share a tile of it are neighbours; logits
+are never written.
+
+Truncated: the product goes to float32 scratch through torch, SCRATCH_BYTES of rows at a time, and `sample`'s kernels read it,
+applying bias, scale and soft cap. Another pass over the head would cost more than the 8 V bytes a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmc_fast.kernels.checks import no_bad_row, report
+from pmc_fast.kernels.gemm import even_pieces, padded_rows, row_major, write_product
+from pmc_fast.kernels.philox import block_words
+from pmc_fast.kernels.sample import Draws, Head, Parts, Sampling, draw, draw_from_tile, finish_draw, head_logit, inverse
+from pmc_fast.kernels.variant import Variant
+from pmc_fast.phases import phase
+
+SCRATCH_BYTES = 1 << 29  # of logits, when truncation needs them in memory
+PART_ROWS = 4096  # rows whose winners are held at once
+PIECE = tl.constexpr(32)  # rows that a program draws for together
+
+
+def linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    sequence: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight = row_major(hidden), row_major(weight)
+    sequence, position = sequence.contiguous(), position.contiguous()
+    head = Head(None if bias is None else bias.contiguous(), None if logit_scale == 1 else logit_scale, softcap)
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    rows, vocab = len(hidden), len(weight)
+    draws, bad = Draws.empty(rows, hidden.device), no_bad_row(rows, hidden.device)
+    if sampling.truncates(vocab):
+        most, some = max(1, SCRATCH_BYTES // (4 * vocab)), _draw_truncated
+    else:
+        most, some = PART_ROWS, _draw_from_all
+    for piece in even_pieces(rows, most):
+        some(
+            hidden[piece], weight, head, sampling, sequence[piece], position[piece], draws.rows(piece), bad, piece.start
+        )
+    report("linear_sample", bad, rows)
+    return tuple(draws)
+
+
+def _draw_truncated(hidden, weight, head, sampling, sequence, position, draws, bad, first_row) -> None:
+    with phase("head"):
+        logits = padded_rows(len(hidden), len(weight), torch.float32, hidden.device)
+        write_product(logits, hidden, weight.T)
+    with phase("sample"):
+        draw(logits, head, sampling, sequence, position, draws, bad, first_row)
+
+
+def _draw_from_all(hidden, weight, head, sampling, sequence, position, draws, bad, first_row) -> None:
+    (rows, dim), vocab = hidden.shape, len(weight)
+    tiles = tiles_for(rows, vocab, dim, hidden.dtype.itemsize)
+    with phase("head"):
+        parts = Parts.empty(rows, triton.cdiv(vocab, tiles.vocab), hidden.device)
+        head_draw_kernel[(parts.top.shape[1] * triton.cdiv(rows, tiles.rows),)](
+            hidden,
+            hidden.stride(0),
+            weight,
+            weight.stride(0),
+            rows,
+            vocab,
+            dim,
+            head.bias,
+            head.logit_scale,
+            head.softcap,
+            sampling.temperature,
+            inverse(sampling.temperature),
+            *sampling.key(),
+            sequence,
+            position,
+            *parts,
+            parts.top.shape[1],
+            GREEDY=sampling.temperature == 0,
+            TEMPERED=sampling.temperature not in (0, 1),
+            PRECISION=precision(hidden.dtype),
+            VOCAB_TILE=tiles.vocab,
+            ROW_TILE=tiles.rows,
+            DIM_TILE=tiles.dim,
+            WHOLE=dim % tiles.dim == 0,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    with phase("sample"):
+        finish_draw(parts, sampling, sequence, position, draws, bad, first_row)
+
+
+class Tiles(NamedTuple):
+    """What a program multiplies, and with how many warps and pipeline stages."""
+
+    vocab: int
+    rows: int
+    dim: int
+    warps: int
+    stages: int
+
+
+def tiles_for(rows: int, vocab: int, dim: int, bytes_per_element: int) -> Tiles:
+    """The head on the large side of the product: decoding has few rows."""
+    wide = bytes_per_element == 4
+    row_tile = min(max(16, triton.next_power_of_2(rows)), 32 if wide else 64 if rows <= 64 else 128)
+    dim_tile = min(32 if wide else 64, max(16, triton.next_power_of_2(dim)))
+    return Tiles(128, row_tile, dim_tile, 4, 4)
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def tile_token(first, TOKENS: tl.constexpr):
+    """The token that each row of a tile stands for.
+
+    In order they would lie in different threads of a matrix product. In this order the thread that holds a row also holds
+    those TOKENS / 2 and 8 further on, and the four are the tokens that share a Philox block.
+    """
+    row = tl.arange(0, TOKENS)
+    half: tl.constexpr = TOKENS // 2
+    return first + (row % half // 16 * 8 + row % 8) * 4 + row // half * 2 + row // 8 % 2
+
+
+@triton.jit
+def words_of_tile(seed_low, seed_high, sequence, position, first, TOKENS: tl.constexpr):
+    """uint32 [TOKENS, rows]: the words of `tile_token`'s tokens; sequence, position: uint32 [rows]."""
+    rows: tl.constexpr = sequence.shape[0]
+    block = first // 4 + tl.arange(0, TOKENS // 4)
+    block = tl.broadcast_to(block.to(tl.uint32)[:, None], [TOKENS // 4, rows])
+    w0, w1, w2, w3 = block_words(seed_low, seed_high, sequence[None, :], position[None, :], block)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [blocks, rows, word % 2, word // 2]
+    words = words.reshape(TOKENS // 32, 8, rows, 2, 2)
+    return words.permute(4, 0, 3, 1, 2).reshape(TOKENS, rows)
+
+
+@triton.jit
+def record(
+    product,  # float32 [tokens, rows]
+    first,
+    first_row,
+    rows,
+    vocab,
+    tile,
+    head,
+    sampling,
+    parts,
+    GREEDY: tl.constexpr,
+    TEMPERED: tl.constexpr,
+):
+    """Draws from a tile, few rows at a time: what a thread holds besides the product is in proportion."""
+    TOKENS: tl.constexpr = product.shape[0]
+    ROWS: tl.constexpr = product.shape[1]
+    if ROWS > PIECE:
+        left, right = tl.split(product.reshape(TOKENS, 2, ROWS // 2).permute(0, 2, 1))
+        record(left, first, first_row, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
+        record(right, first, first_row + ROWS // 2, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
+    else:
+        bias, logit_scale, softcap = head
+        temperature, inverse_temperature, seed_low, seed_high, sequence, position = sampling
+        tops, masses, tempered_masses, winners, tokens, tiles = parts
+        row = first_row + tl.arange(0, ROWS)
+        inside = row < rows
+        its_sequence = tl.load(sequence + row, mask=inside, other=0).to(tl.uint32)
+        its_position = tl.load(position + row, mask=inside, other=0).to(tl.uint32)
+        token = tile_token(first, TOKENS)[:, None]
+        logit = head_logit(product, bias, token, token < vocab, logit_scale, softcap)
+        words = None if GREEDY else words_of_tile(seed_low, seed_high, its_sequence, its_position, first, TOKENS)
+        top, mass, tempered, winner, best = draw_from_tile(
+            logit,
+            token,
+            words,
+            temperature,
+            inverse_temperature,
+            seed_low,
+            seed_high,
+            its_sequence,
+            its_position,
+            GREEDY,
+            TEMPERED,
+        )
+        part = row.to(tl.int64) * tiles + tile
+        tl.store(tops + part, top, mask=inside)
+        tl.store(masses + part, mass, mask=inside)
+        tl.store(tempered_masses + part, tempered, mask=inside)
+        tl.store(winners + part, winner, mask=inside)
+        tl.store(tokens + part, best, mask=inside)
+
+
+@triton.jit
+def head_draw_kernel(
+    hidden,  # [rows, dim]
+    hidden_stride,  # of its rows
+    weight,  # [vocab, dim]
+    weight_stride,
+    rows,
+    vocab,
+    dim,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    inverse_temperature,
+    seed_low,
+    seed_high,
+    sequence,  # int64 [rows]
+    position,
+    tops,  # this and what follows: [rows, tiles]
+    masses,
+    tempered_masses,
+    winners,
+    tokens,
+    tiles,
+    GREEDY: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VOCAB_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    WHOLE: tl.constexpr,  # DIM_TILE divides dim
+):
+    row_tiles = tl.cdiv(rows, ROW_TILE)
+    tile = tl.program_id(0) // row_tiles
+    first = tile * VOCAB_TILE
+    first_row = tl.program_id(0) % row_tiles * ROW_TILE
+    row = first_row + tl.arange(0, ROW_TILE)
+    token = tile_token(first, VOCAB_TILE)
+    column = tl.arange(0, DIM_TILE)
+    # rows and tokens beyond the last are copies of it
+    hidden += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * hidden_stride + column[None, :]
+    weight += tl.minimum(token, vocab - 1).to(tl.int64)[:, None] * weight_stride + column[None, :]
+    product = tl.zeros([VOCAB_TILE, ROW_TILE], tl.float32)
+    for begin in range(0, dim, DIM_TILE):
+        if WHOLE:
+            a = tl.load(weight)
+            b = tl.load(hidden)
+        else:
+            a = tl.load(weight, mask=(begin + column < dim)[None, :], other=0)
+            b = tl.load(hidden, mask=(begin + column < dim)[None, :], other=0)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+        weight += DIM_TILE
+        hidden += DIM_TILE
+
+    head = (bias, logit_scale, softcap)
+    sampling = (temperature, inverse_temperature, seed_low, seed_high, sequence, position)
+    parts = (tops, masses, tempered_masses, winners, tokens, tiles)
+    record(product, first, first_row, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
+
+
+def variants(capability: int) -> list[Variant]:
+    """The fused kernel at the heads of the models that `pmc_fast` is measured on."""
+    heads = {
+        "SmolLM2": (49152, 576, set()),
+        "Phi-1.5": (51200, 2048, {"bias"}),
+        "Llama-3.2-3B": (128256, 3072, set()),
+        "Gemma-3": (262208, 3840, {"softcap"}),
+    }
+    return [
+        _variant(f"{model}, {dtype}, {rows} rows", rows, vocab, dim, dtype, given)
+        for model, (vocab, dim, given) in heads.items()
+        for dtype in ("bf16", "fp16", "fp32")
+        for rows in (1, 64, 160)
+    ]
+
+
+def _variant(name: str, rows: int, vocab: int, dim: int, dtype: str, given: set[str]) -> Variant:
+    tiles = tiles_for(rows, vocab, dim, 4 if dtype == "fp32" else 2)
+    kinds = {"bias": "*" + dtype, "logit_scale": "fp32", "softcap": "fp32"}
+    signature = {"hidden": "*" + dtype, "hidden_stride": "i32", "weight": "*" + dtype, "weight_stride": "i32"}
+    signature |= dict.fromkeys(("rows", "vocab", "dim"), "i32") | {argument: kinds[argument] for argument in given}
+    signature |= {"temperature": "fp32", "inverse_temperature": "fp32", "seed_low": "i32", "seed_high": "i32"}
+    signature |= {"sequence": "*i64", "position": "*i64"}
+    signature |= dict.fromkeys(("tops", "masses", "tempered_masses", "winners"), "*fp32")
+    return Variant(
+        name=name,
+        kernel=head_draw_kernel,
+        signature=signature | {"tokens": "*i32", "tiles": "i32"},
+        constants={argument: None for argument in kinds if argument not in given}
+        | {"GREEDY": False, "TEMPERED": True, "PRECISION": "ieee", "WHOLE": dim % tiles.dim == 0}
+        | {"VOCAB_TILE": tiles.vocab, "ROW_TILE": tiles.rows, "DIM_TILE": tiles.dim},
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        matmul=True,
+        aligned=("hidden", "hidden_stride", "weight", "weight_stride", "dim", "vocab", *(given & {"bias"})),
+    )

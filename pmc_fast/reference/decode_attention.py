@@ -1,0 +1,27 @@
+"""Defines `decode_attention`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pmc_fast.errors import scores_not_finite
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, *, scale: float, softcap: float | None
+) -> Tensor:
+    rows, heads, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).view(rows, kv_heads, heads // kv_heads, dim)
+    scores = scale * (grouped @ key.to(wide).transpose(2, 3))
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    left_out = (torch.arange(length, device=query.device) < first[:, None])[:, None, None]
+    scores = scores.masked_fill(left_out, -math.inf)
+    bad = ~torch.isfinite(scores.masked_fill(left_out, 0)).flatten(1).all(1)
+    if bad.any():
+        raise scores_not_finite(int(bad.nonzero()[0]))
+    return (scores.softmax(-1) @ value.to(wide).masked_fill(left_out.transpose(2, 3), 0)).view_as(query).to(query.dtype)

@@ -1,0 +1,200 @@
+"""What only the Triton implementation of `linear_logprob` has: tiles, parts of the vocabulary, slices, float16."""
+
+import math
+
+import pytest
+import torch
+from head_cases import DEVICE, DTYPES, IGNORED, assert_as_good_as_torch, by_torch, make
+
+pytest.importorskip("triton")
+from pmc_fast.kernels import cross_entropy, gemm
+from pmc_fast.kernels import linear_logprob as kernels
+
+PLAIN = {"softcap": None, "logit_scale": 1.0}
+HEADS = [PLAIN, {"softcap": 2.5, "logit_scale": -1.7}]
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the device raises, and is lost")
+
+
+def run(hidden, weight, bias, target, upstream, needs=(True, True, True), ignore_index=IGNORED, **options):
+    options = {"temperature": 1.0, "bias": bias, "ignore_index": ignore_index} | options
+    logprob = kernels.linear_logprob(hidden, weight, target, **options)
+    needs = (*needs[:2], needs[2] and bias is not None)
+    return logprob, *kernels.linear_logprob_backward(upstream, hidden, weight, target, needs=needs, **options)
+
+
+@pytest.fixture
+def slices(monkeypatch):
+    """The backward pass in slices of the vocabulary, several of them."""
+    monkeypatch.setattr(cross_entropy, "MOST_ROWS", 3)
+    monkeypatch.setattr(kernels, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(kernels, "SLICE_BYTES", 1)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody has written to holds NaN."""
+    empty = torch.empty
+
+    def poison(*args, **options):
+        made = empty(*args, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("path", ["one chunk", "slices"])
+def test_against_float64(path, head, dtype, request, poisoned, rng_seed):
+    if path == "slices":
+        request.getfixturevalue("slices")
+    hidden, weight, bias, target = make(dtype=dtype)
+    hidden = torch.stack([hidden, hidden], dim=1)[:, 0]  # rows apart
+    upstream = torch.randn(len(target), device=DEVICE)
+    case = dict(hidden=hidden, weight=weight, bias=bias, target=target, upstream=upstream, temperature=0.7, **head)
+    assert_as_good_as_torch(run(**case), **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, size, vocab", [(1, 1, 1), (1, 200, 300), (70, 64, 17), (2, 65, 513)])
+def test_shapes_that_no_tile_fits(rows, size, vocab, dtype, slices, poisoned, rng_seed):
+    hidden, weight, _, target = make(rows, size, vocab, dtype, bias=False, ignored=False)
+    hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T  # columns apart: what kernels do not read
+    case = dict(
+        hidden=hidden, weight=weight, bias=None, target=target, upstream=torch.randn(rows, device=DEVICE), **PLAIN
+    )
+    assert_as_good_as_torch(run(ignore_index=None, **case), **case)
+
+
+@pytest.mark.parametrize("path", ["one chunk", "slices"])
+def test_gradients_of_small_upstreams_do_not_underflow(path, request, rng_seed):
+    """At 1e-4 per token float16 cannot hold the gradients of most logits: torch's are a hundred times less accurate."""
+    if path == "slices":
+        request.getfixturevalue("slices")
+    hidden, weight, bias, target = make(dtype=torch.float16, vocab=203)
+    upstream = torch.rand(len(target), device=DEVICE) * 1e-4
+    case = dict(hidden=hidden, weight=weight, bias=bias, target=target, upstream=upstream, **PLAIN)
+    smallest = 2.0**-24
+    for mine, want in zip(run(**case)[1:], by_torch(torch.float64, **case)[1:], strict=True):
+        assert (mine.double() - want).abs().max() <= smallest + 2.0**-10 * want.abs().max()
+
+
+def test_confident_rows_in_bfloat16(slices, rng_seed):
+    """Logits of 100 are rounded to halves in bfloat16, and p - 1 must still be small."""
+    hidden, weight, _, target = make(dtype=torch.bfloat16, bias=False, ignored=False)
+    weight[target] = 5 * hidden
+    case = dict(
+        hidden=hidden, weight=weight, bias=None, target=target, upstream=torch.ones(len(target), device=DEVICE), **PLAIN
+    )
+    assert_as_good_as_torch(run(**case), **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["one chunk", "slices"])
+def test_ruled_out_tokens(path, dtype, request, rng_seed):
+    """-inf in tiles that hold nothing else, too."""
+    if path == "slices":
+        request.getfixturevalue("slices")
+    hidden, weight, bias, target = make(dtype=dtype, vocab=600)
+    target[target != IGNORED] %= 256
+    bias[256:] = -math.inf
+    bias[target[1]] = 0.0
+    case = dict(
+        hidden=hidden, weight=weight, bias=bias, target=target, upstream=torch.randn(len(target)).to(DEVICE), **PLAIN
+    )
+    got = run(**case)
+    assert_as_good_as_torch(got, **case)
+    assert not got[2][256:].any() and not got[3][256:].any()
+
+
+@on_cpu
+@pytest.mark.parametrize("bad", ["nan", "inf", "only -inf", "temperature"])
+def test_the_first_bad_row_is_named_as_the_caller_counts(bad, rng_seed):
+    hidden, weight, bias, target = make()
+    options = dict(PLAIN, temperature=1.0)
+    row = 3
+    if bad == "only -inf":
+        bias[:], row = -math.inf, 1
+    elif bad == "temperature":
+        hidden[row:] *= 1e9
+        options["temperature"] = 1e-30
+    else:
+        hidden[[8, row]] = float(bad)
+    hidden[0] = math.nan  # an ignored row, which nobody looks at
+    with pytest.raises(ValueError, match=f"linear_logprob: the logits of row {row} hold"):
+        kernels.linear_logprob(hidden, weight, target, bias=bias, ignore_index=IGNORED, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["one chunk", "slices"])
+def test_upstreams_of_ignored_rows_are_not_looked_at(path, dtype, request, rng_seed):
+    if path == "slices":
+        request.getfixturevalue("slices")
+    hidden, weight, bias, target = make(dtype=dtype)
+    upstream = torch.randn(len(target), device=DEVICE)
+    want = run(hidden, weight, bias, target, upstream, **PLAIN)
+    upstream[target == IGNORED] = math.nan
+    for mine, same in zip(run(hidden, weight, bias, target, upstream, **PLAIN), want, strict=True):
+        assert torch.equal(mine, same)
+
+
+@pytest.mark.parametrize("path", ["one chunk", "slices"])
+def test_gradients_that_nobody_needs(path, request, rng_seed):
+    if path == "slices":
+        request.getfixturevalue("slices")
+    hidden, weight, bias, target = make()
+    upstream = torch.randn(len(target), device=DEVICE)
+    _, *all_of_them = run(hidden, weight, bias, target, upstream, **PLAIN)
+    for one in range(3):
+        _, *some = run(hidden, weight, bias, target, upstream, needs=[i == one for i in range(3)], **PLAIN)
+        assert torch.equal(some[one], all_of_them[one])
+        assert all(some[i] is None for i in range(3) if i != one)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_nothing_to_score(rows):
+    hidden, weight, bias, target = make(rows)
+    target[:] = IGNORED
+    logprob, d_hidden, d_weight, d_bias = run(hidden, weight, bias, target, torch.ones(rows, device=DEVICE), **PLAIN)
+    assert logprob.shape == (rows,) and d_hidden.shape == hidden.shape and d_weight.shape == weight.shape
+    assert not any(t.any() for t in (logprob, d_hidden, d_weight, d_bias))
+
+
+def test_splits_fill_the_chip():
+    for row_blocks in (1, 2, 3, 4, 13, 16, 63, 64, 65, 256):
+        for tiles in (2, 192, 200, 501, 1025):
+            splits = kernels.splits_for(row_blocks, tiles, at_once=132)
+            assert 1 <= splits <= tiles
+            rounds = math.ceil(row_blocks * splits / 132) * math.ceil(tiles / splits)
+            least = math.ceil(row_blocks * tiles / 132)
+            assert rounds <= max(least, 1.16 * least, 2)
+
+
+def test_pieces_cover_everything():
+    for count, most, multiple in [
+        (0, 5, 1),
+        (1, 5, 128),
+        (5, 5, 4),
+        (11, 5, 4),
+        (5000, 4096, 128),
+        (128256, 8192, 256),
+    ]:
+        pieces = list(gemm.even_pieces(count, most, multiple))
+        assert [i for piece in pieces for i in range(count)[piece]] == list(range(count))
+        assert all(piece.stop - piece.start <= most for piece in pieces)
+
+
+def test_float32_is_multiplied_as_tf32_only_where_torch_may():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    assert gemm.dot_precision() == "ieee"
+    try:
+        settings.allow_tf32 = True
+        assert gemm.dot_precision() == "tf32"
+        settings.allow_tf32 = False
+        assert gemm.dot_precision() == "ieee"
+        settings.fp32_precision = "tf32"
+        assert gemm.dot_precision() == "tf32"
+    finally:
+        settings.allow_tf32 = False
+        settings.fp32_precision = before

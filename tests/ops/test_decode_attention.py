@@ -1,0 +1,119 @@
+"""`decode_attention` against float64."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from pmc_fast import BackendUnavailable, decode_attention
+from pmc_fast.native import library
+
+IMPLS = ["reference", "native"]
+
+
+def make(rows=5, heads=6, kv_heads=2, length=13, dim=40, dtype=torch.float32, capacity=None):
+    """Keys and values are views into a larger cache, whose other positions are poisoned."""
+    query = torch.randn(rows, heads, dim).to(dtype)
+    cache = torch.full((2, rows, kv_heads, capacity or length + 3, dim), math.nan)
+    cache[:, :, :, :length] = torch.randn(2, rows, kv_heads, length, dim)
+    key, value = cache.to(dtype)[:, :, :, :length]
+    return query, key, value, torch.randint(0, length, (rows,))
+
+
+def oracle(query, key, value, first, scale=None, softcap=None):
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = query.double(), *(x.double().repeat_interleave(groups, 1) for x in (key, value))
+    scores = torch.einsum("nhd,nhtd->nht", q, k) * (scale or query.shape[2] ** -0.5)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    seen = torch.arange(key.shape[2]) >= first[:, None]
+    return torch.einsum("nht,nhtd->nhd", scores.masked_fill(~seen[:, None], -math.inf).softmax(-1), v)
+
+
+def assert_near(got, want, dtype):
+    assert got.dtype == dtype and got.is_contiguous()
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-3  # the result is rounded once to 8 bits
+    assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("isa", library().instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 2.0, "softcap": 3.0}], ids=str)
+# odd sizes: heads that share keys four at a time and a rest, dimensions with and without whole vectors, one position
+@pytest.mark.parametrize(
+    "heads, kv_heads, length, dim", [(6, 2, 13, 40), (7, 1, 70, 64), (5, 5, 1, 3), (8, 4, 33, 129)]
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values(impl, heads, kv_heads, length, dim, options, dtype, isa, rng_seed):
+    before = library().instruction_set()
+    library().use_instruction_set(isa)
+    try:
+        inputs = make(3, heads, kv_heads, length, dim, dtype)
+        assert_near(decode_attention(*inputs, impl=impl, **options), oracle(*inputs, **options), dtype)
+    finally:
+        library().use_instruction_set(before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_positions_before_the_first_are_not_looked_at(impl, rng_seed):
+    query, key, value, first = make(capacity=13)
+    left_out = torch.arange(13)[None, None, :, None] < first[:, None, None, None]
+    poisoned = [x.masked_fill(left_out, math.nan) for x in (key, value)]
+    assert_near(decode_attention(query, *poisoned, first, impl=impl), oracle(query, key, value, first), torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strides(impl, rng_seed):
+    query, key, value, first = make()
+    spread = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value)]
+    apart = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (key, value)]
+    strided = torch.stack([query, query], -1)[..., 0]
+    want = oracle(query, key, value, first)
+    for inputs in ((strided, key, value), (query, *spread), (query, *apart)):
+        assert_near(decode_attention(*inputs, first, impl=impl), want, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
+    query, key, value, first = make()
+    key = key.clone()
+    key[3, 1, -1, 0] = math.nan
+    with pytest.raises(ValueError, match="the scores of row 3"):
+        decode_attention(query, key, value, first, impl=impl)
+    assert decode_attention(*(x[:0] for x in (query, key, value, first)), impl=impl).shape == (0, 6, 40)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.zeros(5, 6)}, ValueError, r"query: got shape \[5, 6\]"),
+        ({"query": torch.zeros(5, 6, 40, dtype=torch.int32)}, TypeError, "query: got dtype torch.int32"),
+        ({"key": torch.zeros(5, 2, 0, 40)}, ValueError, r"key: got shape \[5, 2, 0, 40\], expected \[5, K, T, 40\]"),
+        ({"key": torch.zeros(5, 4, 13, 40), "value": torch.zeros(5, 4, 13, 40)}, ValueError, "key: got 4 heads"),
+        ({"value": torch.zeros(5, 2, 12, 40)}, ValueError, r"value: got shape \[5, 2, 12, 40\], expected \[5, 2, 13"),
+        ({"value": torch.zeros(5, 2, 13, 40).double()}, TypeError, "value: got dtype torch.float64"),
+        ({"first": torch.full((5,), 13)}, ValueError, r"first: got 13 at row 0, expected integers in \[0, 13\)"),
+        ({"first": torch.zeros(4, dtype=torch.int64)}, ValueError, r"first: got shape \[4\]"),
+        ({"scale": math.nan}, ValueError, "scale: got nan"),
+        ({"softcap": 0.0}, ValueError, "softcap: got 0.0"),
+    ],
+)
+def test_bad_input(impl, change, error, message, rng_seed):
+    names = ("query", "key", "value", "first")
+    with pytest.raises(error, match=message):
+        decode_attention(**{**dict(zip(names, make(), strict=True)), **change}, impl=impl)
+
+
+def test_native_takes_no_float16():
+    with pytest.raises(BackendUnavailable, match="not float16"):
+        decode_attention(*make(dtype=torch.float16), impl="native")
+
+
+def test_opcheck_and_compile(rng_seed):
+    inputs = make()
+    for impl in IMPLS:
+        op = import_module("pmc_fast.ops.decode_attention")._decode_attention
+        torch.library.opcheck(op, (*inputs, 0.2, 5.0, impl), test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), decode_attention(*inputs))
