@@ -1,4 +1,4 @@
-"""A fresh seed for every test, printed so that a failure can be repeated."""
+"""A fresh seed for every test, printed so that a failure can be repeated; the GPU, if any, for Triton's kernels."""
 
 import os
 import secrets
@@ -22,3 +22,17 @@ def rng_seed() -> int:
     print(f"PMC_FAST_TEST_SEED={seed}")
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu_if_there_is_one(request):
+    """Tests of Triton's kernels make their tensors on the GPU; without one the kernels run in the interpreter."""
+    parameters = getattr(request.node, "callspec", None)
+    triton = "kernels" in request.path.parts or (parameters and parameters.params.get("impl") == "triton")
+    if not (triton and torch.cuda.is_available()):
+        yield
+        return
+    if request.node.get_closest_marker("refuses_values"):
+        pytest.skip("a GPU refuses values by itself, and the process cannot use it afterwards")
+    with torch.device("cuda"):
+        yield

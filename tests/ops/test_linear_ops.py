@@ -1,6 +1,7 @@
 """`linear_sample`, `linear_logprob` and `collapse_loss` against float64."""
 
 import math
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -120,6 +121,7 @@ def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, dtype, rng_seed):
     assert not b.grad[ruled_out].any() and not weight.grad[ruled_out].any()
 
 
+@pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 def test_logits_that_overflow_when_divided_by_the_temperature_are_named(impl):
     hidden, weight, _, target = make(bias=False)
@@ -209,8 +211,15 @@ def test_ignore_index_none_scores_every_row(impl, rng_seed):
         assert_near(logprob.detach(), want, torch.float32)
         for got, gradient in zip(torch.autograd.grad(result.loss, (hidden, weight, b)), gradients, strict=True):
             assert_near(got, gradient, torch.float32)
-    with pytest.raises(ValueError, match=r"target: got -100 at row 0, expected token ids in \[0, 307\)$"):
-        collapse_loss(hidden, weight, target.clone().fill_(IGNORED), token_weight, ignore_index=None, impl=impl)
+
+
+@pytest.mark.refuses_values
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ignore_index_none_refuses_targets_outside_the_vocabulary(impl, rng_seed):
+    hidden, weight, _, target = make(bias=False)
+    for op in (linear_logprob, partial(collapse_loss, token_weight=torch.ones(len(target)))):
+        with pytest.raises(ValueError, match=r"target: got -100 at row 0, expected token ids in \[0, 307\)$"):
+            op(hidden, weight, target, ignore_index=None, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -253,6 +262,7 @@ def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
     torch.testing.assert_close(drawn.logprob, want.logprob, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", ["linear_logprob", "collapse_loss", "linear_sample"])
 def test_bad_input(op, impl):
