@@ -135,7 +135,7 @@ def row_launch(vocab: int, element_bytes: int, softcap: bool) -> tuple[int, int]
 
     A row's second visit is to find it in cache. One program of 32 warps fills an SM: 132 rows of 128256 tokens in 16 bits are
     34 MB of an H100's 50 MB L2, and the last 200 KB of each may still be in its SM's L1. Of longer rows (Gemma's 262208
-    tokens: 69 MB) part of the second visit reads memory.
+    tokens: 69 MB and more) part of the second visit reads memory.
     """
     row_bytes = vocab * element_bytes
     warps = 32 if row_bytes > 128 * 1024 else 16 if row_bytes > 32 * 1024 else 8

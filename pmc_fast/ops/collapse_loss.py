@@ -43,7 +43,8 @@ def collapse_loss(
         hidden: float32, bfloat16 or float16 [N, D] (float64 for the reference).
         weight: the head, [V, D], dtype of hidden.
         target: int64 [N], token ids in [0, V) or ignore_index. Ignored rows cost nothing.
-        token_weight: float32 (float64 if hidden is) [N]; a row of weight 0 is scored and costs no gradient work.
+        token_weight: float32 (float64 if hidden is) [N]; a row of weight 0 is scored and costs no work for
+            gradients (on a GPU it stays in their products: leaving it out would take a wait).
         bias: [V], dtype of hidden, or None.
         softcap: bounds the logits smoothly (Gemma), or None.
         logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
