@@ -5,7 +5,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "BackendUnavailable": "pmc_fast.backend",
+    "BackendUnavailable": "pmc_fast.errors",
     "CollapseLoss": "pmc_fast.ops",
     "Ledger": "pmc_fast.ledger",
     "PMC": "pmc_fast.pmc",

@@ -9,6 +9,8 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
+from pmc_fast.errors import BackendUnavailable
+
 # Every implementation of an op is the function of the op's name in the module of the op's name in one of these.
 PACKAGES = {
     "cuda": "pmc_fast.cuda",
@@ -28,10 +30,6 @@ IMPLEMENTATIONS = {
 }
 
 DTYPES = {"native": ("float32", "bfloat16"), "triton": ("float32", "bfloat16", "float16")}
-
-
-class BackendUnavailable(RuntimeError):
-    """The implementation asked for by name cannot run here or on these inputs."""
 
 
 def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) -> str | None:

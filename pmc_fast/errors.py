@@ -1,4 +1,8 @@
-"""Errors that a person at the keyboard can mend."""
+"""What this library raises of its own."""
+
+
+class BackendUnavailable(RuntimeError):
+    """The implementation asked for by name cannot run here or on these inputs."""
 
 
 class UserError(ValueError):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pmc_fast import backend, native
-from pmc_fast.backend import IMPLEMENTATIONS, BackendUnavailable, choose, load, why_not
+from pmc_fast.backend import IMPLEMENTATIONS, choose, load, why_not
+from pmc_fast.errors import BackendUnavailable
 
 
 @pytest.fixture

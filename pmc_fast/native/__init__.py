@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from pmc_fast.backend import BackendUnavailable
+from pmc_fast.errors import BackendUnavailable
 
 
 @cache
