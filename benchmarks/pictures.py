@@ -15,15 +15,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from benchmarks.wording import amount, clock, failure, size
+from benchmarks.wording import OURS, amount, clock, failure, ratio, share, size
 
-OURS = "pmc_fast"
 LOG_FROM = 20  # a longest bar this many times the shortest would leave the shortest unseen
 
-_OURS_COLOUR, _PEER_COLOUR, _INK, _FAINT = "#7b3294", "#b4b4bc", "#222222", "#6f6f78"
+_OURS_COLOUR, _SECOND_COLOUR, _PEER_COLOUR, _INK, _FAINT = "#7b3294", "#c3a5cf", "#b4b4bc", "#222222", "#6f6f78"
 _PEER_COLOURS = ("#8c8c96", "#d7601a", "#1a7f5a", "#c9a227", "#3a78b5", "#a6483f")
 _MARKERS = "osD^vPX*<>"
-_PARTS = (("sample_s", "sample", "#3a78b5"), ("score_s", "decode, score", "#c9a227"), ("train_s", "train", "#1a7f5a"))
+_SAMPLING, _SCORING, _TRAINING = "#3a78b5", "#c9a227", "#1a7f5a"
+_PARTS = (("sample_s", "sample", _SAMPLING), ("score_s", "decode, score", _SCORING), ("train_s", "train", _TRAINING))
+_PHASE_COLOURS = {
+    **dict.fromkeys(("prefill", "decode", "head", "sample", "retire"), _SAMPLING),
+    **dict.fromkeys(("detokenise", "score"), _SCORING),
+    **dict.fromkeys(("pack", "forward", "loss", "backward", "optimizer"), _TRAINING),
+}
 _MEASURES = (("unlearn_quality", "unlearn quality, %"), ("utility", "utility, %"))
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -56,23 +61,31 @@ def save(figure: Figure, path: Path) -> None:
 
 @rc_context(_STYLE)
 def bench(title: str, where: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Bars of the time and extra memory of each contestant; None if no one was timed."""
+    """Bars of the time and extra memory of each contestant; None if no one was timed.
+
+    Times that are far apart are dots on a logarithmic scale, on which the length of a bar would say nothing.
+    """
     timed = {place: row for place, row in enumerate(rows) if failure(row) is None}
     if not timed:
         return None
     names = [row["contestant"] for row in rows]
-    peaks = [row["peak_bytes"] for row in rows]
-    figure, panels = _bar_panels(title, where, names, peaks)
+    figure, panels = _bar_panels(title, where, names, [row["peak_bytes"] for row in rows])
     axes = panels[0]
-    spreads = {place: row["seconds"] for place, row in timed.items()}
-    logarithmic = _time_axis(axes, list(spreads.values()))
+    logarithmic = _time_axis(axes, [row["seconds"] for row in timed.values()])
     axes.set_title("median time, 20th to 80th percentile" + (", on a logarithmic scale" if logarithmic else ""))
     for place, row in timed.items():
-        seconds = spreads[place]
-        axes.barh(place, seconds["median"], height=0.62, color=_bar_colour(names[place]))
-        _error_bar(axes, place, seconds["median"], (seconds["p20"], seconds["p80"]))
-        times = "" if row["ratio"] is None or names[place] == OURS else f"  ({row['ratio']:.3g}x)"
-        _label(axes, place, max(seconds["median"], seconds["p80"]), clock(seconds["median"]) + times)
+        seconds, colour = row["seconds"], _bar_colour(names[place])
+        if logarithmic:
+            axes.plot(seconds["median"], place, "o", markersize=9, color=colour)
+        else:
+            axes.barh(place, seconds["median"], height=0.62, color=colour)
+        notes = [] if row["ratio"] is None or names[place] == OURS else [f"{ratio(row['ratio'])}x"]
+        if row["repeats"] == 1:
+            notes.append("one run")
+        else:
+            _error_bar(axes, place, seconds["median"], (seconds["p20"], seconds["p80"]))
+        label = clock(seconds["median"]) + (f"  ({', '.join(notes)})" if notes else "")
+        _label(axes, place, max(seconds["median"], seconds["p80"]), label)
     for place, row in enumerate(rows):
         if place not in timed:
             axes.text(0.01, place, failure(row), transform=axes.get_yaxis_transform(), va="center", color=_FAINT)
@@ -84,7 +97,7 @@ def step(title: str, where: str, content: Mapping[str, Any]) -> Figure:
     """Bars of one micro-batch's time, in its parts, and of its peak memory, of both contestants."""
     names = ["published", OURS]
     peaks = [content[name]["peak_bytes"] for name in names]
-    labels = [f"{name}\n{content[name]['sampled_tokens']:.0f} tokens" for name in names]
+    labels = [f"{name}\n{content[name]['sampled_tokens']:.0f} tokens" for name in names]  # sampled
     figure, panels = _bar_panels(title, where, names, peaks, labels)
     axes = panels[0]
     ends = [content["spread"][name]["total_s"] for name in names]
@@ -100,10 +113,16 @@ def step(title: str, where: str, content: Mapping[str, Any]) -> Figure:
                 middle = start + seconds / 2
                 axes.text(middle, place, clock(seconds), ha="center", va="center", color="white", weight="bold")
             start += seconds
-        low, high = ends[place]
-        _error_bar(axes, place, content[name]["total_s"], (low, high))
-        _label(axes, place, max(start, high), clock(content[name]["total_s"]))
+        if len(content["turns"][name]) > 1:
+            _error_bar(axes, place, content[name]["total_s"], ends[place])
+        _label(axes, place, max(start, ends[place][1]), clock(content[name]["total_s"]))
     axes.set_title("time of one micro-batch")
+    found = content["ratio"]
+    axes.set_xlabel(
+        f"published / {OURS}: sampling, per token {ratio(found['sample_per_token'])}, training {ratio(found['train'])}, "
+        f"total, at equal tokens {ratio(found['total_at_equal_tokens'])}",
+        loc="left",
+    )
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(_PARTS), borderaxespad=0.1, handlelength=1)
     return figure
 
@@ -135,45 +154,91 @@ def run(title: str, where: str, content: Mapping[str, Any]) -> Figure:
 
 
 @rc_context(_STYLE)
-def roofline(
-    title: str, where: str, rows: Sequence[Mapping[str, Any]], peak: float | None, bandwidth: float | None
-) -> Figure:
-    """Operations per second against operations per byte: a colour per contestant, a marker per size, the limits."""
+def profile(title: str, where: str, content: Mapping[str, Any]) -> Figure:
+    """Bars of the time of each phase, and of the most that tensors held while it ran."""
+    lines = content["phases"]
+    names, total = [line["name"] for line in lines], content["seconds"]
+    figure, panels = _bar_panels(title, where, names, [line["peak_bytes"] for line in lines], bars=0.3)
+    panels[1].set_title("peak memory of tensors, beyond those before")
+    axes = panels[0]
+    device = [line["device_seconds"] for line in lines]
+    on_device = any(seconds is not None for seconds in device)
+    _linear_axis(
+        axes, max(line["seconds"] for line in lines + [{"seconds": seconds or 0} for seconds in device]), clock
+    )
+    for place, line in enumerate(lines):
+        colour = _PHASE_COLOURS.get(line["name"], _PEER_COLOUR)
+        axes.barh(place, line["seconds"], height=0.62, color=colour, alpha=0.35 if on_device else 1)
+        if on_device:
+            axes.barh(place, device[place], height=0.3, color=colour)
+        longest = max(line["seconds"], device[place] or 0)
+        taken = line["seconds"] if not on_device else device[place]
+        _label(axes, place, longest, f"{clock(taken)}  ({share(taken / total)})")
+    heading = f"time, of {clock(total)} under the profiler"
+    axes.set_title(heading + (": host (pale) and GPU (dark, in numbers)" if on_device else ""))
+    return figure
+
+
+@rc_context(_STYLE)
+def limits(title: str, where: str, rows: Sequence[Mapping[str, Any]], peak: float, bandwidth: float) -> Figure:
+    """The share of the machine's limit by size; beside it, where operations were counted, the roofline.
+
+    A colour per contestant and a marker per size, in both.
+    """
     contestants = list(dict.fromkeys(row["contestant"] for row in rows))
     sizes = list(dict.fromkeys(row["title"] for row in rows))
-    peers = [name for name in contestants if name != OURS]
-    colours = {name: _PEER_COLOURS[place % len(_PEER_COLOURS)] for place, name in enumerate(peers)}
-    colours[OURS] = _OURS_COLOUR
+    peers = [name for name in contestants if _bar_colour(name) == _PEER_COLOUR]
+    colours = {name: _bar_colour(name) for name in contestants}
+    colours |= {name: _PEER_COLOURS[place % len(_PEER_COLOURS)] for place, name in enumerate(peers)}
     markers = {name: _MARKERS[place % len(_MARKERS)] for place, name in enumerate(sizes)}
-    figure = _figure(title, where, (10, 5))
-    axes = figure.subplots()
+    counted = all(row["flops"] for row in rows)
+    figure = _figure(
+        title, where, (12.5, 2.2 + max(2.2, 0.6 * len(sizes))) if counted else (10, 1.9 + 0.6 * len(sizes))
+    )
+    panels = figure.subplots(1, 1 + counted, squeeze=False, width_ratios=[1, 1][: 1 + counted])[0]
+
+    def draw(axes: Axes, row: Mapping[str, Any], x: float, y: float) -> None:
+        colour, ours = colours[row["contestant"]], row["contestant"] == OURS
+        axes.plot(x, y, markers[row["title"]], color=colour, markersize=9, markeredgecolor="white", zorder=3 + ours)
+
+    if counted:
+        _roofline(panels[0], rows, peak, bandwidth, draw)
+    axes = panels[-1]
+    axes.set_title("share of the machine's limit")
+    axes.set_xlim(0, max(1.05, *(1.05 * row["share_of_limit"] for row in rows)))
+    axes.axvline(1, color=_INK, linewidth=1.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda value, place: f"{100 * value:.0f} %")
+    axes.set_yticks(range(len(sizes)), [textwrap.fill(name, 34) for name in sizes])
+    axes.set_ylim(len(sizes) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    for row in rows:
+        draw(axes, row, row["share_of_limit"], sizes.index(row["title"]))
+    dots = [Line2D([], [], marker="s", linestyle="none", color=colours[name], label=name) for name in contestants]
+    figure.legend(handles=dots, loc="outside right upper", labelspacing=0.8)
+    return figure
+
+
+def _roofline(
+    axes: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    peak: float,
+    bandwidth: float,
+    draw: Callable[[Axes, Mapping[str, Any], float, float], None],
+) -> None:
+    """Operations per second against operations per byte, under the limits."""
     points = [(row["flops"] / row["bytes"], row["flops"] / row["seconds"]["median"]) for row in rows]
+    corner = peak / bandwidth
+    left, right = _decades([corner, *(x for x, _ in points)])
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=_decades([peak, *(y for _, y in points)]))
+    axes.plot([left, corner, right], [left * bandwidth, peak, peak], color=_INK, linewidth=1.5)
     for row, point in zip(rows, points, strict=True):
-        style = {"marker": markers[row["title"]], "color": colours[row["contestant"]]}
-        axes.plot(*point, **style, markersize=9, markeredgecolor="white", linestyle="none", zorder=3)
-    across, up = ([point[axis] for point in points] for axis in (0, 1))
-    left, right = _decades(across + ([peak / bandwidth] if peak and bandwidth else []))
-    roof = [min(x * bandwidth if bandwidth else math.inf, peak or math.inf) for x in (left, right)]
-    bottom, top = _decades(up + ([peak] if peak else [y for y in roof if y < math.inf]))
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
-    limits = []
-    if bandwidth or peak:
-        corner = [peak / bandwidth] if peak and bandwidth and left < peak / bandwidth < right else []
-        axes.plot([left, *corner, right], [roof[0], *[peak] * len(corner), roof[1]], color=_INK, linewidth=1.5)
-        words = [f"{amount(peak)} operations/s"] if peak else []
-        words += [f"{size(bandwidth)}/s"] if bandwidth else []
-        limits.append(Line2D([], [], color=_INK, linewidth=1.5, label="limit: " + ", ".join(words)))
+        draw(axes, row, *point)
+    axes.set_title(f"roofline: {amount(peak)} operations/s, {size(bandwidth)}/s")
     axes.set(xlabel="operations per byte", ylabel="operations per second")
     for axis, wording in ((axes.xaxis, "{:g}".format), (axes.yaxis, amount)):
         axis.set_major_formatter(_ticks(wording))
         axis.set_minor_formatter(NullFormatter())
-    dots = [Line2D([], [], marker="s", linestyle="none", color=colours[name], label=name) for name in contestants]
-    shapes = [
-        Line2D([], [], marker=markers[name], linestyle="none", color=_FAINT, label=textwrap.fill(name, 36))
-        for name in sizes
-    ]
-    figure.legend(handles=[*limits, *dots, *shapes], loc="outside right upper", labelspacing=0.8)
-    return figure
 
 
 def _figure(title: str, where: str, inches: tuple[float, float]) -> Figure:
@@ -187,11 +252,16 @@ def _figure(title: str, where: str, inches: tuple[float, float]) -> Figure:
 
 
 def _bar_panels(
-    title: str, where: str, names: Sequence[str], peaks: Sequence[int | None], labels: Sequence[str] | None = None
+    title: str,
+    where: str,
+    names: Sequence[str],
+    peaks: Sequence[int | None],
+    labels: Sequence[str] | None = None,
+    bars: float = 0.42,
 ) -> tuple[Figure, list[Axes]]:
     """A panel of bars for times and, where peaks are known, one with the bars of memory; a line per name, top down."""
     known = any(peak is not None for peak in peaks)
-    figure = _figure(title, where, (10, 1.5 + 0.42 * max(2, len(names))))
+    figure = _figure(title, where, (10, 1.5 + bars * max(2, len(names))))
     panels = list(
         figure.subplots(1, 2 if known else 1, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + known])[0]
     )
@@ -223,7 +293,10 @@ def _memory_bars(axes: Axes, names: Sequence[str], peaks: Sequence[int | None], 
 
 
 def _bar_colour(name: str) -> str:
-    return _OURS_COLOUR if name == OURS else _PEER_COLOUR
+    """Ours, ours by the name of an implementation, another's."""
+    if name == OURS:
+        return _OURS_COLOUR
+    return _SECOND_COLOUR if name.startswith(OURS + ",") else _PEER_COLOUR
 
 
 def _time_axis(axes: Axes, spreads: Sequence[Mapping[str, float]]) -> bool:
@@ -235,17 +308,18 @@ def _time_axis(axes: Axes, spreads: Sequence[Mapping[str, float]]) -> bool:
         return False
     low = 10.0 ** math.floor(math.log10(min(spread["p20"] for spread in spreads) / 2))
     axes.set_xscale("log")
+    axes.grid(True, axis="y")
     axes.set_xlim(low, low * (longest / low) ** (1 / 0.72))
     axes.xaxis.set_major_formatter(_ticks(clock))
     axes.xaxis.set_minor_formatter(NullFormatter())
     return True
 
 
-def _linear_axis(axes: Axes, longest: float, wording: Callable[[float], str]) -> None:
-    """From 0, with room for a label behind the longest bar."""
+def _linear_axis(axes: Axes, longest: float, wording: Callable[[float, float], str]) -> None:
+    """From 0, with room for a label behind the longest bar, and in one unit."""
     axes.set_xlim(0, longest / 0.72)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(_ticks(wording))
+    axes.xaxis.set_major_formatter(lambda value, place: wording(value, longest))
 
 
 def _ticks(wording: Callable[[float], str]) -> Callable[[float, int | None], str]:
@@ -258,7 +332,7 @@ def _error_bar(axes: Axes, place: int, median: float, ends: tuple[float, float])
 
 
 def _label(axes: Axes, place: int, behind: float, text: str) -> None:
-    axes.annotate(text, (behind, place), (6, 0), textcoords="offset points", va="center")
+    axes.annotate(text, (behind, place), (8, 0), textcoords="offset points", va="center")
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:

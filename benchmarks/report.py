@@ -12,26 +12,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.wording import amount, clock, failure, size
+from benchmarks import tables
+from benchmarks.wording import amount, failure, size
 from pmc_fast.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OPS_SCHEMA = "pmc_fast.benchmarks.ops/1"
-STEP_SCHEMA = "pmc_fast.benchmarks.step/1"
-RUN_SCHEMA = "pmc_fast.benchmarks.run/1"
-OURS = "pmc_fast"
-CONTESTANTS = ("published", OURS)
 DEFAULT_OUT = Path("benchmark-report")
 REPORT = "report.md"
-
-# what only some results know: key, heading, wording
-_OPTIONAL = (
-    ("flops", "operations", amount),
-    ("bytes", "bytes moved", size),
-    ("share_of_limit", "share of limit", lambda share: f"{100 * share:.0f} %"),
-)
 
 
 @dataclass(frozen=True)
@@ -60,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
     """
     from benchmarks import pictures
 
-    found = {path: sections(path) for path in args.results}
-    _check_names(args.results, found)
+    found = [(path, sections(path)) for path in args.results]
+    _check_names(found)
     out = args.out or DEFAULT_OUT
-    parts = [section for path in found for section in found[path]]
+    parts = [section for _, sections in found for section in sections]
     drawn = {name: figure for section in parts for name, figure in section.pictures.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -83,8 +72,8 @@ def sections(path: Path) -> list[Section]:
     try:
         return _SECTIONS[content["schema"]](path.stem, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not what {content['schema']} should hold ({reason})") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not what {content['schema']} should hold: {reason}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -101,10 +90,10 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_names(paths: Sequence[Path], found: Mapping[Path, list[Section]]) -> None:
+def _check_names(found: Sequence[tuple[Path, Sequence[Section]]]) -> None:
     writers: dict[str, Path] = {}
-    for path in paths:
-        for name in (name for section in found[path] for name in section.pictures):
+    for path, sections in found:
+        for name in (name for section in sections for name in section.pictures):
             if name in writers:
                 raise UserError(f"{path}: {name} would be written twice, first for {writers[name]}; rename one of them")
             writers[name] = path
@@ -124,123 +113,82 @@ def _ops_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
         rows = list(group)
         where = machine(content["environment"], dtype)
         name = ", ".join(filter(None, (f"{op} {title}", dtype)))
-        text = _section_text(f"{stem}: {name}", where, ops_table(rows), content)
+        text = _section_text(f"{stem}: {name}", where, tables.ops(rows), content)
         figure = pictures.bench(name, where, rows)
         parts.append(Section(text, {f"{stem}-{_slug(name)}.png": figure} if figure else {}))
-    return parts + _roofline_sections(stem, content)
+    return parts + _limit_sections(stem, content)
 
 
-def ops_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The Markdown table of one bench, and a list of those who were wrong or did not run."""
-    timed = [row for row in rows if failure(row) is None]
-    extra = [entry for entry in _OPTIONAL if any(row.get(entry[0]) is not None for row in timed)]
-    lines = []
-    for row in timed:
-        seconds = row["seconds"]
-        line = [_emphasised(row["contestant"]), clock(seconds["median"]), _between(seconds, row["repeats"])]
-        line += [_or_dash(row["ratio"], "{:.2f}".format), _or_dash(row["peak_bytes"], size)]
-        lines.append(line + [_or_dash(row.get(key), wording) for key, _, wording in extra])
-    header = ["contestant", "median", "20-80 %", "times ours", "extra memory", *(heading for _, heading, _ in extra)]
-    failed = [
-        f"- {_emphasised(row['contestant'])} {failure(row)}: {_line(row['evidence'])}" for row in rows if failure(row)
-    ]
-    blocks = [_table(header, lines)] if timed else []
-    return "\n\n".join([*blocks, "\n".join(failed)] if failed else blocks)
-
-
-def _roofline_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
-    """One section per op and dtype of which operations and bytes are known."""
+def _limit_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
+    """One section per op and dtype whose share of the machine's limits is known."""
     from benchmarks import pictures
 
-    groups: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in content["rows"]:
-        if failure(row) is None and row.get("flops") and row.get("bytes"):
+        if failure(row) is None and row.get("share_of_limit"):
             groups.setdefault((row["op"], row["dtype"]), []).append(row)
-    limits = content.get("limits") or {}
-    bandwidth = limits.get("bytes_per_s")
     parts = []
     for (op, dtype), rows in groups.items():
-        peak = (limits.get("flops_per_s") or {}).get(dtype)
-        known = [f"{amount(peak)} operations per second in {dtype}"] if peak else []
-        known += [f"{size(bandwidth)} per second"] if bandwidth else []
-        name, where = ", ".join(filter(None, (f"{op} roofline", dtype))), machine(content["environment"], dtype)
-        text = _section_text(f"{stem}: {name}", where, f"Limits: {', '.join(known) or 'not known'}.", content)
-        figure = pictures.roofline(name, where, rows, peak, bandwidth)
-        parts.append(Section(text, {f"{stem}-{_slug(name)}.png": figure}))
+        bandwidth, peak = content["limits"]["bytes_per_s"], content["limits"]["flops_per_s"][dtype]
+        name, where = f"{op} against the machine's limits, {dtype}", machine(content["environment"], dtype)
+        limits = f"Limits: {amount(peak)} operations per second in {dtype}, {size(bandwidth)} copied per second."
+        figure = pictures.limits(name, where, rows, peak, bandwidth)
+        text = _section_text(f"{stem}: {name}", where, limits, content)
+        parts.append(Section(text, {f"{stem}-{_slug(f'{op} limits {dtype}')}.png": figure}))
     return parts
 
 
 def _step_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
     from benchmarks import pictures
 
-    where = machine(content["environment"], content["config"].get("dtype"))
     name = f"one micro-batch, {_about(content['config'])}"
-    text = _section_text(f"{stem}: {name}", where, step_table(content), content)
-    return [Section(text, {f"{stem}.png": pictures.step(name, where, content)})]
-
-
-def step_table(content: Mapping[str, Any]) -> str:
-    """The Markdown tables of one micro-batch: both contestants, then the ratios between them."""
-    repeats = len(content["turns"][OURS])
-    lines = []
-    for key, title, wording in (
-        ("sample_s", "sample", clock),
-        ("score_s", "decode, score", clock),
-        ("train_s", "train", clock),
-        ("total_s", "total", clock),
-        ("sampled_tokens", "sampled tokens", "{:.0f}".format),
-        ("peak_bytes", "peak extra memory", size),
-    ):
-        line = [title]
-        for contestant in CONTESTANTS:
-            value, spread = content[contestant][key], content["spread"][contestant][key]
-            line += [_or_dash(value, wording), "-" if spread is None else _ends(spread, repeats, wording)]
-        lines.append(line)
-    ratios = []
-    for key, title in (
-        ("sample_per_token", "sampling, per token"),
-        ("train", "training"),
-        ("total_at_equal_tokens", "total, at equal tokens"),
-    ):
-        ratio, spread = content["ratio"][key], content["spread"]["ratio"][key]
-        ratios.append([title, f"{ratio:.2f}", _ends(spread, repeats, "{:.2f}".format)])
-    both = _table([f"median of {repeats}", "published", "20-80 %", _emphasised(OURS), "20-80 %"], lines)
-    return both + "\n\n" + _table(["published / pmc_fast", "ratio", "20-80 %"], ratios)
+    return [_one_picture(stem, name, content, tables.step(content), pictures.step)]
 
 
 def _run_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
     from benchmarks import pictures
 
-    where = machine(content["environment"], content["config"].get("dtype"))
     name = f"a whole run, {_about(content['config'])}"
-    text = _section_text(f"{stem}: {name}", where, run_table(content), content)
-    return [Section(text, {f"{stem}.png": pictures.run(name, where, content)})]
+    return [_one_picture(stem, name, content, tables.run(content), pictures.run)]
 
 
-def run_table(content: Mapping[str, Any]) -> str:
-    """The Markdown table of a run: both contestants, of which one may not have begun, and the ratios between them."""
-    begun = [name for name in CONTESTANTS if content[name] is not None]
-    ratio = content["ratio"] or {}
-    lines = []
-    for title, value, key in (
-        ("time", lambda found: clock(found["seconds"]), "seconds"),
-        ("unlearn quality, before", lambda found: f"{found['before']['unlearn_quality']:.2f} %", None),
-        ("unlearn quality, after", lambda found: f"{found['after']['unlearn_quality']:.2f} %", None),
-        ("utility, before", lambda found: f"{found['before']['utility']:.2f} %", None),
-        ("utility, after", lambda found: f"{found['after']['utility']:.2f} %", None),
-        ("unlearn quality, mean over time", lambda found: f"{found['area']:.2f} %", "area"),
-        ("peak extra memory", lambda found: _or_dash(found["peak_bytes"], size), None),
-    ):
-        times = "" if key is None else _or_dash(ratio.get(key), "{:.2f}x".format)
-        lines.append([title, *(value(content[name]) for name in begun), times])
-    unfinished = "" if content["ratio"] else "\n\nThe run was not finished, so there are no ratios."
-    return _table(["", *map(_emphasised, begun), "ratio"], lines) + unfinished
+def _profile_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
+    from benchmarks import pictures
+
+    draw = pictures.profile if content["phases"] else None
+    return [_one_picture(stem, f"profile of {content['title']}", content, tables.profile(content), draw)]
+
+
+def _one_picture(
+    stem: str,
+    name: str,
+    content: Mapping[str, Any],
+    table: str,
+    draw: Callable[[str, str, Mapping[str, Any]], Figure] | None,
+) -> Section:
+    """A section on the whole file, with a picture of the file's name."""
+    where = machine(content["environment"], content["config"].get("dtype"))
+    text = _section_text(f"{stem}: {name}", where, table, content)
+    return Section(text, {f"{stem}.png": draw(name, where, content)} if draw else {})
+
+
+def _compile_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
+    versions = content["environment"]["versions"]
+    where = ", ".join(f"{package} {versions[package]}" for package in ("triton", "torch") if package in versions)
+    where = f"Compiled, not run, with {where}." if where else "Compiled, not run."
+    parts = []
+    for (op, capability), group in groupby(content["rows"], lambda row: (row["op"], row["capability"])):
+        heading = f"{stem}: kernels of {op} for sm_{capability}"
+        parts.append(Section(_section_text(heading, where, tables.compiled(list(group)), content)))
+    return parts
 
 
 _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
-    OPS_SCHEMA: _ops_sections,
-    STEP_SCHEMA: _step_sections,
-    RUN_SCHEMA: _run_sections,
+    "pmc_fast.benchmarks.ops/1": _ops_sections,
+    "pmc_fast.benchmarks.step/1": _step_sections,
+    "pmc_fast.benchmarks.run/1": _run_sections,
+    "pmc_fast.benchmarks.profile/1": _profile_sections,
+    "pmc_fast.benchmarks.compile/1": _compile_sections,
 }
 
 
@@ -271,33 +219,6 @@ def _about(config: Mapping[str, Any]) -> str:
 def _section_text(heading: str, where: str, body: str, content: Mapping[str, Any]) -> str:
     remake = f"\nRemake it with `{content['command']}`.\n" if content.get("command") else ""
     return f"### {heading}\n\n{where}\n\n{body}\n{remake}"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    ruler = [":--", *["--:"] * (len(header) - 1)]
-    cells = [[_line(cell).replace("|", "\\|") for cell in line] for line in (header, ruler, *lines)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def _between(seconds: Mapping[str, float], repeats: int) -> str:
-    return _ends((seconds["p20"], seconds["p80"]), repeats, clock)
-
-
-def _ends(ends: Sequence[float], repeats: int, wording: Callable[[float], str]) -> str:
-    return "one run" if repeats == 1 else f"{wording(ends[0])} - {wording(ends[1])}"
-
-
-def _or_dash(value: Any, wording: Callable[[Any], str]) -> str:
-    return "-" if value is None else wording(value)
-
-
-def _emphasised(contestant: str) -> str:
-    return f"**{contestant}**" if contestant == OURS else contestant
-
-
-def _line(text: str) -> str:
-    """The text without line breaks, which would end a table's row or a list's item."""
-    return " ".join(text.split())
 
 
 def _slug(text: str) -> str:

@@ -1,0 +1,230 @@
+"""`python -m benchmarks gpu`: the plan, rehearsed on the CPU, and what a run cut short leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import build, gpu, report
+from benchmarks.__main__ import main
+from benchmarks.gpu import Part
+from benchmarks.random_models import SHAPES, make
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The folder of a whole rehearsal, and what was printed."""
+    out = tmp_path_factory.mktemp("rehearsal") / "out"
+    words = ["-m", "benchmarks", "gpu", "--device", "cpu", "--out", str(out)]
+    return out, subprocess.run([sys.executable, *words], cwd=gpu.ROOT, capture_output=True, text=True)
+
+
+def summary(out):
+    content = json.loads((out / gpu.SUMMARY).read_text())
+    assert content["schema"] == gpu.SCHEMA
+    return content, {part["name"]: part for part in content["parts"]}
+
+
+def test_a_rehearsal_runs_every_part(rehearsal):
+    out, done = rehearsal
+    assert done.returncode == 0, done.stdout + done.stderr
+    content, parts = summary(out)
+    assert content["device"] == "cpu" and content["command"] == "python -m benchmarks gpu --device cpu --out out"
+    names = ["build", "tests", "ops", "model-tiny", "step-tiny", "profile-tiny", "report"]
+    assert list(parts) == names and all(f"{name} " in done.stdout for name in names)
+    for part in parts.values():
+        assert part["status"] == "ok" and part["exit_code"] == 0 and 0 < part["seconds"] < part["limit_s"]
+        assert (out / part["log"]).exists() and str(out) in part["command"] or part["name"] in ("build", "report")
+
+
+def test_a_rehearsal_leaves_results_traces_and_a_report_but_no_models(rehearsal):
+    out, _ = rehearsal
+    _, parts = summary(out)
+    for name in ("ops", "step-tiny", "profile-tiny"):
+        assert parts[name]["results"] == [f"{name}.json"] and report.sections(out / f"{name}.json")
+        assert f"### {name}: " in (out / "report" / "report.md").read_text()
+    config = json.loads((out / "step-tiny.json").read_text())["config"]
+    assert config["model"] == "tiny" and config["forget"] == "tiny-forget.jsonl"
+    assert (out / "profile-tiny.trace.json.gz").stat().st_size and "<testsuite" in (out / "tests.xml").read_text()
+    assert not (out / "models").exists()
+
+
+def test_a_folder_that_holds_another_run_is_refused(rehearsal, capsys):
+    out, _ = rehearsal
+    before = (out / gpu.SUMMARY).read_bytes()
+    assert main(["gpu", "--device", "cpu", "--out", str(out)]) == 2
+    assert f"--out: {out} holds another run" in capsys.readouterr().err
+    assert (out / gpu.SUMMARY).read_bytes() == before
+
+
+def test_the_plan_for_a_gpu_covers_both_models_and_every_op(tmp_path):
+    parts = {part.name: part for part in gpu.plan(tmp_path, "cuda:1", "cuda")}
+    assert list(parts)[:2] == ["build", "tests"] and list(parts)[-1] == "report"
+    for shape in ("llama-3.2-3b", "smollm2-135m"):
+        assert parts[f"step-{shape}"].needs == parts[f"profile-{shape}"].needs == f"model-{shape}"
+    for part in parts.values():
+        assert "cuda:1" in part.words or part.name in ("build", "tests", "report")
+    assert "bfloat16" in parts["ops"].words and "sample" in parts["ops-sample"].words
+    assert len(parts["report"].inputs) == 6
+    from benchmarks.__main__ import _parse
+
+    for part in parts.values():
+        if list(part.words[:2]) == ["-m", "benchmarks"]:
+            _parse([*part.words[2:], *map(str, part.inputs)])  # every option is known
+
+
+def python(name, code, share=1.0, **more):
+    return Part(name, ["-c", code], share, **more)
+
+
+def take(parts, out, seconds):
+    return {outcome.name: outcome for outcome in gpu.take(parts, out, time.monotonic() + seconds, {})}
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_the_others_go_on_when_a_part_fails_or_takes_too_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "_GRACE_S", 0.5)
+    ready = tmp_path / "ready.json"
+    parts = [
+        python("model", "import sys; print('one\\ntwo', flush=True); sys.exit(3)"),
+        python("needs", "pass", needs="model"),
+        python("slow", STUBBORN),
+        python("writes", f"open({str(ready)!r}, 'w').write('1')", 20.0, results=[ready]),
+        python("reads", "import sys; print(sys.argv[1:])", 20.0, inputs=[ready, tmp_path / "never.json"]),
+        python("reads-nothing", "pass", 20.0, inputs=[tmp_path / "never.json"]),
+    ]
+    found = take(parts, tmp_path, 62.0)
+    assert {name: outcome.status for name, outcome in found.items()} == {
+        "model": "failed",
+        "needs": "not started: model failed",
+        "slow": "cut short",
+        "writes": "ok",
+        "reads": "ok",
+        "reads-nothing": "not started: there are no results",
+    }
+    assert found["model"].exit_code == 3 and found["writes"].results == ["ready.json"]
+    assert (tmp_path / "reads.log").read_text().strip() == str([str(ready)])
+    assert not is_running(int((tmp_path / "slow.log").read_text()))
+    printed = capsys.readouterr().out
+    assert "model          failed" in printed and "    one\n    two\n" in printed
+    _, written = summary(tmp_path)
+    assert written["slow"]["status"] == "cut short" and written["slow"]["seconds"] < 10
+
+
+def test_a_part_that_is_told_to_stop_can_write_what_it_has(tmp_path):
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
+    assert take([python("part", code)], tmp_path, 1.0)["part"].status == "cut short"
+    assert (tmp_path / "part.log").read_text() == "saved\n"
+
+
+def test_no_part_starts_without_time_left(tmp_path):
+    assert take([python("part", "pass")], tmp_path, -1.0)["part"].status == "not started: no time left"
+
+
+def test_time_that_a_part_leaves_goes_to_the_later_ones(tmp_path):
+    found = take([python("a", "pass", 30.0), python("b", "pass", 10.0), python("c", "pass", 10.0)], tmp_path, 50.0)
+    assert found["a"].limit_s == pytest.approx(30, abs=1)
+    assert found["b"].limit_s > 20 and found["c"].limit_s > 40
+
+
+def test_a_run_that_is_ended_from_outside_keeps_its_summary_and_ends_its_part(tmp_path):
+    code = (
+        "import time\nfrom pathlib import Path\nfrom benchmarks import gpu\n"
+        f"out = Path({str(tmp_path)!r})\n(out / 'models').mkdir()\n"
+        f"gpu.take([gpu.Part('first', ['-c', 'pass'], 1.0), gpu.Part('slow', ['-c', {STUBBORN!r}], 9.0)],"
+        " out, time.monotonic() + 50, {})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "slow.log"
+    until = time.monotonic() + 30
+    while not (log.exists() and log.read_text().strip()) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) != 0
+    _, parts = summary(tmp_path)
+    assert parts["first"]["status"] == "ok" and parts["slow"]["status"] == "interrupted"
+    assert not is_running(int(log.read_text())) and not (tmp_path / "models").exists()
+
+
+def test_a_part_that_fails_is_exit_code_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "plan", lambda *_: [python("fine", "pass"), python("bad", "raise SystemExit(5)")])
+    assert main(["gpu", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    assert "FAILED: 1 of 2 parts: bad (failed)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--device", "toaster"], "device: got 'toaster'"),
+        (["--device", "cpu", "--minutes", "0"], "--minutes: got 0"),
+        (["--device", "cpu", "--out", "{file}"], "--out: "),
+        (["--device", "cpu", "--out", "{tmp}"], "holds other files; want a new or an empty folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(options, complaint, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    options = [option.format(file=tmp_path / "file", tmp=tmp_path) for option in options]
+    assert main(["gpu", "--out", str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and complaint in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_error_says_so(tmp_path, capsys):
+    assert main(["gpu", "--out", str(tmp_path / "out")]) == 2
+    assert "device: got 'cuda'" in capsys.readouterr().err
+
+
+def test_text_of_a_random_model_gives_its_tokens_again(tmp_path, rng_seed):
+    from pmc_fast.loading import load_model
+    from pmc_fast.prompts import Prompts
+
+    make(tmp_path / "tiny", "tiny", torch.device("cpu"), torch.float32, rng_seed % 1000)
+    model, tokenizer = load_model(str(tmp_path / "tiny"))
+    size = SHAPES["tiny"]["vocab_size"]
+    assert len(tokenizer) == size == model.get_output_embeddings().weight.shape[0]
+    prompts = Prompts(tokenizer)
+    words = torch.randint(512, size, (30,)).tolist()
+    assert prompts.answer_ids(prompts.decode(words)) == [*words, prompts.end_ids[0]]
+    with torch.no_grad():
+        logits = model(torch.randint(512, size, (4, 20))).logits
+    assert 2.5 < logits.std() < 4.5
+
+
+def test_what_is_missing_is_built_and_reported(monkeypatch, capsys):
+    states, commands = iter(["no _C", None, None]), []
+    monkeypatch.setattr(build, "missing", lambda: next(states))
+    monkeypatch.setattr(build.subprocess, "run", lambda command, **_: commands.append(command[2:]))
+    assert build.main() == 0
+    installed, doctor = commands
+    assert installed[:2] == ["pip", "install"] and installed[-2:] == ["-e", "."] and doctor == ["pmc_fast", "doctor"]
+    assert capsys.readouterr().out == "missing: no _C\nnothing is missing\n\n"
+    monkeypatch.setattr(build, "missing", lambda: "no _C")
+    assert build.main() == 1 and "--no-build-isolation" in commands[3]
+
+
+def test_nothing_is_missing_here():
+    assert build.missing() is None
