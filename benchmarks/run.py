@@ -87,7 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Run PMC twice, print a table, and write what is known so far after each evaluation."""
     task = load(args, device)
-    about = {"config": _options(args, task), "environment": environment(device, args.seed), "command": args.command_line}
+    about = {
+        "config": _options(args, task),
+        "environment": environment(device, args.seed),
+        "command": args.command_line,
+    }
     records: dict[str, Record] = {}
 
     def write() -> None:

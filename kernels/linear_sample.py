@@ -19,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pmc_fast.kernels.checks import no_bad_row, report
-from pmc_fast.kernels.gemm import even_pieces, padded_rows, row_major, write_product
+from pmc_fast.kernels.gemm import dot_precision, even_pieces, padded_rows, row_major, write_product
+from pmc_fast.kernels.interpreted import dot
+from pmc_fast.kernels.linear_logprob import device_of
 from pmc_fast.kernels.philox import block_words
 from pmc_fast.kernels.sample import Draws, Head, Parts, Sampling, draw, draw_from_tile, finish_draw, head_logit, inverse
 from pmc_fast.kernels.variant import Variant
@@ -27,7 +29,7 @@ from pmc_fast.phases import phase
 
 SCRATCH_BYTES = 1 << 29  # of logits, when truncation needs them in memory
 PART_ROWS = 4096  # rows whose winners are held at once
-PIECE = tl.constexpr(32)  # rows that a program draws for together
+PIECE = tl.constexpr(16)  # rows that a program draws for together
 
 
 def linear_sample(
@@ -73,7 +75,7 @@ def _draw_truncated(hidden, weight, head, sampling, sequence, position, draws, b
 
 def _draw_from_all(hidden, weight, head, sampling, sequence, position, draws, bad, first_row) -> None:
     (rows, dim), vocab = hidden.shape, len(weight)
-    tiles = tiles_for(rows, vocab, dim, hidden.dtype.itemsize)
+    tiles = tiles_for(rows, dim, hidden.dtype.itemsize, device_of(hidden)[0])
     with phase("head"):
         parts = Parts.empty(rows, triton.cdiv(vocab, tiles.vocab), hidden.device)
         head_draw_kernel[(parts.top.shape[1] * triton.cdiv(rows, tiles.rows),)](
@@ -96,7 +98,7 @@ def _draw_from_all(hidden, weight, head, sampling, sequence, position, draws, ba
             parts.top.shape[1],
             GREEDY=sampling.temperature == 0,
             TEMPERED=sampling.temperature not in (0, 1),
-            PRECISION=precision(hidden.dtype),
+            PRECISION=dot_precision(),
             VOCAB_TILE=tiles.vocab,
             ROW_TILE=tiles.rows,
             DIM_TILE=tiles.dim,
@@ -118,16 +120,13 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles_for(rows: int, vocab: int, dim: int, bytes_per_element: int) -> Tiles:
+def tiles_for(rows: int, dim: int, bytes_per_element: int, capability: int) -> Tiles:
     """The head on the large side of the product: decoding has few rows."""
     wide = bytes_per_element == 4
-    row_tile = min(max(16, triton.next_power_of_2(rows)), 32 if wide else 64 if rows <= 64 else 128)
+    most_rows = 32 if wide else 128 if capability >= 90 else 64  # what registers hold
+    row_tile = min(max(16, triton.next_power_of_2(rows)), most_rows)
     dim_tile = min(32 if wide else 64, max(16, triton.next_power_of_2(dim)))
-    return Tiles(128, row_tile, dim_tile, 4, 4)
-
-
-def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return Tiles(128, row_tile, dim_tile, 4, 3 if row_tile == 128 else 4)
 
 
 @triton.jit
@@ -175,7 +174,7 @@ def record(
         left, right = tl.split(product.reshape(TOKENS, 2, ROWS // 2).permute(0, 2, 1))
         record(left, first, first_row, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
         record(right, first, first_row + ROWS // 2, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
-    else:
+    elif first_row < rows:
         bias, logit_scale, softcap = head
         temperature, inverse_temperature, seed_low, seed_high, sequence, position = sampling
         tops, masses, tempered_masses, winners, tokens, tiles = parts
@@ -183,21 +182,11 @@ def record(
         inside = row < rows
         its_sequence = tl.load(sequence + row, mask=inside, other=0).to(tl.uint32)
         its_position = tl.load(position + row, mask=inside, other=0).to(tl.uint32)
-        token = tile_token(first, TOKENS)[:, None]
-        logit = head_logit(product, bias, token, token < vocab, logit_scale, softcap)
+        token = tile_token(first, TOKENS)
+        logit = head_logit(product, bias, token[:, None], (token < vocab)[:, None], logit_scale, softcap)
         words = None if GREEDY else words_of_tile(seed_low, seed_high, its_sequence, its_position, first, TOKENS)
         top, mass, tempered, winner, best = draw_from_tile(
-            logit,
-            token,
-            words,
-            temperature,
-            inverse_temperature,
-            seed_low,
-            seed_high,
-            its_sequence,
-            its_position,
-            GREEDY,
-            TEMPERED,
+            logit, token, words, temperature, inverse_temperature, GREEDY, TEMPERED
         )
         part = row.to(tl.int64) * tiles + tile
         tl.store(tops + part, top, mask=inside)
@@ -207,7 +196,7 @@ def record(
         tl.store(tokens + part, best, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "seed_low", "seed_high"])
 def head_draw_kernel(
     hidden,  # [rows, dim]
     hidden_stride,  # of its rows
@@ -246,18 +235,19 @@ def head_draw_kernel(
     row = first_row + tl.arange(0, ROW_TILE)
     token = tile_token(first, VOCAB_TILE)
     column = tl.arange(0, DIM_TILE)
-    # rows and tokens beyond the last are copies of it
-    hidden += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * hidden_stride + column[None, :]
+    real = (row < rows)[:, None]
+    hidden += row.to(tl.int64)[:, None] * hidden_stride + column[None, :]
+    # tokens beyond the last are copies of it
     weight += tl.minimum(token, vocab - 1).to(tl.int64)[:, None] * weight_stride + column[None, :]
     product = tl.zeros([VOCAB_TILE, ROW_TILE], tl.float32)
     for begin in range(0, dim, DIM_TILE):
         if WHOLE:
             a = tl.load(weight)
-            b = tl.load(hidden)
+            b = tl.load(hidden, mask=real, other=0)
         else:
             a = tl.load(weight, mask=(begin + column < dim)[None, :], other=0)
-            b = tl.load(hidden, mask=(begin + column < dim)[None, :], other=0)
-        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+            b = tl.load(hidden, mask=real & (begin + column < dim)[None, :], other=0)
+        product = dot(a, tl.trans(b), product, PRECISION)
         weight += DIM_TILE
         hidden += DIM_TILE
 
@@ -270,21 +260,25 @@ def head_draw_kernel(
 def variants(capability: int) -> list[Variant]:
     """The fused kernel at the heads of the models that `pmc_fast` is measured on."""
     heads = {
-        "SmolLM2": (49152, 576, set()),
-        "Phi-1.5": (51200, 2048, {"bias"}),
-        "Llama-3.2-3B": (128256, 3072, set()),
-        "Gemma-3": (262208, 3840, {"softcap"}),
+        "SmolLM2": (576, ("bf16",), ()),
+        "Phi-1.5": (2048, ("bf16",), ("bias",)),
+        "Llama-3.2-3B": (3072, ("bf16", "fp16", "fp32"), ()),
+        "Gemma-3": (3840, ("bf16",), ("softcap",)),
     }
-    return [
-        _variant(f"{model}, {dtype}, {rows} rows", rows, vocab, dim, dtype, given)
-        for model, (vocab, dim, given) in heads.items()
-        for dtype in ("bf16", "fp16", "fp32")
+    listed = [
+        _variant(f"{model}, {dtype}, {rows} rows", capability, rows, dim, dtype, given, greedy=False)
+        for model, (dim, dtypes, given) in heads.items()
+        for dtype in dtypes
         for rows in (1, 64, 160)
     ]
+    listed.append(_variant("greedy, Llama-3.2-3B, bf16, 160 rows", capability, 160, 3072, "bf16", (), greedy=True))
+    return listed
 
 
-def _variant(name: str, rows: int, vocab: int, dim: int, dtype: str, given: set[str]) -> Variant:
-    tiles = tiles_for(rows, vocab, dim, 4 if dtype == "fp32" else 2)
+def _variant(
+    name: str, capability: int, rows: int, dim: int, dtype: str, given: tuple[str, ...], greedy: bool
+) -> Variant:
+    tiles = tiles_for(rows, dim, 4 if dtype == "fp32" else 2, capability)
     kinds = {"bias": "*" + dtype, "logit_scale": "fp32", "softcap": "fp32"}
     signature = {"hidden": "*" + dtype, "hidden_stride": "i32", "weight": "*" + dtype, "weight_stride": "i32"}
     signature |= dict.fromkeys(("rows", "vocab", "dim"), "i32") | {argument: kinds[argument] for argument in given}
@@ -296,10 +290,11 @@ def _variant(name: str, rows: int, vocab: int, dim: int, dtype: str, given: set[
         kernel=head_draw_kernel,
         signature=signature | {"tokens": "*i32", "tiles": "i32"},
         constants={argument: None for argument in kinds if argument not in given}
-        | {"GREEDY": False, "TEMPERED": True, "PRECISION": "ieee", "WHOLE": dim % tiles.dim == 0}
+        | {"GREEDY": greedy, "TEMPERED": not greedy, "PRECISION": "ieee", "WHOLE": dim % tiles.dim == 0}
         | {"VOCAB_TILE": tiles.vocab, "ROW_TILE": tiles.rows, "DIM_TILE": tiles.dim},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         matmul=True,
-        aligned=("hidden", "hidden_stride", "weight", "weight_stride", "dim", "vocab", *(given & {"bias"})),
+        aligned=("hidden", "hidden_stride", "weight", "weight_stride", "dim", "vocab")
+        + tuple(argument for argument in given if argument == "bias"),
     )

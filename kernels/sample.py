@@ -303,16 +303,29 @@ def mass_below(logit, top):
 
 
 @triton.jit
+def any_of(holds):
+    """Whether one of a vector holds. As a matrix of one row: for sm_100 Triton cannot reduce a vector made of a product."""
+    return tl.max(holds.to(tl.int32)[None, :]) > 0
+
+
+@triton.jit
+def maximum(x):
+    """Of a vector that was reduced from a product: Triton 3.7.1 cannot reduce it again for sm_100 in its own shape."""
+    return tl.max(x.reshape(1, x.shape[0]), None)
+
+
+@triton.jit
+def minimum(x):
+    return tl.min(x.reshape(1, x.shape[0]), None)
+
+
+@triton.jit
 def draw_from_tile(
     logit,  # float32 [tokens, rows], -inf outside
-    token,  # int32 [tokens, 1]
+    token,  # int32 [tokens]
     words,  # uint32 [tokens, rows], for the noise; None when greedy
     temperature,
     inverse_temperature,
-    seed_low,
-    seed_high,
-    sequence,  # uint32 [rows]
-    position,
     GREEDY: tl.constexpr,
     TEMPERED: tl.constexpr,
 ):
@@ -325,31 +338,25 @@ def draw_from_tile(
         tempered = tl.sum(tl.exp((logit - reference[None, :]) * inverse_temperature), 0)
     if GREEDY:
         winner = top
-        best = tl.min(tl.where(logit == top[None, :], token, NO_TOKEN), 0)
+        best = tl.min(tl.where(logit == top[None, :], token[:, None], NO_TOKEN), 0)
     else:
         scaled = logit * inverse_temperature
         # the last term covers the rounding of the product and of the sums
         bound = scaled + (gumbel_bound(words) + tl.minimum(tl.abs(scaled), LARGEST) * 1e-6)
         highest = tl.max(bound, 0)
-        best = tl.min(tl.where(bound == highest[None, :], token, NO_TOKEN), 0)
-        winner = tl.max(tl.where(token == best[None, :], logit, -INFINITY), 0)
-        rest = tl.max(tl.where(token == best[None, :], -INFINITY, bound), 0)
-        if tl.max((rest >= highest - gap(highest, winner * inverse_temperature)).to(tl.int32), 0) > 0:
-            # another token may score higher than the one of the highest bound: hardly ever
-            score = tl.full(top.shape, -INFINITY, tl.float32)
-            challenger = best
-            while tl.max(((highest >= score) & (highest > -INFINITY)).to(tl.int32), 0) > 0:
-                challenger = tl.min(tl.where(bound == highest[None, :], token, NO_TOKEN), 0)
-                chosen = token == challenger[None, :]
-                its_logit = tl.max(tl.where(chosen, logit, -INFINITY), 0)
-                word = token_word(seed_low, seed_high, sequence, position, challenger)
-                its_score = tl.div_rn(its_logit, temperature) + gumbel(word)
-                wins = (its_score > score) | ((its_score == score) & (challenger < best))
-                score = tl.where(wins, its_score, score)
-                winner = tl.where(wins, its_logit, winner)
-                best = tl.where(wins, challenger, best)
-                bound = tl.where(chosen, -INFINITY, bound)
-                highest = tl.max(bound, 0)
+        best = tl.min(tl.where(bound == highest[None, :], token[:, None], NO_TOKEN), 0)
+        winner = tl.max(tl.where(token[:, None] == best[None, :], logit, -INFINITY), 0)
+        rest = tl.max(tl.where(token[:, None] == best[None, :], -INFINITY, bound), 0)
+        row = tl.arange(0, logit.shape[1])
+        unsure = (rest >= highest - gap(highest, winner * inverse_temperature)).to(tl.int32)
+        while maximum(unsure) > 0:  # hardly ever
+            this = row == minimum(tl.where(unsure > 0, row, logit.shape[1]))
+            its_logit = tl.max(tl.where(this[None, :], logit, -INFINITY), 1)
+            score = tl.div_rn(its_logit, temperature) + gumbel(tl.max(tl.where(this[None, :], words, 0), 1))
+            first = minimum(tl.where(score == maximum(score), token, NO_TOKEN))
+            best = tl.where(this, first, best)
+            winner = tl.where(this, maximum(tl.where(token == first, its_logit, -INFINITY)), winner)
+            unsure = tl.where(this, 0, unsure)
     return top, mass, tempered, winner, best
 
 
@@ -362,7 +369,7 @@ def gap(bound, scaled):
     return tl.where(noise < 14, fitted, 100.0) + size * 4e-6
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def draw_kernel(
     logits,  # [rows, vocab]
     stride,  # of its rows
@@ -396,17 +403,7 @@ def draw_kernel(
     its_position = tl.load(position + row + only).to(tl.uint32)
     words = None if GREEDY else tile_words(seed_low, seed_high, its_sequence, its_position, first, TILE)
     top, mass, tempered, winner, best = draw_from_tile(
-        logit[:, None],
-        token[:, None],
-        words,
-        temperature,
-        inverse_temperature,
-        seed_low,
-        seed_high,
-        its_sequence,
-        its_position,
-        GREEDY,
-        TEMPERED,
+        logit[:, None], token, words, temperature, inverse_temperature, GREEDY, TEMPERED
     )
     part = tl.program_id(0) + only
     tl.store(tops + part, top)
@@ -422,7 +419,7 @@ def is_distribution(top, shift, mass):
     return (tl.abs(top) < INFINITY) & (tl.abs(shift) < INFINITY) & (mass < INFINITY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_row"])
 def finish_draw_kernel(
     tops,
     masses,
@@ -523,11 +520,11 @@ def lower_bound(peak, shift, tempered, k, spare, BY_RANK: tl.constexpr, GROUP: t
     """
     way = tl.arange(0, WAYS)
     group_mass = tempered * mass_below(peak, shift)
-    rest = group_mass - mass_below(peak, shift)
+    rest = tl.maximum(group_mass - mass_below(peak, shift), 0.0)
     if BY_RANK:
         low = tl.min(tl.where(peak > -INFINITY, order(peak), NO_TOKEN), 0).to(tl.int64)
     else:
-        low = order(shift + tl.log(spare / (GROUP * peak.shape[0]))).to(tl.int64)
+        low = order(shift + tl.log(tl.maximum(spare, 1e-30) / (GROUP * peak.shape[0]))).to(tl.int64)
     high = order(shift).to(tl.int64) + 1
     found = low * 0 + LOWEST_ORDER
     while high - low > 1024:  # 0.001 at a logit of 20
@@ -632,7 +629,7 @@ def cut(row, low, k, target, length, gathered, count, GROUP: tl.constexpr, CAPAC
     return low, length, gathered & (count_beyond == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "top_p_low", "top_p_high", "seed_low", "seed_high", "first_row"])
 def truncate_kernel(
     logits,  # [rows, vocab]
     stride,  # of its rows
@@ -803,7 +800,12 @@ def _variants(name: str, vocab: int, dtype: str, head: dict[str, str | None]) ->
             aligned=aligned,
         )
     )
-    for by_rank, by_mass, by_floor in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+    for by_rank, by_mass, by_floor in (
+        (True, True, True),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ):
         listed.append(
             Variant(
                 name=f"truncate{' top-k' * by_rank}{' top-p' * by_mass}{' min-p' * by_floor}, {name}",

@@ -1,0 +1,112 @@
+"""What only the Triton implementation of `linear_sample` has: winners of tiles, pieces of rows, scratch in bounds."""
+
+import math
+
+import pytest
+import torch
+from head_cases import DTYPES
+
+pytest.importorskip("triton")
+from pmc_fast.kernels import linear_sample as kernels
+from pmc_fast.reference.linear_sample import linear_sample as reference
+
+SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "seed": 7}
+PLAIN = {"bias": None, "softcap": None, "logit_scale": 1.0}
+
+
+def coordinates(rows):
+    return {"sequence": torch.randint(0, 2**32, (rows,)), "position": torch.randint(0, 2**32, (rows,))}
+
+
+def exact_in_any_order(*shape):
+    """Multiples of 1/4 so small that float32 sums of their products do not round."""
+    return torch.randint(-8, 9, shape) / 4
+
+
+def assert_same(hidden, weight, exactly=True, **options):
+    options = SAMPLING | PLAIN | coordinates(len(hidden)) | options
+    got, want = kernels.linear_sample(hidden, weight, **options), reference(hidden, weight, **options)
+    assert torch.equal(got[0], want[0])
+    for mine, its in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=5e-6 if exactly else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("rows, size, vocab", [(1, 1, 1), (3, 64, 131), (20, 19, 300)])
+def test_winners_of_tiles(rows, size, vocab, temperature, dtype, rng_seed):
+    """Tiles that are cut off on every side."""
+    hidden, weight = exact_in_any_order(rows, size).to(dtype), exact_in_any_order(vocab, size).to(dtype)
+    assert_same(hidden, weight, temperature=temperature, seed=2**62 + rng_seed)
+
+
+def test_more_rows_than_a_tile_holds(rng_seed):
+    """In 16 bits, 131 rows are a tile of 128, drawn in pieces, and one of 3."""
+    hidden, weight = exact_in_any_order(131, 70).half(), exact_in_any_order(129, 70).half()
+    assert_same(hidden, weight, temperature=0.7)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_scale_and_soft_cap(dtype, options, rng_seed):
+    hidden, weight, bias = torch.randn(6, 33).to(dtype), torch.randn(200, 33).to(dtype), torch.randn(200).to(dtype)
+    bias[::9] = -math.inf
+    assert_same(hidden, weight, exactly=False, bias=bias, logit_scale=0.6, temperature=0.8, **options)
+    bias[::9] = 0
+    assert_same(hidden, weight, exactly=False, bias=bias, softcap=3.0, logit_scale=-0.6, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}], ids=str)
+def test_rows_and_columns_apart(options, rng_seed):
+    hidden = exact_in_any_order(5, 2, 24)[:, 1]
+    assert_same(hidden, exact_in_any_order(24, 150).T, **options)
+    assert_same(hidden.T.contiguous().T, exact_in_any_order(150, 30)[:, 3:27], **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}], ids=str)
+def test_pieces_of_rows_know_their_numbers(options, monkeypatch, rng_seed):
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 4 * 140 * 3)
+    monkeypatch.setattr(kernels, "PART_ROWS", 3)
+    hidden, weight = exact_in_any_order(8, 16), exact_in_any_order(140, 16)
+    assert_same(hidden, weight, **options)
+
+
+@pytest.mark.refuses_values
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"temperature": 0.0}], ids=str)
+def test_the_first_bad_row_is_named(options, monkeypatch):
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 4 * 140 * 3)
+    monkeypatch.setattr(kernels, "PART_ROWS", 3)
+    hidden, weight = exact_in_any_order(8, 16), exact_in_any_order(140, 16)
+    hidden[5:, 2] = math.nan
+    with pytest.raises(ValueError, match="linear_sample: the logits of row 5"):
+        kernels.linear_sample(hidden, weight, **(SAMPLING | PLAIN | coordinates(8) | options))
+
+
+def test_draws_follow_the_distribution(rng_seed):
+    draws, vocab, temperature = 256, 23, 1.6
+    hidden, weight = exact_in_any_order(1, 16), exact_in_any_order(vocab, 16) / 2
+    options = SAMPLING | PLAIN | coordinates(draws) | {"temperature": temperature, "seed": rng_seed}
+    token, _, sampling_logprob, _ = kernels.linear_sample(hidden.expand(draws, -1), weight, **options)
+    p = (hidden.double() @ weight.double().T / temperature).softmax(-1)[0]
+    torch.testing.assert_close(sampling_logprob, p.log()[token].float(), rtol=1e-5, atol=5e-6)
+    likely = p * draws >= 5
+    counts = token.bincount(minlength=vocab).double()
+    seen, expected = counts[likely], draws * p[likely]
+    rest, rest_expected = counts[~likely].sum(), draws * p[~likely].sum()
+    statistic = ((seen - expected) ** 2 / expected).sum()
+    if rest_expected > 0:
+        statistic += (rest - rest_expected) ** 2 / rest_expected
+    freedom = torch.tensor(float(likely.sum()), dtype=torch.float64)
+    assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-7
+
+
+def test_scores_do_not_depend_on_the_tile_of_rows(rng_seed):
+    """One row alone is multiplied in a tile of 16 rows, among 70 in one of 128."""
+    hidden, weight = exact_in_any_order(70, 40), exact_in_any_order(260, 40)
+    where = coordinates(70)
+    options = SAMPLING | PLAIN | {"temperature": 0.9}
+    together = kernels.linear_sample(hidden, weight, **options, **where)
+    alone = kernels.linear_sample(hidden[69:], weight, **options, **{k: v[69:] for k, v in where.items()})
+    assert torch.equal(together[0][69:], alone[0])
+    for a, b in zip(together[1:], alone[1:], strict=True):
+        torch.testing.assert_close(a[69:], b, rtol=1e-6, atol=1e-6)
