@@ -80,7 +80,8 @@ BENCHES = [
 
 
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: f"{bench.op} {bench.title} {bench.dtype}")
-def test_every_contestant_is_judged_right(bench, rng_seed):
+def test_every_contestant_is_judged_right(bench, monkeypatch, rng_seed):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # thousands of draws would take hours in the interpreter
     torch.manual_seed(rng_seed)
     inputs = bench.make_inputs(rng_seed, CPU)
     oracle = bench.oracle(inputs)
@@ -179,8 +180,12 @@ def test_ops_writes_its_schema(tmp_path, capsys, rng_seed):
     assert main(command) == 0
     result = json.loads(out.read_text())
     assert result["schema"] == ops.SCHEMA
-    assert [row["contestant"] for row in result["rows"]][:2] == ["pmc_fast", "rouge_score"]
-    assert all(row["right"] and row["seconds"]["median"] > 0 for row in result["rows"])
+    rows = {row["contestant"]: row for row in result["rows"]}
+    assert list(rows) == ["pmc_fast", "pmc_fast, reference", "rouge_score", "rapidfuzz"]
+    for name, row in rows.items():  # rapidfuzz need not be installed
+        assert (row["right"] and row["seconds"]["median"] > 0) or (
+            name == "rapidfuzz" and "rapidfuzz" in row["evidence"]
+        )
     assert "rouge_score" in capsys.readouterr().out
 
 
@@ -205,7 +210,8 @@ def test_every_op_has_a_large_shape_and_a_small_one():
 
 def test_an_unknown_peer_is_refused_with_the_known(capsys):
     assert main(["ops", "--op", "rouge_l_recall", "--peer", "oracle"]) == 2
-    assert "--peer: got oracle, want some of rapidfuzz, rouge_score" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--peer: got oracle, want some of " in error and "rapidfuzz, rouge_score" in error
 
 
 def test_shapes_that_an_op_lacks_are_refused(capsys):
