@@ -75,7 +75,7 @@ class Model:
 
 
 # Sizes of the same plan: for a GPU, and for a rehearsal on a CPU. Ops by the part's name.
-_TESTS = {"cuda": ["tests/ops", "tests/kernels"], "cpu": ["tests/test_phases.py"]}
+_TESTS = {"cuda": ["tests/ops", "tests/kernels"], "cpu": ["tests/test_data.py"]}
 _OPS = {
     "cuda": {
         "ops": ["--dtype", "bfloat16"],

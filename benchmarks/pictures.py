@@ -65,15 +65,15 @@ def bench(title: str, where: str, rows: Sequence[Mapping[str, Any]]) -> Figure |
 
     Times that are far apart are dots on a logarithmic scale, on which the length of a bar would say nothing.
     """
-    timed = {place: row for place, row in enumerate(rows) if failure(row) is None}
+    timed = [row for row in rows if failure(row) is None]
     if not timed:
         return None
-    names = [row["contestant"] for row in rows]
-    figure, panels = _bar_panels(title, where, names, [row["peak_bytes"] for row in rows])
+    names = [row["contestant"] for row in timed]
+    figure, panels = _bar_panels(title, where + _failures(rows), names, [row["peak_bytes"] for row in timed])
     axes = panels[0]
-    logarithmic = _time_axis(axes, [row["seconds"] for row in timed.values()])
+    logarithmic = _time_axis(axes, [row["seconds"] for row in timed])
     axes.set_title("median time, 20th to 80th percentile" + (", on a logarithmic scale" if logarithmic else ""))
-    for place, row in timed.items():
+    for place, row in enumerate(timed):
         seconds, colour = row["seconds"], _bar_colour(names[place])
         if logarithmic:
             axes.plot(seconds["median"], place, "o", markersize=9, color=colour)
@@ -86,10 +86,14 @@ def bench(title: str, where: str, rows: Sequence[Mapping[str, Any]]) -> Figure |
             _error_bar(axes, place, seconds["median"], (seconds["p20"], seconds["p80"]))
         label = clock(seconds["median"]) + (f"  ({', '.join(notes)})" if notes else "")
         _label(axes, place, max(seconds["median"], seconds["p80"]), label)
-    for place, row in enumerate(rows):
-        if place not in timed:
-            axes.text(0.01, place, failure(row), transform=axes.get_yaxis_transform(), va="center", color=_FAINT)
     return figure
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Who has no time, in lines of their own: why they have none is in the table."""
+    whys = dict.fromkeys(why for row in rows if (why := failure(row)))
+    named = (f"{why}: {'; '.join(row['contestant'] for row in rows if failure(row) == why)}" for why in whys)
+    return "".join(f"\n{textwrap.fill(line, 150)}" for line in named)
 
 
 @rc_context(_STYLE)
@@ -309,7 +313,7 @@ def _time_axis(axes: Axes, spreads: Sequence[Mapping[str, float]]) -> bool:
     low = 10.0 ** math.floor(math.log10(min(spread["p20"] for spread in spreads) / 2))
     axes.set_xscale("log")
     axes.grid(True, axis="y")
-    axes.set_xlim(low, low * (longest / low) ** (1 / 0.72))
+    axes.set_xlim(low, low * (longest / low) ** (1 / 0.66))
     axes.xaxis.set_major_formatter(_ticks(clock))
     axes.xaxis.set_minor_formatter(NullFormatter())
     return True
@@ -317,7 +321,7 @@ def _time_axis(axes: Axes, spreads: Sequence[Mapping[str, float]]) -> bool:
 
 def _linear_axis(axes: Axes, longest: float, wording: Callable[[float, float], str]) -> None:
     """From 0, with room for a label behind the longest bar, and in one unit."""
-    axes.set_xlim(0, longest / 0.72)
+    axes.set_xlim(0, longest / 0.66)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(lambda value, place: wording(value, longest))
 

@@ -11,7 +11,7 @@ from benchmarks.__main__ import main
 from benchmarks.profile import Allocation
 from pmc_fast.phases import PHASES
 
-SMALL = ["--batch-size", "2", "--num-samples", "3", "--max-length", "40", "--threads", "1"]
+SMALL = ["--batch-size", "2", "--num-samples", "3", "--max-length", "32", "--threads", "1"]
 
 
 def profiled(tmp_path, *arguments):

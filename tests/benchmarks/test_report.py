@@ -319,10 +319,17 @@ def test_far_times_are_dots_and_near_ones_bars():
     assert "10 s  (500x)" in texts(axes)
 
 
-def test_one_run_has_no_error_bar_and_who_did_not_run_no_bar():
+def test_one_run_has_no_error_bar():
     axes = pictures.bench("ops", "here", OPS["rows"]).axes[0]
     assert len(axes.containers) == 3 + 2  # bars, and error bars of those that ran more than once
-    assert {"20 ms", "40 ms  (2.00x, one run)", "did not run", "wrong, so not timed"} <= set(texts(axes))
+    assert {"20 ms", "40 ms  (2.00x, one run)"} <= set(texts(axes))
+
+
+def test_who_has_no_time_is_named_below():
+    figure = pictures.bench("ops", "here", [*OPS["rows"], row("quack", right=None)])
+    below = figure.get_supxlabel()
+    assert below == "here\ndid not run: liger-kernel; quack\nwrong, so not timed: squares"
+    assert len(figure.axes[0].get_yticklabels()) == 3
 
 
 def test_an_axis_has_one_unit():
