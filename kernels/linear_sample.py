@@ -1,7 +1,7 @@
 """The output head and `sample` in one op.
 
 Nothing truncated (or greedy): `head_draw_kernel` multiplies a tile of the head by a tile of rows, turns the product into logits
-in registers and leaves of each row its maximum, masses and winner, 24 bytes for VOCAB_TILE tokens; `sample`'s reduction
+in registers and leaves of each row its maximum, masses and winner, 20 bytes for a tile of tokens; `sample`'s reduction
 finishes. The head is read once from memory, V D s bytes, since the programs that share a tile of it are neighbours; logits
 are never written.
 
@@ -175,7 +175,7 @@ def record(
         record(left, first, first_row, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
         record(right, first, first_row + ROWS // 2, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
     elif first_row < rows:
-        bias, logit_scale, softcap = head
+        logit_scale, softcap = head
         temperature, inverse_temperature, seed_low, seed_high, sequence, position = sampling
         tops, masses, tempered_masses, winners, tokens, tiles = parts
         row = first_row + tl.arange(0, ROWS)
@@ -183,7 +183,7 @@ def record(
         its_sequence = tl.load(sequence + row, mask=inside, other=0).to(tl.uint32)
         its_position = tl.load(position + row, mask=inside, other=0).to(tl.uint32)
         token = tile_token(first, TOKENS)
-        logit = head_logit(product, bias, token[:, None], (token < vocab)[:, None], logit_scale, softcap)
+        logit = head_logit(product, None, token[:, None], (token < vocab)[:, None], logit_scale, softcap)
         words = None if GREEDY else words_of_tile(seed_low, seed_high, its_sequence, its_position, first, TOKENS)
         top, mass, tempered, winner, best = draw_from_tile(
             logit, token, words, temperature, inverse_temperature, GREEDY, TEMPERED
@@ -251,7 +251,9 @@ def head_draw_kernel(
         weight += DIM_TILE
         hidden += DIM_TILE
 
-    head = (bias, logit_scale, softcap)
+    if bias is not None:  # here rather than with each piece: its loads would be held in registers
+        product += tl.load(bias + token, mask=token < vocab, other=0).to(tl.float32)[:, None]
+    head = (logit_scale, softcap)
     sampling = (temperature, inverse_temperature, seed_low, seed_high, sequence, position)
     parts = (tops, masses, tempered_masses, winners, tokens, tiles)
     record(product, first, first_row, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)

@@ -1,7 +1,7 @@
 """Philox words and Gumbel noise on the device: what pmc_fast/philox.py defines, in Triton.
 
 A draw needs exact noise only for the few tokens that may win, and float64 logarithms are dear on a GPU. `gumbel_bound` costs
-some fifteen float32 operations and never lies below `gumbel`: a token whose bound cannot win needs no noise.
+some twenty float32 operations and never lies below `gumbel`: a token whose bound cannot win needs no noise.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def gumbel(word):
 
 @triton.jit
 def gumbel_bound(word):
-    """At least gumbel(word); at most 0.002 more while u < 0.7 (noise above -0.18), 2.1 more for smaller noise.
+    """At least gumbel(word); at most 0.002 more for noise in (-0.18, 15), 2.1 more below that.
 
     -log(-log1p(-u)) = -log(u) - h(u) with h(u) = log(-log1p(-u) / u). log2(u) comes from the bits of the word as a float,
     whose mantissa 1 + f stands for f + f (1 - f) c(f); c and h are polynomials fitted on [0, 1) and [0, 0.7].

@@ -2,7 +2,7 @@
 
 Nothing truncated (or greedy): `draw_kernel` reads the logits once, a program per tile of a row, and leaves each tile's maximum,
 its masses and its winner; `finish_draw_kernel` reduces those. R V s bytes for R rows, V tokens and s bytes a logit, and
-24 bytes a tile.
+20 bytes a tile.
 
 Truncated: `group_kernel` reads the logits once and leaves each group's maximum and masses, 12 bytes for GROUP tokens.
 `truncate_kernel`, a program per row, finds from these a value that no kept token lies below (the k-th largest of the maxima;
@@ -251,7 +251,7 @@ def _draw_truncated(logits, head, sampling, sequence, position, draws, bad, firs
         GROUP=group,
         GROUPS=triton.next_power_of_2(groups),
         CAPACITY=CAPACITY,
-        num_warps=8,
+        num_warps=8 if groups <= 1024 else 16,
     )
 
 
@@ -303,20 +303,14 @@ def mass_below(logit, top):
 
 
 @triton.jit
-def any_of(holds):
-    """Whether one of a vector holds. As a matrix of one row: for sm_100 Triton cannot reduce a vector made of a product."""
-    return tl.max(holds.to(tl.int32)[None, :]) > 0
-
-
-@triton.jit
 def maximum(x):
-    """Of a vector that was reduced from a product: Triton 3.7.1 cannot reduce it again for sm_100 in its own shape."""
-    return tl.max(x.reshape(1, x.shape[0]), None)
+    """Of a vector. As a matrix of one row: for sm_100 Triton cannot reduce a vector made of a product."""
+    return tl.max(x[None, :])
 
 
 @triton.jit
 def minimum(x):
-    return tl.min(x.reshape(1, x.shape[0]), None)
+    return tl.min(x[None, :])
 
 
 @triton.jit
@@ -524,7 +518,7 @@ def lower_bound(peak, shift, tempered, k, spare, BY_RANK: tl.constexpr, GROUP: t
     if BY_RANK:
         low = tl.min(tl.where(peak > -INFINITY, order(peak), NO_TOKEN), 0).to(tl.int64)
     else:
-        low = order(shift + tl.log(tl.maximum(spare, 1e-30) / (GROUP * peak.shape[0]))).to(tl.int64)
+        low = order(shift + tl.log(tl.maximum(0.99 * spare, 1e-30) / (GROUP * peak.shape[0]))).to(tl.int64)
     high = order(shift).to(tl.int64) + 1
     found = low * 0 + LOWEST_ORDER
     while high - low > 1024:  # 0.001 at a logit of 20
@@ -819,7 +813,7 @@ def _variants(name: str, vocab: int, dtype: str, head: dict[str, str | None]) ->
                 constants=absent
                 | {"TEMPERED": True, "BY_RANK": by_rank, "BY_MASS": by_mass, "BY_FLOOR": by_floor}
                 | {"GROUP": group, "GROUPS": triton.next_power_of_2(triton.cdiv(vocab, group)), "CAPACITY": CAPACITY},
-                num_warps=8,
+                num_warps=8 if triton.cdiv(vocab, group) <= 1024 else 16,
                 num_stages=3,
                 aligned=aligned,
             )
