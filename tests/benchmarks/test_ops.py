@@ -91,8 +91,8 @@ def test_every_contestant_is_judged_right(bench, monkeypatch, rng_seed):
     for name in sorted(runs, key=lambda name: name != bench.yardstick):
         try:
             result = runs[name](inputs)
-        except (CannotRun, BackendUnavailable) as reason:
-            assert "GPU" in str(reason) or "not bfloat16" in str(reason)
+        except (CannotRun, BackendUnavailable, ImportError) as reason:  # rapidfuzz need not be installed
+            assert any(words in str(reason) for words in ("GPU", "not bfloat16", "'rapidfuzz'"))
             continue
         verdict = bench.judge(runs[name], result, inputs, oracle, budget)
         assert verdict.right, (name, verdict)
