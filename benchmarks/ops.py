@@ -18,6 +18,7 @@ from benchmarks.bench import OURS, Bench, CannotRun, Verdict, named
 from benchmarks.compiled import COMPILED
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave
+from benchmarks.wording import clock
 from pmc_fast.backend import IMPLEMENTATIONS, choose
 from pmc_fast.errors import UserError
 
@@ -152,10 +153,13 @@ def measure(
     del oracle
 
     quick = {name: partial(runs[name], inputs) for name in runs if verdicts[name].right and name not in times}
-    for name, call in quick.items():
-        with PeakMemory(device) as peak:  # again, now that one-time buffers are there
-            call()
+    for name in list(quick):
+        with PeakMemory(device) as peak, Stopwatch(device) as watch:  # again, now that one-time buffers are there
+            quick[name]()
         peaks[name] = peak.bytes
+        if watch.seconds > limit_s:  # only now known of what its first run compiled
+            times[name] = [watch.seconds]
+            del quick[name]
     times |= interleave(quick, repeats, device=device, tick=tick)
 
     spreads = {name: Spread.of(seconds) for name, seconds in times.items()}
@@ -218,10 +222,3 @@ def table(rows: list[Row]) -> str:
         numbers = f"{clock(row.seconds.median):>10}{between:>20}{forward:>10}{ratio:>12}{share:>10}{memory:>14}"
         lines.append(f"  {row.contestant:28}{numbers}  {row.evidence}")
     return "\n".join(lines) + "\n"
-
-
-def clock(seconds: float) -> str:
-    """A time for reading."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"

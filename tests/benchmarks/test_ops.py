@@ -1,6 +1,7 @@
 """`python -m benchmarks ops` times only what is right, and its judges know right from wrong."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.bench_decode_attention import DecodeAttentionBench
 from benchmarks.bench_linear_logprob import LinearLogprobBench
 from benchmarks.bench_linear_sample import LinearSampleBench
 from benchmarks.bench_sample import SampleBench, Settings
+from benchmarks.compiled import COMPILED
 from benchmarks.limits import measure_limits
 from benchmarks.oracle import head_gradients, surprise_of_counts, truncated
 from benchmarks.shapes import AttentionHeads, Head
@@ -63,6 +65,23 @@ def test_who_is_wrong_or_refuses_gets_no_time():
 def test_slow_contestants_run_once():
     rows = measure(Doubling(), 3, 5, 0.0)
     assert [row.repeats for row in rows if row.right] == [1, 1]
+
+
+def test_a_compiled_contestant_is_judged_by_its_second_run():
+    calls = []
+
+    class Compiling(Doubling):
+        def contestants(self):
+            def compiles_first(x):
+                calls.append(time.sleep(0 if calls else 0.2))
+                return 2 * x
+
+            return {**super().contestants(), COMPILED: compiles_first}
+
+    rows = {row.contestant: row for row in measure(Compiling(), 3, 2, 0.1)}
+    assert rows[COMPILED].repeats == 2 and len(calls) > 3
+    rows = {row.contestant: row for row in measure(Compiling(), 3, 2, 0.0)}
+    assert rows[COMPILED].repeats == 1
 
 
 BENCHES = [
