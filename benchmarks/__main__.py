@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Command:
-    """What `benchmarks/<name>.py` does, and whether it measures: on a device, with the compiled module."""
+    """What `benchmarks/<name>.py` does, and whether it measures: on a device; on a CPU, with the compiled module."""
 
     what: str
     measures: bool = True
@@ -77,8 +77,9 @@ def _measure(run: Callable[..., None], args: argparse.Namespace) -> int:
     from benchmarks.bench import Wrong
     from pmc_fast.loading import choose_device
 
-    _require_compiled_module()
     device = choose_device(args.device)
+    if device.type == "cpu":
+        _require_compiled_module()
     if args.json:
         results.check_writable(args.json)
     if args.threads:

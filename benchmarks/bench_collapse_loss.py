@@ -42,7 +42,7 @@ class CollapseLossBench(HeadBench):
         return runs | peers.mean_losses(eager)
 
     def upstream(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.ones(())
+        return torch.ones((), device=generator.device)
 
     def oracle(self, inputs: LabelledInputs) -> tuple[torch.Tensor, HeadGradients]:
         mean = torch.full((self.rows,), 1 / self.rows, dtype=torch.float64, device=inputs.hidden.device)

@@ -63,13 +63,13 @@ class DecodeAttentionBench(Bench):
         self.title = f"{rows} x {heads.queries} heads ({heads.keys} of keys) x {length} x {heads.dim}"
 
     def make_inputs(self, seed: int, device: torch.device) -> CacheInputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         heads, capacity = self.heads, self.length + 64
-        query = torch.randn(self.rows, heads.queries, heads.dim, generator=generator)
-        cache = torch.randn(2, self.rows, heads.keys, capacity, heads.dim, generator=generator)
-        key, value = cache.to(device, self.dtype)[..., : self.length, :]
-        first = torch.randint(0, self.length // 4, (self.rows,), generator=generator)
-        return CacheInputs(query.to(device, self.dtype), key, value, first.to(device))
+        query = torch.randn(self.rows, heads.queries, heads.dim, generator=generator, device=device)
+        cache = torch.randn(2, self.rows, heads.keys, capacity, heads.dim, generator=generator, device=device)
+        key, value = cache.to(self.dtype)[..., : self.length, :]
+        first = torch.randint(0, self.length // 4, (self.rows,), generator=generator, device=device)
+        return CacheInputs(query.to(self.dtype), key, value, first)
 
     def contestants(self) -> Mapping[str, Callable[[CacheInputs], Any]]:
         runs = {**each_implementation(self.op, ours), self.yardstick: eager, "torch sdpa": sdpa}

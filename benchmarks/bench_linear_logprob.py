@@ -33,7 +33,7 @@ class LinearLogprobBench(HeadBench):
         return {**each_implementation(self.op, ours), self.yardstick: eager, **peers.logprobs(eager)}
 
     def upstream(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(self.rows, generator=generator)
+        return torch.randn(self.rows, generator=generator, device=generator.device)
 
     def oracle(self, inputs: LabelledInputs) -> tuple[torch.Tensor, HeadGradients]:
         # a log-probability is a negative log-likelihood turned round, and so is its gradient

@@ -32,14 +32,15 @@ class Settings:
 
 
 def real_looking_logits(rows: int, vocab: int, generator: torch.Generator) -> torch.Tensor:
-    """float32 [rows, vocab]: power laws, from rows sure of their token to rows that leave thousands open.
+    """float32 [rows, vocab] on the generator's device: power laws, from rows sure of their token to rows that leave thousands open.
 
     Top-p 0.95 at temperature 0.9 keeps 2, 9 and 200 of 49152 tokens at the 10th, 50th and 90th percentile of rows;
     SmolLM2-135M, answering TOFU's questions, 1, 10 and 325.
     """
-    rank = torch.randint(vocab, (rows, vocab), generator=generator) + 1.0
-    steepness = 1.2 + 1.8 * torch.rand(rows, 1, generator=generator)
-    return torch.randn(rows, vocab, generator=generator).mul_(0.5).sub_(rank.log_() * steepness)
+    device = generator.device
+    rank = torch.randint(vocab, (rows, vocab), generator=generator, device=device) + 1.0
+    steepness = 1.2 + 1.8 * torch.rand(rows, 1, generator=generator, device=device)
+    return torch.randn(rows, vocab, generator=generator, device=device).mul_(0.5).sub_(rank.log_() * steepness)
 
 
 def draw_with_transformers(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
@@ -102,7 +103,7 @@ class SampleBench(Bench):
         self.title = f"{rows} x {head.vocab}, {settings}"
 
     def make_inputs(self, seed: int, device: torch.device) -> torch.Tensor:
-        return real_looking_logits(self.rows, self.head.vocab, torch.Generator().manual_seed(seed)).to(device)
+        return real_looking_logits(self.rows, self.head.vocab, torch.Generator(device).manual_seed(seed))
 
     def contestants(self) -> Mapping[str, Callable[[torch.Tensor], Any]]:
         from pmc_fast.ops.sample import sample

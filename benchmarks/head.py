@@ -26,11 +26,11 @@ def random_head(
     rows: int, head: Head, dtype: torch.dtype, seed: int, device: torch.device, spread: float
 ) -> HeadInputs:
     """Standard normal hidden states, and a head under which logits have the standard deviation `spread`."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, head.hidden, generator=generator)
-    weight = torch.randn(head.vocab, head.hidden, generator=generator).mul_(spread / head.hidden**0.5)
-    bias = torch.randn(head.vocab, generator=generator) if head.bias else None
-    return HeadInputs(*(None if x is None else x.to(device, dtype) for x in (hidden, weight, bias)))
+    generator = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(rows, head.hidden, generator=generator, device=device)
+    weight = torch.randn(head.vocab, head.hidden, generator=generator, device=device).mul_(spread / head.hidden**0.5)
+    bias = torch.randn(head.vocab, generator=generator, device=device) if head.bias else None
+    return HeadInputs(*(None if x is None else x.to(dtype) for x in (hidden, weight, bias)))
 
 
 class LabelledInputs(NamedTuple):
@@ -89,7 +89,7 @@ class HeadBench(Bench):
 
     @abc.abstractmethod
     def upstream(self, generator: torch.Generator) -> torch.Tensor:
-        """The gradient that reaches the op's value."""
+        """The gradient that reaches the op's value, on the generator's device."""
 
     @abc.abstractmethod
     def oracle(self, inputs: LabelledInputs) -> tuple[torch.Tensor, HeadGradients]:
@@ -100,12 +100,10 @@ class HeadBench(Bench):
 
     def make_inputs(self, seed: int, device: torch.device) -> LabelledInputs:
         head = random_head(self.rows, self.head, self.dtype, seed, device, spread=2.0)
-        generator = torch.Generator().manual_seed(seed + 1)
-        target = torch.randint(self.head.vocab, (self.rows,), generator=generator)
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        target = torch.randint(self.head.vocab, (self.rows,), generator=generator, device=device)
         return LabelledInputs(
-            *(None if x is None else x.requires_grad_() for x in head),
-            target.to(device),
-            self.upstream(generator).to(device),
+            *(None if x is None else x.requires_grad_() for x in head), target, self.upstream(generator)
         )
 
     def judge(self, run, result: Result, inputs, oracle: tuple[torch.Tensor, HeadGradients], budget) -> Verdict:

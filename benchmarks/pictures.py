@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from benchmarks.wording import OURS, amount, clock, failure, ratio, share, size
 
@@ -22,6 +22,7 @@ LOG_FROM = 20  # a longest bar this many times the shortest would leave the shor
 _OURS_COLOUR, _SECOND_COLOUR, _PEER_COLOUR, _INK, _FAINT = "#7b3294", "#c3a5cf", "#b4b4bc", "#222222", "#6f6f78"
 _PEER_COLOURS = ("#8c8c96", "#d7601a", "#1a7f5a", "#c9a227", "#3a78b5", "#a6483f")
 _MARKERS = "osD^vPX*<>"
+_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # under text, so that no line strikes it through
 _SAMPLING, _SCORING, _TRAINING = "#3a78b5", "#c9a227", "#1a7f5a"
 _PARTS = (("sample_s", "sample", _SAMPLING), ("score_s", "decode, score", _SCORING), ("train_s", "train", _TRAINING))
 _PHASE_COLOURS = {
@@ -137,13 +138,15 @@ def run(title: str, where: str, content: Mapping[str, Any]) -> Figure:
     found = {name: content[name] for name in ("published", OURS) if content[name] is not None}
     peaks = [part["peak_bytes"] for part in found.values()]
     widths = [3, 3] + ([2] if any(peaks) else [])
-    figure = _figure(title, where, (11.5, 3.9))
+    figure = _figure(title, where, (9.5, 3.6))
     panels = figure.subplots(1, len(widths), width_ratios=widths)
     for axes, (measure, heading) in zip(panels, _MEASURES, strict=False):
         for name, part in found.items():
             times, values = ([point[key] for point in part["curve"]] for key in ("seconds", measure))
             front, colour = (3, _OURS_COLOUR) if name == OURS else (2, _PEER_COLOURS[0])
-            axes.plot(times, values, "o-", markersize=4, linewidth=2, color=colour, zorder=front, label=name)
+            axes.plot(
+                times, values, "o-", markersize=4, linewidth=2, color=colour, zorder=front, label=name, clip_on=False
+            )
         axes.set_title(heading)
         axes.set_ylim(-3, 103)
         axes.set_xlim(left=0)
@@ -154,6 +157,45 @@ def run(title: str, where: str, content: Mapping[str, Any]) -> Figure:
         _name_axis(panels[2], list(found), list(found))
         _memory_bars(panels[2], list(found), peaks, height=0.4)
         panels[2].set_ylim(len(found) - 0.4, -0.6)
+    return figure
+
+
+@rc_context(_STYLE)
+def peers(groups: Mapping[str, Mapping[str, Mapping[str, float]]], machines: Sequence[str]) -> Figure:
+    """Dots for how many times as long as pmc_fast each peer takes: under each bench its peers, a colour per machine."""
+    colours = dict(zip(machines, _PEER_COLOURS[1:], strict=False))
+    times = [value for found in groups.values() for by_machine in found.values() for value in by_machine.values()]
+    lines = sum(map(len, groups.values())) + 1.4 * len(groups)
+    figure = _figure("How many times as long as pmc_fast the others take", "", (9.5, 1 + 0.22 * lines))
+    axes = figure.subplots()
+    axes.set(xscale="log", xlim=(0.9 * min(0.6, *times), 1.2 * max(2, *times)), ylim=(lines, 0.2))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(_ticks("{:g}x".format))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.axvline(1, color=_OURS_COLOUR, linewidth=1.5)
+    place, places = 0.0, {}
+    for bench, found in groups.items():
+        place += 1
+        axes.annotate(
+            bench,
+            (0, place),
+            (6, 0),
+            ("axes fraction", "data"),
+            "offset points",
+            weight="bold",
+            va="center",
+            bbox=_PAPER,
+        )
+        for name, by_machine in found.items():
+            place += 1
+            places[place] = name
+            for where, value in by_machine.items():
+                axes.plot(value, place, "o", markersize=7, color=colours[where], alpha=0.85)
+        place += 0.4
+    axes.set_yticks(list(places), list(places.values()))
+    axes.tick_params(axis="y", length=0)
+    dots = [Line2D([], [], marker="o", linestyle="none", color=colours[where], label=where) for where in machines]
+    figure.legend(handles=dots, loc="outside lower right", ncols=len(dots))
     return figure
 
 
@@ -203,7 +245,9 @@ def limits(title: str, where: str, rows: Sequence[Mapping[str, Any]], peak: floa
 
     def draw(axes: Axes, row: Mapping[str, Any], x: float, y: float) -> None:
         colour, ours = colours[row["contestant"]], row["contestant"] == OURS
-        axes.plot(x, y, markers[row["title"]], color=colour, markersize=9, markeredgecolor="white", zorder=3 + ours)
+        axes.plot(
+            x, y, markers[row["title"]], color=colour, ms=9, markeredgecolor="white", zorder=3 + ours, clip_on=False
+        )
 
     if counted:
         _roofline(panels[0], rows, peak, bandwidth, draw)
@@ -215,9 +259,10 @@ def limits(title: str, where: str, rows: Sequence[Mapping[str, Any]], peak: floa
     axes.xaxis.set_major_formatter(lambda value, place: f"{100 * value:.0f} %")
     axes.set_yticks(range(len(sizes)), [textwrap.fill(name, 34) for name in sizes])
     axes.set_ylim(len(sizes) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    for row in rows:
-        draw(axes, row, row["share_of_limit"], sizes.index(row["title"]))
+    axes.tick_params(axis="y", length=0, pad=9)
+    for row in rows:  # below one another, so that equal shares do not hide each other
+        shift = 0.12 * (contestants.index(row["contestant"]) - (len(contestants) - 1) / 2)
+        draw(axes, row, row["share_of_limit"], sizes.index(row["title"]) + shift)
     dots = [Line2D([], [], marker="s", linestyle="none", color=colours[name], label=name) for name in contestants]
     figure.legend(handles=dots, loc="outside right upper", labelspacing=0.8)
     return figure
@@ -336,7 +381,7 @@ def _error_bar(axes: Axes, place: int, median: float, ends: tuple[float, float])
 
 
 def _label(axes: Axes, place: int, behind: float, text: str) -> None:
-    axes.annotate(text, (behind, place), (8, 0), textcoords="offset points", va="center")
+    axes.annotate(text, (behind, place), (8, 0), textcoords="offset points", va="center", bbox=_PAPER)
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -33,22 +34,36 @@ class Section:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `report`."""
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="what --json wrote")
-    parser.add_argument(
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json", help="what --json wrote")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
         help=f"write {REPORT} and the pictures into this folder (default: the pictures alone, into {DEFAULT_OUT})",
     )
+    target.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="instead write the most important numbers between this file's two comments, and pictures beside it\n"
+        "(RESULTS.json by default: all in benchmarks/results)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print every table and write every picture, once all files are known to be sound.
+    """Print every table and write every picture, or rewrite the README, once all files are known to be sound.
 
     Raises UserError for a file that is missing, is no result, or whose pictures have the names of another's.
     """
-    from benchmarks import pictures
+    from benchmarks import pictures, readme
 
+    if args.readme:
+        written = readme.write(args.readme, args.results or readme.committed())
+        print("\n".join(map(str, written)))
+        return
+    if not args.results:
+        raise UserError("RESULTS.json: got none, want one or more")
     found = [(path, sections(path)) for path in args.results]
     _check_names(found)
     out = args.out or DEFAULT_OUT
@@ -69,8 +84,15 @@ def run(args: argparse.Namespace) -> None:
 def sections(path: Path) -> list[Section]:
     """The parts of one result file; raises UserError, naming the file, if it is none."""
     content = load(path)
-    try:
+    with naming(path, content):
         return _SECTIONS[content["schema"]](path.stem, content)
+
+
+@contextmanager
+def naming(path: Path, content: Mapping[str, Any]) -> Iterator[None]:
+    """Turns what reading a file of another form than its schema's raises into a UserError that names the file."""
+    try:
+        yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not what {content['schema']} should hold: {reason}") from error

@@ -30,13 +30,13 @@ def ops(rows: Sequence[Content]) -> str:
         seconds = row["seconds"]
         spread = _ends((seconds["p20"], seconds["p80"]), row["repeats"], clock)
         line = [_emphasised(row["contestant"]), clock(seconds["median"]), spread]
-        line += [_or_dash(row["ratio"], ratio), _or_dash(row["peak_bytes"], size)]
-        lines.append(line + [_or_dash(row.get(key), wording) for key, _, wording in extra])
+        line += [or_dash(row["ratio"], ratio), or_dash(row["peak_bytes"], size)]
+        lines.append(line + [or_dash(row.get(key), wording) for key, _, wording in extra])
     header = ["contestant", "median", "20-80 %", "times ours", "extra memory", *(heading for _, heading, _ in extra)]
     failed = [
         f"- {_emphasised(row['contestant'])} {failure(row)}: {_line(row['evidence'])}" for row in rows if failure(row)
     ]
-    blocks = [_table(header, lines)] if timed else []
+    blocks = [table(header, lines)] if timed else []
     return "\n\n".join([*blocks, "\n".join(failed)] if failed else blocks)
 
 
@@ -55,7 +55,7 @@ def step(content: Content) -> str:
         line = [title]
         for contestant in CONTESTANTS:
             value, spread = content[contestant][key], content["spread"][contestant][key]
-            line += [_or_dash(value, wording), "-" if spread is None else _ends(spread, repeats, wording)]
+            line += [or_dash(value, wording), "-" if spread is None else _ends(spread, repeats, wording)]
         lines.append(line)
     ratios = []
     for key, title in (
@@ -65,8 +65,8 @@ def step(content: Content) -> str:
     ):
         spread = content["spread"]["ratio"][key]
         ratios.append([title, ratio(content["ratio"][key]), _ends(spread, repeats, ratio)])
-    both = _table([f"median of {repeats}", "published", "20-80 %", _emphasised(OURS), "20-80 %"], lines)
-    return both + "\n\n" + _table(["published / pmc_fast", "ratio", "20-80 %"], ratios)
+    both = table([f"median of {repeats}", "published", "20-80 %", _emphasised(OURS), "20-80 %"], lines)
+    return both + "\n\n" + table(["published / pmc_fast", "ratio", "20-80 %"], ratios)
 
 
 def run(content: Content) -> str:
@@ -81,12 +81,12 @@ def run(content: Content) -> str:
         ("utility, before", lambda found: f"{found['before']['utility']:.2f} %", None),
         ("utility, after", lambda found: f"{found['after']['utility']:.2f} %", None),
         ("unlearn quality, mean over time", lambda found: f"{found['area']:.2f} %", "area"),
-        ("peak extra memory", lambda found: _or_dash(found["peak_bytes"], size), None),
+        ("peak extra memory", lambda found: or_dash(found["peak_bytes"], size), None),
     ):
-        times = "" if key is None else _or_dash(ratios.get(key), lambda value: ratio(value) + "x")
+        times = "" if key is None else or_dash(ratios.get(key), lambda value: ratio(value) + "x")
         lines.append([title, *(value(content[name]) for name in begun), times])
     unfinished = "" if content["ratio"] else "\n\nThe run was not finished, so there are no ratios."
-    return _table(["", *map(_emphasised, begun), "ratio"], lines) + unfinished
+    return table(["", *map(_emphasised, begun), "ratio"], lines) + unfinished
 
 
 def profile(content: Content) -> str:
@@ -113,8 +113,8 @@ def _profiled(header: str, lines: Sequence[Content], total: float) -> str:
         ("peak_bytes", "peak", size),
     ]
     columns = [column for column in columns if any(line[column[0]] for line in lines)]
-    cells = [[line["name"], *(_or_dash(line[key] or None, wording) for key, _, wording in columns)] for line in lines]
-    return _table([header, *(heading for _, heading, _ in columns)], cells)
+    cells = [[line["name"], *(or_dash(line[key] or None, wording) for key, _, wording in columns)] for line in lines]
+    return table([header, *(heading for _, heading, _ in columns)], cells)
 
 
 def compiled(rows: Sequence[Content]) -> str:
@@ -139,12 +139,13 @@ def compiled(rows: Sequence[Content]) -> str:
         )
     header = ["kernel", "registers", "bytes spilled, read back", "shared memory", "warps / stages"]
     broken = [f"- {row['kernel']}: {_line(violation)}" for row in rows for violation in row["violations"]]
-    tables = _table([*header, "matrix products", "global loads"], lines)
+    tables = table([*header, "matrix products", "global loads"], lines)
     return tables + ("\n\nOver the limit:\n\n" + "\n".join(broken) if broken else "")
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    ruler = [":--", *["--:"] * (len(header) - 1)]
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table; the first `words` columns hold words, the others numbers."""
+    ruler = [":--"] * words + ["--:"] * (len(header) - words)
     cells = [[_line(cell).replace("|", "\\|") for cell in line] for line in (header, ruler, *lines)]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
@@ -153,7 +154,8 @@ def _ends(ends: Sequence[float], repeats: int, wording: Callable[[float], str]) 
     return "one run" if repeats == 1 else f"{wording(ends[0])} - {wording(ends[1])}"
 
 
-def _or_dash(value: Any, wording: Callable[[Any], str]) -> str:
+def or_dash(value: Any, wording: Callable[[Any], str]) -> str:
+    """The value in words, or that there is none."""
     return "-" if value is None else wording(value)
 
 

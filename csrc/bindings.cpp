@@ -103,6 +103,30 @@ PYBIND11_MODULE(_C, m) {
         release());
 
     m.def(
+        "packed_weight_floats",
+        [](int64_t out_features, int64_t in_features) {
+            return pmc::kernels().packed_weight_floats(out_features, in_features);
+        },
+        py::arg("out_features"), py::arg("in_features"));
+    m.def(
+        "pack_weight",
+        [](uintptr_t weight, int dtype, int64_t out_features, int64_t in_features, int64_t row_stride, uintptr_t packed,
+           int threads) {
+            pmc::kernels().pack_weight({pointer<const void>(weight), static_cast<pmc::Dtype>(dtype), out_features,
+                                        in_features, row_stride, pointer<float>(packed), threads});
+        },
+        release());
+    m.def(
+        "packed_linear",
+        [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t packed, uintptr_t bias, int64_t out_features,
+           int64_t in_features, uintptr_t y, int64_t y_stride, int threads) {
+            pmc::kernels().packed_linear({pointer<const float>(x), rows, x_stride, pointer<const float>(packed),
+                                          pointer<const float>(bias), out_features, in_features, pointer<float>(y),
+                                          y_stride, threads});
+        },
+        release());
+
+    m.def(
         "gumbel",
         [](int64_t rows, int64_t vocab, uint64_t seed, uintptr_t sequence, uintptr_t position, uintptr_t noise,
            int threads) {

@@ -113,7 +113,11 @@ class Sampler:
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
 
         model = self.lm.model
-        with evaluating(model), fast_linear(model, rows), attention.replacing_sdpa(model) as attention_calls:
+        with (
+            evaluating(model),
+            fast_linear(self.lm.backbone, rows, self.lm.head.weight),
+            attention.replacing_sdpa(model) as attention_calls,
+        ):
             with phase("prefill"):
                 batch = _Batch(self.lm, input_ids, attention_mask, num_samples, steps, sequence_ids)
             batch.use_decode_attention(attention_calls)

@@ -78,12 +78,35 @@ struct DecodeAttentionArgs {
     int threads;
 };
 
+// A weight in the layout that packed_linear reads: float32, packed_weight_floats() of them.
+struct PackWeightArgs {
+    const void* weight;  // [out_features, in_features], row_stride elements apart
+    Dtype dtype;
+    int64_t out_features, in_features, row_stride;
+    float* packed;
+    int threads;
+};
+
+struct PackedLinearArgs {
+    const float* x;  // [rows, in_features], x_stride elements apart
+    int64_t rows, x_stride;
+    const float* packed;
+    const float* bias;  // [out_features] or null
+    int64_t out_features, in_features;
+    float* y;  // [rows, out_features], y_stride elements apart
+    int64_t y_stride;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     int64_t (*sample)(const SampleArgs&);
     int64_t (*cross_entropy)(const CrossEntropyArgs&);
     void (*gumbel)(const GumbelArgs&);
     int64_t (*decode_attention)(const DecodeAttentionArgs&);
+    int64_t (*packed_weight_floats)(int64_t out_features, int64_t in_features);
+    void (*pack_weight)(const PackWeightArgs&);
+    void (*packed_linear)(const PackedLinearArgs&);
 };
 
 constexpr int64_t kWorkspaceSlack = 64;  // elements past the end that a vector may touch

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pmc_fast.fast_linear import has_fast_bfloat16, linear
+from pmc_fast.fast_linear import has_fast_bfloat16, linear, packed
+from pmc_fast.native.packed_linear import packed_linear
 
 # Tokens of the vocabulary multiplied at a time in float32. A slice of a product then stays in cache on its way to where
 # it belongs, and little of a bfloat16 head is widened at once.
@@ -25,6 +26,9 @@ def write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
             torch.mm(hidden, weight.T, out=out)
         else:
             torch.addmm(bias, hidden, weight.T, out=out)
+        return
+    if (panels := packed(weight)) is not None:
+        packed_linear(hidden, panels, None if bias is None else bias.float(), out)
         return
     for tokens in vocabulary_slices(weight):
         part_bias = None if bias is None else bias[tokens].to(out.dtype)

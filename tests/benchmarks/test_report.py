@@ -299,6 +299,11 @@ def test_two_files_that_would_write_the_same_picture(tmp_path, capsys):
     assert main(["report", str(first), str(first), "--out", str(tmp_path / "out")]) == 2
 
 
+def test_no_results_are_refused(capsys):
+    assert main(["report"]) == 2
+    assert "RESULTS.json: got none" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     path = write(tmp_path, "step", STEP)
     assert main(["report", str(path), "--out", str(path)]) == 2

@@ -134,3 +134,11 @@ def test_without_the_compiled_module_nothing_is_measured(monkeypatch, capsys):
     monkeypatch.setattr("pmc_fast.backend.missing_library", lambda: "it is hidden by the source tree")
     assert main(SMALL) == 2
     assert "it is hidden by the source tree" in capsys.readouterr().err
+
+
+def test_on_a_gpu_there_is_something_to_measure_without_the_compiled_module(monkeypatch, capsys):
+    monkeypatch.setattr("pmc_fast.backend.missing_library", lambda: "it is hidden by the source tree")
+    monkeypatch.setattr("pmc_fast.loading.choose_device", torch.device)
+    monkeypatch.setattr(step, "run", lambda args, device: print("measured on", device))
+    assert main([*SMALL, "--device", "cuda"]) == 0
+    assert "measured on cuda" in capsys.readouterr().out

@@ -1,0 +1,136 @@
+// y = x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them.
+#include <algorithm>
+
+#include "common/parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace pmc::PMC_ISA {
+namespace {
+
+constexpr int kPanel = 2 * kLanes;
+// A tile of rows x kPanel sums, one vector of x and two of the panel fill the registers.
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;
+// Inputs taken at once, so that a panel's part stays in the second-level cache while the tiles pass over it.
+constexpr int64_t kDepth = 2048;
+// How far ahead of use the panel is asked for, in inputs: its lines come from beyond the first-level cache.
+constexpr int64_t kAhead = 8;
+constexpr int64_t kLineFloats = 16;
+
+struct Tile {
+    const float* x;
+    int64_t x_stride;
+    const float* panel;
+    int64_t depth;
+    const float* start;  // the sums begin with these rows
+    int64_t start_stride;
+    float* y;
+    int64_t y_stride;
+};
+
+// y[Rows, kPanel] = start + x[Rows, depth] panel[depth, kPanel]. Unrolled, or the sums would live in memory.
+template <int Rows>
+inline void multiply_tile(const Tile& tile) {
+    Floats low[Rows], high[Rows];
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+        low[r] = load(tile.start + r * tile.start_stride);
+        high[r] = load(tile.start + r * tile.start_stride + kLanes);
+        __builtin_prefetch(tile.y + r * tile.y_stride, 1);
+    }
+    const float *x = tile.x, *panel = tile.panel;
+    for (int64_t k = 0; k < tile.depth; ++k, ++x, panel += kPanel) {
+        const Floats a = load(panel), b = load(panel + kLanes);
+        __builtin_prefetch(panel + kAhead * kPanel);
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) {
+            const Floats value = broadcast(x[r * tile.x_stride]);
+            low[r] += value * a;
+            high[r] += value * b;
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+        store(tile.y + r * tile.y_stride, low[r]);
+        store(tile.y + r * tile.y_stride + kLanes, high[r]);
+    }
+}
+
+template <int Rows>
+inline void multiply_tile(const Tile& tile, int64_t rows) {
+    if (rows == Rows) return multiply_tile<Rows>(tile);
+    if constexpr (Rows > 1) multiply_tile<Rows - 1>(tile, rows);
+}
+
+// One panel's columns of y, for all rows.
+void multiply_panel(const PackedLinearArgs& args, int64_t panel) {
+    const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
+    const bool whole = columns == kPanel;
+    const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
+    const int64_t panel_floats = kPanel * args.in_features;
+    const float* const weight = args.packed + panel * panel_floats;
+    float bias[kPanel] = {};
+    if (args.bias) std::copy_n(args.bias + begin, columns, bias);
+    for (int64_t k = 0; k < args.in_features; k += kDepth) {
+        for (int64_t index = 0; index < tiles; ++index) {
+            const int64_t row = args.rows * index / tiles, rows = args.rows * (index + 1) / tiles - row;
+            float* const y = args.y + row * args.y_stride + begin;
+            Tile tile{args.x + row * args.x_stride + k,
+                      args.x_stride,
+                      weight + k * kPanel,
+                      std::min(kDepth, args.in_features - k),
+                      bias,
+                      0,
+                      y,
+                      args.y_stride};
+            float edge[kTileRows * kPanel] = {};  // the last columns, where a whole vector would leave the row
+            if (!whole) tile.y = edge, tile.y_stride = kPanel;
+            if (k > 0) {
+                tile.start = tile.y, tile.start_stride = tile.y_stride;
+                if (!whole)
+                    for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * args.y_stride, columns, edge + r * kPanel);
+            }
+            // The next panel comes from memory while this one is in use.
+            if (k == 0)
+                for (int64_t i = panel_floats * index / tiles; i < panel_floats * (index + 1) / tiles; i += kLineFloats)
+                    __builtin_prefetch(weight + panel_floats + i, 0, 2);
+            multiply_tile<kTileRows>(tile, rows);
+            if (!whole)
+                for (int64_t r = 0; r < rows; ++r) std::copy_n(edge + r * kPanel, columns, y + r * args.y_stride);
+        }
+    }
+}
+
+template <class T>
+void pack_panel(const PackWeightArgs& args, int64_t panel) {
+    const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
+    const T* weight = static_cast<const T*>(args.weight) + begin * args.row_stride;
+    float* to = args.packed + begin * args.in_features;
+    for (int64_t k = 0; k < args.in_features; ++k)
+        for (int64_t c = 0; c < kPanel; ++c) *to++ = c < columns ? to_float(weight[c * args.row_stride + k]) : 0.0f;
+}
+
+int64_t panels(int64_t out_features) { return (out_features + kPanel - 1) / kPanel; }
+
+}  // namespace
+
+int64_t packed_weight_floats(int64_t out_features, int64_t in_features) {
+    return panels(out_features) * kPanel * in_features;
+}
+
+void pack_weight(const PackWeightArgs& args) {
+    parallel_for(panels(args.out_features), args.threads, [&](int64_t panel, int) {
+        args.dtype == Dtype::kFloat32 ? pack_panel<float>(args, panel) : pack_panel<uint16_t>(args, panel);
+    });
+}
+
+void packed_linear(const PackedLinearArgs& args) {
+    // Neighbouring panels go to one thread, in runs short enough to share out evenly.
+    const int64_t count = panels(args.out_features), run = std::max<int64_t>(1, count / (args.threads * 32));
+    parallel_for((count + run - 1) / run, args.threads, [&](int64_t part, int) {
+        for (int64_t panel = part * run; panel < std::min(count, (part + 1) * run); ++panel)
+            multiply_panel(args, panel);
+    });
+}
+
+}  // namespace pmc::PMC_ISA

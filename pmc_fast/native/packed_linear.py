@@ -1,0 +1,60 @@
+"""Products with a weight that was packed once into the layout the C++ kernel reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pmc_fast.native import dtype_code, library
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A copy of a weight [out_features, in_features] in panels, float32; made by `pack`."""
+
+    panels: Tensor
+    out_features: int
+    in_features: int
+
+
+def packed_bytes(weight: Tensor) -> int:
+    """How much memory `pack(weight)` takes."""
+    return 4 * library().packed_weight_floats(*weight.shape)
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Copy a float32 or bfloat16 weight; the copy is valid while the instruction set in use stays the same."""
+    weight = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
+    panels = torch.empty(library().packed_weight_floats(*weight.shape), dtype=torch.float32)
+    library().pack_weight(
+        weight.data_ptr(),
+        dtype_code(weight.dtype),
+        *weight.shape,
+        weight.stride(0),
+        panels.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return PackedWeight(panels, *weight.shape)
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in float32, without gradients; `out` [N, out_features] is written if it is given."""
+    rows = x.reshape(-1, weight.in_features)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    y = torch.empty(len(rows), weight.out_features) if out is None else out
+    bias = None if bias is None else bias.contiguous()
+    library().packed_linear(
+        rows.data_ptr(),
+        len(rows),
+        rows.stride(0),
+        weight.panels.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        weight.out_features,
+        weight.in_features,
+        y.data_ptr(),
+        y.stride(0),
+        torch.get_num_threads(),
+    )
+    return y.view(*x.shape[:-1], weight.out_features) if out is None else out

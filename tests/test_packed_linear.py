@@ -1,0 +1,77 @@
+"""Products with packed weights: right for every remainder, stride and instruction set, and nothing else written."""
+
+import pytest
+import torch
+from tiny import make_model
+from torch.nn import functional as F
+
+from pmc_fast.fast_linear import fast_linear, packed
+from pmc_fast.models import LanguageModel
+from pmc_fast.native import library
+from pmc_fast.native.packed_linear import PackedWeight, pack, packed_bytes, packed_linear
+
+SHAPES = [(1, 1, 1), (5, 3, 16), (6, 7, 15), (7, 33, 19), (13, 2500, 40), (25, 64, 97), (160, 48, 33), (0, 4, 4)]
+
+
+@pytest.fixture(params=library().instruction_sets())
+def isa(request):
+    before = library().instruction_set()
+    library().use_instruction_set(request.param)
+    yield request.param
+    library().use_instruction_set(before)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(isa, shape, bias, rng_seed):
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    b = torch.randn(outputs) if bias else None
+    got = packed_linear(x, pack(weight), b)
+    want = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_views_are_read_and_written_in_place(isa, rng_seed):
+    x, weight = torch.randn(9, 2 * 21)[:, 21:], torch.randn(17, 3 * 21)[:, :21]
+    held = torch.full((9, 40), torch.nan)
+    out = packed_linear(x, pack(weight), out=held[:, 5:22])
+    torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    assert held[:, :5].isnan().all() and held[:, 22:].isnan().all()
+
+
+def test_a_transposed_weight_and_a_batch_of_any_rank(isa, rng_seed):
+    x, weight = torch.randn(2, 3, 12), torch.randn(12, 10).T
+    got = packed_linear(x, pack(weight))
+    torch.testing.assert_close(got, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bfloat16_weight_is_widened_to_the_bit(isa, rng_seed):
+    x, weight = torch.randn(4, 30), torch.randn(20, 30).bfloat16()
+    assert torch.equal(packed_linear(x, pack(weight)), packed_linear(x, pack(weight.float())))
+    assert packed_bytes(weight) == pack(weight).panels.numel() * 4 >= 20 * 30 * 4
+
+
+def test_a_row_depends_on_nothing_but_itself(isa, rng_seed):
+    """Whatever company a row is in: retiring rows must not change what the others draw."""
+    x, weight = torch.randn(41, 50), pack(torch.randn(37, 50))
+    whole = packed_linear(x, weight)
+    for rows in (1, 5, 6, 7, 12, 13, 30):
+        assert torch.equal(packed_linear(x[:rows], weight), whole[:rows])
+
+
+@torch.no_grad()
+def test_the_head_is_packed_within_the_block_only(rng_seed, monkeypatch):
+    monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: True)
+    lm = LanguageModel(make_model(seed=rng_seed))
+    weight = lm.head.weight
+    with fast_linear(lm.backbone, 4, weight):
+        assert isinstance(packed(weight), PackedWeight)
+        assert packed(weight[1:]) is None and packed(weight.clone()) is None
+        hidden, sequence = torch.randn(5, weight.shape[1]), torch.arange(5)
+        inside = lm.head.sample(hidden, sequence=sequence, position=sequence, seed=3, impl="native")
+    assert packed(weight) is None
+    outside = lm.head.sample(hidden, sequence=sequence, position=sequence, seed=3, impl="native")
+    assert torch.equal(inside.token, outside.token)
+    torch.testing.assert_close(inside.logprob, outside.logprob, rtol=1e-4, atol=1e-5)
