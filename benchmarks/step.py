@@ -1,4 +1,7 @@
-"""`python -m benchmarks step`: one micro-batch of PMC, by the published loop and by pmc_fast, in turns."""
+"""`python -m benchmarks step`: one micro-batch of PMC, by the published loop and by pmc_fast, in turns.
+
+pmc_fast samples every answer to its end, for a fair time per token, and once more with pruning, for the time per pick.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +22,7 @@ from pmc_fast.phases import phase
 
 SCHEMA = "pmc_fast.benchmarks.step/1"
 DTYPES = ("float32", "bfloat16")  # in float16 AdamW's second moments underflow, here as in the published loop
-PUBLISHED, OURS = "published", "pmc_fast"
+PUBLISHED, OURS, PRUNED = "published", "pmc_fast", "pmc_fast_pruned"
 
 # Two right ways to compute a loss differ by rounding alone. The gradient of a whole model gathers more of it.
 _LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -80,11 +83,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     task = load(args, device)
     where = environment(device, args.seed)
     contestants: dict[str, Contestant] = {}
-    turns: dict[str, list[Turn]] = {PUBLISHED: [], OURS: []}
-    with tqdm(total=3 + 2 * (args.repeats + 1), unit="turn", disable=None) as bar:
+    turns: dict[str, list[Turn]] = {PUBLISHED: [], OURS: [], PRUNED: []}
+    with tqdm(total=1 + len(turns) * (args.repeats + 2), unit="turn", disable=None) as bar:
         bar.set_description("greedy answers")
-        for name, kind in ((PUBLISHED, Published), (OURS, PmcFast)):
-            contestants[name] = kind(task)
+        for name in turns:
+            contestants[name] = Published(task) if name == PUBLISHED else PmcFast(task, prune=name == PRUNED)
             bar.update()
         bar.set_description("same loss and gradients?")
         agreement = check(task, contestants)
@@ -234,7 +237,7 @@ class Published:
 
 
 class PmcFast:
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, prune: bool = False) -> None:
         from pmc_fast.pmc import PMC
 
         self._task = task
@@ -242,7 +245,7 @@ class PmcFast:
         self._optimizer = _optimizer(
             task.model, fused=task.device.type in ("cpu", "cuda")
         )  # as pmc_fast.training has it
-        self._pmc = PMC(task.model, task.prompts, task.config)
+        self._pmc = PMC(task.model, task.prompts, replace(task.config, prune=prune))
         self._pmc.initialise([row.question for row in task.forget])
         self._start = self._pmc.state_dict()
         self.references = self._start["ledger"]["initial_answers"]
@@ -321,9 +324,15 @@ def summary(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
         spread[contestant] = {name: s and [s.p20, s.p80] for name, s in spreads.items()}
     per_turn = [ratios(asdict(a), asdict(b)) for a, b in zip(turns[PUBLISHED], turns[OURS], strict=True)]
     of_ratios = {name: Spread.of([ratio[name] for ratio in per_turn]) for name in per_turn[0]}
+    ratio = ratios(median[PUBLISHED], median[OURS])
+    if PRUNED in turns:
+        name = "sample_per_pick_pruned"
+        ratio[name] = median[PUBLISHED]["sample_s"] / median[PRUNED]["sample_s"]
+        pairs = zip(turns[PUBLISHED], turns[PRUNED], strict=True)
+        of_ratios[name] = Spread.of([published.sample_s / pruned.sample_s for published, pruned in pairs])
     return {
         **median,
-        "ratio": ratios(median[PUBLISHED], median[OURS]),
+        "ratio": ratio,
         "spread": {**spread, "ratio": {name: [s.p20, s.p80] for name, s in of_ratios.items()}},
         "turns": {contestant: [asdict(turn) for turn in taken] for contestant, taken in turns.items()},
     }
@@ -342,7 +351,8 @@ def ratios(published: Mapping[str, float], ours: Mapping[str, float]) -> dict[st
 
 def table(result: Mapping[str, Any], repeats: int) -> str:
     """The result for reading."""
-    lines = [f"{'median of ' + str(repeats):24}{'published':>14}{'pmc_fast':>14}"]
+    contestants = [name for name in (PUBLISHED, OURS, PRUNED) if name in result]
+    lines = [f"{'median of ' + str(repeats):24}" + "".join(f"{name:>17}" for name in contestants)]
     for name, title, scale, unit in (
         ("sample_s", "sample", 1, "s"),
         ("score_s", "decode, score", 1, "s"),
@@ -351,7 +361,7 @@ def table(result: Mapping[str, Any], repeats: int) -> str:
         ("sampled_tokens", "sampled tokens", 1, ""),
         ("peak_bytes", "peak extra memory", 1e-9, "GB"),
     ):
-        values = [result[contestant][name] for contestant in (PUBLISHED, OURS)]
+        values = [result[contestant][name] for contestant in contestants]
         form = "{:.0f}" if name == "sampled_tokens" else "{:.3g} " + unit
         lines.append(f"{title:24}" + "".join(f"{'-' if v is None else form.format(v * scale):>14}" for v in values))
     lines.append("")
@@ -359,7 +369,10 @@ def table(result: Mapping[str, Any], repeats: int) -> str:
         ("sample_per_token", "sampling, per token"),
         ("train", "training"),
         ("total_at_equal_tokens", "total, at equal tokens"),
+        ("sample_per_pick_pruned", "sampling, per pick"),
     ):
+        if name not in result["ratio"]:
+            continue
         low, high = result["spread"]["ratio"][name]
         lines.append(f"{title:24}{result['ratio'][name]:>13.2f}x  ({low:.2f} - {high:.2f})")
     return "\n".join(lines)

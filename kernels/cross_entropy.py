@@ -15,43 +15,14 @@ from torch import Tensor
 from pmc_fast.kernels.checks import no_bad_row, report
 from pmc_fast.kernels.gemm import add_product, even_pieces, padded_rows, write_logits, write_product
 from pmc_fast.kernels.interpreted import rounded
-from pmc_fast.kernels.variant import Variant
+from pmc_fast.kernels.logits import INFINITY, LOWEST, tempered_logits
+from pmc_fast.kernels.variant import MODELS, Variant, absent, present
 
 # Rows of logits held at once: the most that SCRATCH_BYTES hold, between these. Fewer leave the products short of work.
 LEAST_ROWS, MOST_ROWS = 2048, 4096
 SCRATCH_BYTES = 1 << 30
 
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum's start: unlike -inf it can be subtracted from itself
-INFINITY = tl.constexpr(float("inf"))
-
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-@triton.jit
-def tanh(x):
-    """To float32 rounding; the approximation in hardware is good to 11 bits."""
-    size = tl.abs(x)
-    decay = tl.exp(-2 * size)
-    far = 1 - 2 * decay / (1 + decay)
-    square = x * x
-    near = -5.70498872745e-3  # the minimax polynomial of Cephes' tanhf, for arguments below 0.625
-    near = near * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    return tl.where(size < 0.625, near * square * x + x, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def head_logits(product, logit_scale, softcap, inverse_temperature):
-    """Tempered logits from products with the head, and the slope of the soft cap."""
-    logits = product * logit_scale
-    slope = 1.0
-    if softcap is not None:
-        capped = tanh(logits / softcap)
-        logits = softcap * capped
-        slope = 1 - capped * capped
-    return logits * inverse_temperature, slope
 
 
 @triton.jit
@@ -91,7 +62,7 @@ def row_kernel(
     products += index.to(tl.int64) * stride
     label = tl.load(target + row)
     product = tl.load(products + label).to(tl.float32)
-    label_logit, label_slope = head_logits(product, logit_scale, softcap, inverse_temperature)
+    label_logit, label_slope = tempered_logits(product, logit_scale, softcap, inverse_temperature)
 
     offsets = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tops = tl.full([BLOCK // WIDTH], LOWEST, tl.float32)
@@ -101,7 +72,7 @@ def row_kernel(
     for block in range(blocks):
         columns = block * BLOCK + offsets
         wide = tl.load(products + columns, mask=columns < stride, eviction_policy=AGAIN).to(tl.float32)
-        logits, slope = head_logits(wide, logit_scale, softcap, inverse_temperature)
+        logits, slope = tempered_logits(wide, logit_scale, softcap, inverse_temperature)
         logits = tl.where(columns < vocab, logits, -INFINITY)
         higher = tl.maximum(tops, tl.max(logits, 1))
         masses = masses * tl.exp(tops - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
@@ -124,7 +95,7 @@ def row_kernel(
                 columns = (blocks - 1 - back) * BLOCK + offsets
                 mask = columns < stride
                 wide = tl.load(products + columns, mask=mask, eviction_policy="evict_first").to(tl.float32)
-                logits, slope = head_logits(wide, logit_scale, softcap, inverse_temperature)
+                logits, slope = tempered_logits(wide, logit_scale, softcap, inverse_temperature)
                 gradient = product_gradient(logits, slope, columns, label, top, mass, scale)
                 gradient = rounded(gradient, products.dtype.element_ty)
                 tl.store(products + columns, gradient, mask=mask, eviction_policy="evict_first")
@@ -284,38 +255,23 @@ def cross_entropy(
     return nll, finished(d_x, d_weight, d_bias, hidden, rows, magnify)
 
 
-def present(optional: dict[str, str | None]) -> dict[str, str]:
-    """Of a variant's optional arguments those that are given: for its signature."""
-    return {argument: kind for argument, kind in optional.items() if kind is not None}
-
-
-def absent(optional: dict[str, str | None]) -> dict[str, None]:
-    """The others: for its constants."""
-    return {argument: None for argument, kind in optional.items() if kind is None}
-
-
 def variants(capability: int) -> list[Variant]:
     """The kernel at its production configurations; none of them depends on the GPU."""
     signature = {"stride": "i32", "vocab": "i32", "target": "*i64", "rows": "*i64", "first_row": "i32"}
     signature |= {"nll": "*fp32", "bad": "*i32", "logit_scale": "fp32", "inverse_temperature": "fp32"}
     listed = []
-    for model, vocab, softcap in (
-        ("SmolLM2-135M", 49152, None),
-        ("Phi-1.5", 51200, None),
-        ("Llama-3.2-3B", 128256, None),
-        ("Gemma-3-12B", 262208, "fp32"),
-    ):
+    for model in MODELS:
         for dtype, kind, element_bytes in (("bfloat16", "*bf16", 2), ("float16", "*fp16", 2), ("float32", "*fp32", 4)):
-            block, warps = row_launch(vocab, element_bytes, softcap is not None)
+            block, warps = row_launch(model.vocab, element_bytes, model.softcap)
             for graded in (True, False):
                 optional = {
                     "row_weight": "*fp32" if graded else None,
                     "magnify": "*fp32" if graded and dtype == "float16" else None,
-                    "softcap": softcap,
+                    "softcap": "fp32" if model.softcap else None,
                 }
                 listed.append(
                     Variant(
-                        name=f"{'scores and gradient' if graded else 'scores'}, {model}, {dtype}",
+                        name=f"{'scores and gradient' if graded else 'scores'}, {model.name}, {dtype}",
                         kernel=row_kernel,
                         signature=signature | {"products": kind} | present(optional),
                         constants={"BLOCK": block, "WIDTH": 16 // element_bytes} | absent(optional),

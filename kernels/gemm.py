@@ -46,14 +46,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def dot_precision() -> str:
-    """How kernels may multiply float32: as tf32 only where torch's own products may be.
-
-    The older setting, `allow_tf32`, sets this one too, and refuses to be read once this one was set.
-    """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def even_pieces(count: int, most: int, multiple: int = 1) -> Iterator[slice]:
     """[0, count) in as few pieces of at most `most` as can be, equal up to what makes them multiples of `multiple`."""
     if count == 0:

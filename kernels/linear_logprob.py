@@ -20,29 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pmc_fast.kernels.checks import no_bad_row, report
-from pmc_fast.kernels.cross_entropy import (
-    INFINITY,
-    LOWEST,
-    Gradients,
-    absent,
-    chunk_rows,
-    cross_entropy,
-    finished,
-    gradient_scale,
-    head_logits,
-    labelled_rows,
-    magnification,
-    present,
-    product_gradient,
-)
-from pmc_fast.kernels.gemm import add_product, dot_precision, even_pieces, padded_rows, row_major, write_product
-from pmc_fast.kernels.interpreted import dot, rounded
-from pmc_fast.kernels.variant import Variant
-
-# The backward pass's slices of the vocabulary: as wide as SLICE_BYTES of logits allow, but no narrower than LEAST_TOKENS.
-LEAST_TOKENS = 8192
-SLICE_BYTES = 1 << 28
-SLICE_BLOCK = 4096  # logits per program
+from pmc_fast.kernels.cross_entropy import Gradients, chunk_rows, cross_entropy, labelled_rows
+from pmc_fast.kernels.device import device_of, dot_precision
+from pmc_fast.kernels.gemm import row_major
+from pmc_fast.kernels.interpreted import dot
+from pmc_fast.kernels.logits import INFINITY, LOWEST, tempered_logits
+from pmc_fast.kernels.sliced_backward import sliced_backward
+from pmc_fast.kernels.variant import MODELS, Variant, absent, present
 
 # Row blocks that share a pass over the head. Their hidden states are read again for every tile, so they stay in L2.
 GROUP = 16
@@ -105,7 +89,7 @@ def forward_kernel(
             products = dot(x, w, products, PRECISION)
         if bias is not None:
             products += tl.load(bias + token, mask=inside, other=0).to(tl.float32)[None, :]
-        logits, slope = head_logits(products, logit_scale, softcap, inverse_temperature)
+        logits, slope = tempered_logits(products, logit_scale, softcap, inverse_temperature)
         logits = tl.where(inside[None, :], logits, -INFINITY)
         higher = tl.maximum(top, tl.max(logits, 1))
         mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
@@ -147,37 +131,6 @@ def join_kernel(
     tl.store(mass_out + index, total)
 
 
-@triton.jit
-def slice_kernel(
-    products,  # [count, tokens], float32
-    gradients,  # [count, tokens]; may be `products`
-    stride,  # of the rows of both, whose padding may be read and written
-    bias,  # [tokens] or None
-    tokens,
-    first_token,
-    target,  # [count]
-    row_weight,  # [count]
-    tops,  # [count]
-    masses,  # [count]
-    magnify,  # [1], multiplies the gradient; None: 1
-    logit_scale,
-    softcap,
-    inverse_temperature,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < stride
-    product = tl.load(products + row * stride + columns, mask=inside, eviction_policy="evict_first")
-    if bias is not None:
-        product += tl.load(bias + columns, mask=columns < tokens, other=0).to(tl.float32)
-    logits, slope = head_logits(product, logit_scale, softcap, inverse_temperature)
-    scale = gradient_scale(row, row_weight, magnify, logit_scale, inverse_temperature)
-    label = tl.load(target + row) - first_token
-    gradient = product_gradient(logits, slope, columns, label, tl.load(tops + row), tl.load(masses + row), scale)
-    tl.store(gradients + row * stride + columns, rounded(gradient, gradients.dtype.element_ty), mask=inside)
-
-
 class Tiles(NamedTuple):
     """How `forward_kernel` is launched, apart from its splits."""
 
@@ -214,14 +167,6 @@ def splits_for(row_blocks: int, tiles: int, at_once: int) -> int:
         return triton.cdiv(row_blocks * splits, at_once) * triton.cdiv(tiles, splits)
 
     return min(range(least, min(tiles, 4 * least) + 1), key=time)
-
-
-def device_of(tensor: Tensor) -> tuple[int, int]:
-    """Capability and number of multiprocessors; in the interpreter an H100's."""
-    if tensor.device.type == "cpu":
-        return 90, 132
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 class Scores(NamedTuple):
@@ -313,7 +258,8 @@ def linear_logprob_backward(
     """The gradients of sum(upstream * linear_logprob(...)) that `needs` asks for: hidden, weight, bias."""
     rows = labelled_rows(target, ignore_index)
     if len(target if rows is None else rows) > chunk_rows(weight):
-        return sliced_backward(upstream, hidden, weight, target, rows, needs=needs, **options)
+        _, tops, masses = score(hidden, weight, target, rows, **options)
+        return sliced_backward(upstream, hidden, weight, target, rows, tops, masses, needs=needs, **options)
     row_weight = -upstream.float()
     _, gradients = cross_entropy(
         "linear_logprob", hidden, weight, target, row_weight, rows=rows, needs=needs, **options
@@ -321,103 +267,17 @@ def linear_logprob_backward(
     return gradients
 
 
-def sliced_backward(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    needs: tuple[bool, bool, bool],
-) -> Gradients:
-    """A slice of the vocabulary at a time, in float32 until it is a gradient.
-
-    Logits rounded to 16 bits would not do here: each row's top and mass are those of unrounded ones.
-    """
-    head = {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
-    _, tops, masses = score(hidden, weight, target, rows, bias=bias, **head)
-    x, label, row_weight = (t if rows is None else t[rows] for t in (hidden, target, -upstream.float()))
-    label, row_weight = label.contiguous(), row_weight.contiguous()
-    (vocab, size), count, dtype, device = weight.shape, len(x), weight.dtype, weight.device
-    magnify = magnification(row_weight, logit_scale, temperature) if dtype == torch.float16 else None
-
-    d_x = torch.empty(count, size, dtype=torch.float32, device=device) if needs[0] else None
-    d_weight = torch.empty(vocab, size, dtype=dtype, device=device) if needs[1] else None
-    d_bias = torch.empty(vocab, dtype=torch.float32, device=device) if needs[2] else None
-    most = max(LEAST_TOKENS, SLICE_BYTES // (count * weight.element_size()))
-    slices = list(even_pieces(vocab, most, multiple=256))
-    widest = max(tokens.stop - tokens.start for tokens in slices)
-    products = padded_rows(count, widest, torch.float32, device)
-    gradients = products if dtype == torch.float32 else padded_rows(count, widest, dtype, device)
-    for tokens in slices:
-        head_slice, width = weight[tokens], tokens.stop - tokens.start
-        z, g = products[:, :width], gradients[:, :width]
-        write_product(z, x, head_slice.T)
-        block = min(SLICE_BLOCK, triton.next_power_of_2(width))
-        slice_kernel[(count, triton.cdiv(width, block))](
-            z,
-            g,
-            z.stride(0),
-            None if bias is None else bias[tokens],
-            width,
-            tokens.start,
-            label,
-            row_weight,
-            tops,
-            masses,
-            magnify,
-            logit_scale,
-            softcap,
-            1 / temperature,
-            BLOCK=block,
-            num_warps=8,
-        )
-        if d_x is not None:
-            (write_product if tokens.start == 0 else add_product)(d_x, g, head_slice)
-        if d_weight is not None:
-            write_head_gradient(d_weight[tokens], g.T, x, magnify)
-        if d_bias is not None:
-            torch.sum(g, 0, dtype=torch.float32, out=d_bias[tokens])
-    d_hidden, _, d_bias = finished(d_x, None, d_bias, hidden, rows, magnify)
-    return d_hidden, d_weight, d_bias
-
-
-def write_head_gradient(out: Tensor, gradients: Tensor, x: Tensor, magnify: Tensor | None) -> None:
-    """out = gradients @ x / magnify, rounded once."""
-    if magnify is None:
-        write_product(out, gradients, x)
-    else:
-        sums = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        write_product(sums, gradients, x)
-        out.copy_(sums.div_(magnify))
-
-
 def variants(capability: int) -> list[Variant]:
     """The kernels at their production configurations."""
     listed = []
-    for model, vocab, size, options in (
-        ("SmolLM2-135M", 49152, 576, {}),
-        ("Phi-1.5", 51200, 2048, {"bias"}),
-        ("Llama-3.2-3B", 128256, 3072, {}),
-        ("Gemma-3-12B", 262208, 3840, {"softcap"}),
-    ):
+    for model in MODELS:
         for dtype, kind, element_bytes in (("bfloat16", "*bf16", 2), ("float16", "*fp16", 2), ("float32", "*fp32", 4)):
-            head = {
-                "bias": kind if "bias" in options else None,
-                "logit_scale": "fp32",
-                "softcap": "fp32" if "softcap" in options else None,
-                "inverse_temperature": "fp32",
-            }
+            head = model.optional(kind) | {"logit_scale": "fp32", "inverse_temperature": "fp32"}
             for rows in (64, 8192):
-                tiles = tiles_for(rows, vocab, size, element_bytes, capability)
+                tiles = tiles_for(rows, model.vocab, model.size, element_bytes, capability)
                 for precision in ("ieee", "tf32") if dtype == "float32" else ("ieee",):
-                    name = f"forward of {rows} rows, {model}, {'tf32' if precision == 'tf32' else dtype}"
-                    listed.append(_forward_variant(name, kind, head, tiles, size, precision))
-            listed.append(_slice_variant(f"gradient of a slice, {model}, {dtype}", kind, head))
+                    name = f"forward of {rows} rows, {model.name}, {'tf32' if precision == 'tf32' else dtype}"
+                    listed.append(_forward_variant(name, kind, head, tiles, model.size, precision))
     for splits in (8, 264):
         listed.append(_join_variant(f"join {splits} parts", splits))
     return listed
@@ -446,22 +306,6 @@ def _forward_variant(name: str, kind: str, head: dict, tiles: Tiles, size: int, 
             "size",
             *(("bias",) if head["bias"] else ()),
         ),
-    )
-
-
-def _slice_variant(name: str, kind: str, head: dict) -> Variant:
-    signature = {"products": "*fp32", "gradients": kind, "target": "*i64"}
-    signature |= dict.fromkeys(("stride", "tokens", "first_token"), "i32")
-    signature |= dict.fromkeys(("row_weight", "tops", "masses"), "*fp32")
-    optional = head | {"magnify": "*fp32" if kind == "*fp16" else None}
-    return Variant(
-        name=name,
-        kernel=slice_kernel,
-        signature=signature | present(optional),
-        constants={"BLOCK": SLICE_BLOCK} | absent(optional),
-        num_warps=8,
-        num_stages=3,
-        aligned=("products", "gradients", "stride", "tokens", *(("bias",) if head["bias"] else ())),
     )
 
 

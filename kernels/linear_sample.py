@@ -1,13 +1,4 @@
-"""The output head and `sample` in one op.
-
-Nothing truncated (or greedy): `head_draw_kernel` multiplies a tile of the head by a tile of rows, turns the product into logits
-in registers and leaves of each row its maximum, masses and winner, 20 bytes for a tile of tokens; `sample`'s reduction
-finishes. The head is read once from memory, V D s bytes, since the programs that share a tile of it are neighbours; logits
-are never written.
-
-Truncated: the product goes to float32 scratch through torch, SCRATCH_BYTES of rows at a time, and `sample`'s kernels read it,
-applying bias, scale and soft cap. Another pass over the head would cost more than the 8 V bytes a row.
-"""
+"""The output head and `sample` in one op."""
 
 from __future__ import annotations
 
@@ -18,13 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmc_fast.kernels.checks import no_bad_row, report
-from pmc_fast.kernels.gemm import dot_precision, even_pieces, padded_rows, row_major, write_product
+from pmc_fast.kernels.device import device_of, dot_precision
+from pmc_fast.kernels.draw import PARTS, Parts, draw_from_tile, finish_draw
+from pmc_fast.kernels.gemm import even_pieces, padded_rows, row_major, write_product
 from pmc_fast.kernels.interpreted import dot
-from pmc_fast.kernels.linear_logprob import device_of
+from pmc_fast.kernels.logits import Head, head_logit
 from pmc_fast.kernels.philox import block_words
-from pmc_fast.kernels.sample import Draws, Head, Parts, Sampling, draw, draw_from_tile, finish_draw, head_logit, inverse
-from pmc_fast.kernels.variant import Variant
+from pmc_fast.kernels.sampling import NOISE, Draws, Sampling
+from pmc_fast.kernels.truncate import draw_truncated
+from pmc_fast.kernels.variant import MODELS, Model, Variant, absent, present
 from pmc_fast.phases import phase
 
 SCRATCH_BYTES = 1 << 29  # of logits, when truncation needs them in memory
@@ -48,37 +41,44 @@ def linear_sample(
     position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, weight = row_major(hidden), row_major(weight)
-    sequence, position = sequence.contiguous(), position.contiguous()
     head = Head(None if bias is None else bias.contiguous(), None if logit_scale == 1 else logit_scale, softcap)
-    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed, sequence, position)
     rows, vocab = len(hidden), len(weight)
-    draws, bad = Draws.empty(rows, hidden.device), no_bad_row(rows, hidden.device)
+    draws = Draws.empty(rows, hidden.device)
     if sampling.truncates(vocab):
         most, some = max(1, SCRATCH_BYTES // (4 * vocab)), _draw_truncated
     else:
         most, some = PART_ROWS, _draw_from_all
     for piece in even_pieces(rows, most):
-        some(
-            hidden[piece], weight, head, sampling, sequence[piece], position[piece], draws.rows(piece), bad, piece.start
-        )
-    report("linear_sample", bad, rows)
-    return tuple(draws)
+        some(hidden[piece], weight, head, sampling.rows(piece), draws.rows(piece))
+    return draws.checked("linear_sample")
 
 
-def _draw_truncated(hidden, weight, head, sampling, sequence, position, draws, bad, first_row) -> None:
+def _draw_truncated(hidden: Tensor, weight: Tensor, head: Head, sampling: Sampling, draws: Draws) -> None:
+    """The product goes to float32 scratch through torch; `sample`'s kernels read it, applying bias, scale and soft cap.
+
+    Another pass over the head would cost more than the 8 V bytes a row.
+    """
     with phase("head"):
         logits = padded_rows(len(hidden), len(weight), torch.float32, hidden.device)
         write_product(logits, hidden, weight.T)
     with phase("sample"):
-        draw(logits, head, sampling, sequence, position, draws, bad, first_row)
+        draw_truncated(logits, head, sampling, draws)
 
 
-def _draw_from_all(hidden, weight, head, sampling, sequence, position, draws, bad, first_row) -> None:
+def _draw_from_all(hidden: Tensor, weight: Tensor, head: Head, sampling: Sampling, draws: Draws) -> None:
+    """Nothing truncated, or greedy.
+
+    `head_draw_kernel` multiplies a tile of the head by a tile of rows, turns the product into logits in registers and
+    leaves of each row its maximum, masses and winner, 20 bytes for a tile of tokens; `sample`'s reduction finishes. The
+    head is read once from memory, V D s bytes for V tokens, D dimensions and elements of s bytes, since the programs
+    that share a tile of it are neighbours; logits are never written.
+    """
     (rows, dim), vocab = hidden.shape, len(weight)
     tiles = tiles_for(rows, dim, hidden.dtype.itemsize, device_of(hidden)[0])
     with phase("head"):
         parts = Parts.empty(rows, triton.cdiv(vocab, tiles.vocab), hidden.device)
-        head_draw_kernel[(parts.top.shape[1] * triton.cdiv(rows, tiles.rows),)](
+        head_draw_kernel[(parts.tiles * triton.cdiv(rows, tiles.rows),)](
             hidden,
             hidden.stride(0),
             weight,
@@ -86,18 +86,13 @@ def _draw_from_all(hidden, weight, head, sampling, sequence, position, draws, ba
             rows,
             vocab,
             dim,
-            head.bias,
-            head.logit_scale,
-            head.softcap,
+            *head,
             sampling.temperature,
-            inverse(sampling.temperature),
-            *sampling.key(),
-            sequence,
-            position,
+            sampling.inverse_temperature,
+            *sampling.noise(),
             *parts,
-            parts.top.shape[1],
-            GREEDY=sampling.temperature == 0,
-            TEMPERED=sampling.temperature not in (0, 1),
+            GREEDY=sampling.greedy,
+            TEMPERED=sampling.tempered,
             PRECISION=dot_precision(),
             VOCAB_TILE=tiles.vocab,
             ROW_TILE=tiles.rows,
@@ -107,7 +102,7 @@ def _draw_from_all(hidden, weight, head, sampling, sequence, position, draws, ba
             num_stages=tiles.stages,
         )
     with phase("sample"):
-        finish_draw(parts, sampling, sequence, position, draws, bad, first_row)
+        finish_draw(parts, sampling, draws)
 
 
 class Tiles(NamedTuple):
@@ -261,42 +256,34 @@ def head_draw_kernel(
 
 def variants(capability: int) -> list[Variant]:
     """The fused kernel at the heads of the models that `pmc_fast` is measured on."""
-    heads = {
-        "SmolLM2": (576, ("bf16",), ()),
-        "Phi-1.5": (2048, ("bf16",), ("bias",)),
-        "Llama-3.2-3B": (3072, ("bf16", "fp16", "fp32"), ()),
-        "Gemma-3": (3840, ("bf16",), ("softcap",)),
-    }
+    dtypes = {"Llama-3.2-3B": ("bf16", "fp16", "fp32")}
     listed = [
-        _variant(f"{model}, {dtype}, {rows} rows", capability, rows, dim, dtype, given, greedy=False)
-        for model, (dim, dtypes, given) in heads.items()
-        for dtype in dtypes
+        _variant(f"{model.name}, {dtype}, {rows} rows", capability, rows, model, dtype, greedy=False)
+        for model in MODELS
+        for dtype in dtypes.get(model.name, ("bf16",))
         for rows in (1, 64, 160)
     ]
-    listed.append(_variant("greedy, Llama-3.2-3B, bf16, 160 rows", capability, 160, 3072, "bf16", (), greedy=True))
+    (llama,) = (model for model in MODELS if model.name == "Llama-3.2-3B")
+    listed.append(_variant("greedy, Llama-3.2-3B, bf16, 160 rows", capability, 160, llama, "bf16", greedy=True))
     return listed
 
 
-def _variant(
-    name: str, capability: int, rows: int, dim: int, dtype: str, given: tuple[str, ...], greedy: bool
-) -> Variant:
-    tiles = tiles_for(rows, dim, 4 if dtype == "fp32" else 2, capability)
-    kinds = {"bias": "*" + dtype, "logit_scale": "fp32", "softcap": "fp32"}
+def _variant(name: str, capability: int, rows: int, model: Model, dtype: str, greedy: bool) -> Variant:
+    tiles = tiles_for(rows, model.size, 4 if dtype == "fp32" else 2, capability)
+    head = model.optional("*" + dtype) | {"logit_scale": None}
     signature = {"hidden": "*" + dtype, "hidden_stride": "i32", "weight": "*" + dtype, "weight_stride": "i32"}
-    signature |= dict.fromkeys(("rows", "vocab", "dim"), "i32") | {argument: kinds[argument] for argument in given}
-    signature |= {"temperature": "fp32", "inverse_temperature": "fp32", "seed_low": "i32", "seed_high": "i32"}
-    signature |= {"sequence": "*i64", "position": "*i64"}
-    signature |= dict.fromkeys(("tops", "masses", "tempered_masses", "winners"), "*fp32")
+    signature |= dict.fromkeys(("rows", "vocab", "dim"), "i32")
+    signature |= {"temperature": "fp32", "inverse_temperature": "fp32"}
     return Variant(
         name=name,
         kernel=head_draw_kernel,
-        signature=signature | {"tokens": "*i32", "tiles": "i32"},
-        constants={argument: None for argument in kinds if argument not in given}
-        | {"GREEDY": greedy, "TEMPERED": not greedy, "PRECISION": "ieee", "WHOLE": dim % tiles.dim == 0}
+        signature=signature | present(head) | NOISE | PARTS,
+        constants=absent(head)
+        | {"GREEDY": greedy, "TEMPERED": not greedy, "PRECISION": "ieee", "WHOLE": model.size % tiles.dim == 0}
         | {"VOCAB_TILE": tiles.vocab, "ROW_TILE": tiles.rows, "DIM_TILE": tiles.dim},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         matmul=True,
         aligned=("hidden", "hidden_stride", "weight", "weight_stride", "dim", "vocab")
-        + tuple(argument for argument in given if argument == "bias"),
+        + (("bias",) if model.bias else ()),
     )

@@ -188,6 +188,9 @@ def _method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tau", **number, help="of --selection bradley_terry (0.1)")
     group.add_argument("--keep-truncated", action=switch, help="answers cut off by the limit may be picked (yes)")
     group.add_argument(
+        "--prune", action=switch, help="stop sampling answers that cannot be picked any more; same picks (yes)"
+    )
+    group.add_argument(
         "--reencode", action=switch, help="train on the decoded and re-encoded answer, not on the drawn tokens (yes)"
     )
     _loop(group, epochs="30 / 40", batch_size="8 / 16", accumulation="2 / 4")

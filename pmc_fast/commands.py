@@ -41,6 +41,7 @@ _METHOD = [
     "selection",
     "tau",
     "keep_truncated",
+    "prune",
     "reencode",
     "epochs",
     "batch_size",

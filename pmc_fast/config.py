@@ -17,6 +17,8 @@ class PMCConfig:
     max_new_tokens tokens, or max_length with the padded prompt.
     Selection: "best" takes the lowest score, "bradley_terry" draws with probability softmax(-score / tau). min_words
     makes answers of fewer words score worse. keep_truncated=False never picks a sample that was cut off, unless all were.
+    prune: stop sampling an answer once it cannot be picked any more; the picks stay the same (for rewards with a
+    lower bound and selection "best"; has no effect with others).
     Loss: retain_weight is lambda. reencode trains on the decoded and re-encoded answer, as published; False trains on
     the sampled tokens themselves.
     Training loop (used by `pmc_fast.training`, not by `PMC`): epochs, batch_size, accumulation, learning_rate,
@@ -38,6 +40,7 @@ class PMCConfig:
     selection: str = "best"
     tau: float = 0.1
     keep_truncated: bool = True
+    prune: bool = True
     reencode: bool = True
     seed: int = 0
     prompt_style: str = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from pmc_fast.packing import pack, pad_left
 from pmc_fast.phases import phase
 from pmc_fast.philox import SELECTION_STREAM, gumbel
 from pmc_fast.prompts import Prompts
+from pmc_fast.pruning import Pruner, has_lower_bound
 from pmc_fast.rewards import Reward, RougeRecall
 from pmc_fast.sampler import Sampler
 
@@ -67,6 +69,8 @@ class PMC:
         self.reward = reward or RougeRecall(min_words=config.min_words)
         self.ledger: Ledger | None = None
         self.stats: dict[str, Any] = {}
+        self._prepared: set[int] = set()
+        self._ahead = _no_samples()  # what `prepare` did since the last loss
 
     def initialise(self, forget_questions: Sequence[str], progress: Callable[[int], object] | None = None) -> None:
         """Remember what the model answers to the forget questions now (greedily): what samples are scored against.
@@ -100,6 +104,26 @@ class PMC:
                 stacklevel=2,
             )
 
+    def prepare(self, batches: Sequence[Sequence[int]]) -> None:
+        """Sample for the coming micro-batches of an optimizer step all at once, which is faster: they share the weights.
+
+        The calls of ``loss`` for these batches, in this order, then give what they would have given without it.
+
+        Args:
+            batches: for each micro-batch, its indices into the questions given to ``initialise``.
+
+        Raises:
+            UserError: ``initialise`` was not called, or an index is out of range.
+        """
+        self.stats = self._ahead
+        ledger = self._ledger([question for batch in batches for question in batch])
+        groups: list[list[int]] = []
+        for batch in batches:
+            fresh = [q for q in dict.fromkeys(batch) if not ledger.is_final(q) and q not in self._prepared]
+            self._prepared.update(fresh)
+            groups.append(fresh)
+        self._resample(groups)
+
     def loss(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
         """Sample, score and select answers to the forget questions, then the loss of one micro-batch.
 
@@ -110,17 +134,19 @@ class PMC:
         Returns:
             float32 scalar; backward() reaches every parameter that requires a gradient. ``stats`` then holds
             collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, trained_tokens,
-            empty_picks (selected answers without a scorable word), truncated_picks, seconds (sample, score, train).
+            pruned_samples (stopped early, since they could not be picked), pruned_tokens (that these could still have
+            had at most), empty_picks (selected answers without a scorable word), truncated_picks, seconds (sample,
+            score, train). What ``prepare`` did is counted in the first loss after it.
 
         Raises:
             UserError: ``initialise`` was not called, an index is out of range, or both batches are empty.
         """
-        self.stats = {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, "sampled_tokens": 0}
+        self.stats, self._ahead = self._ahead, _no_samples()
         forget = list(forget)
         ledger = self._ledger(forget)
-        self.stats["truncated_picks"] = self._resample(
-            [question for question in dict.fromkeys(forget) if not ledger.is_final(question)]
-        )
+        ready = self._prepared.intersection(forget)
+        self._prepared -= ready
+        self._resample([[q for q in dict.fromkeys(forget) if q not in ready and not ledger.is_final(q)]])
         with self._timed("train"):
             entries = [ledger.entries[question] for question in forget]
             answers = [
@@ -148,7 +174,7 @@ class PMC:
         Raises:
             UserError: there is no row.
         """
-        self.stats = {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, "sampled_tokens": 0}
+        self.stats = _no_samples()
         with self._timed("train"):
             return self._packed_loss(
                 [self.prompts.prompt_ids(row.question) for row in rows],
@@ -158,10 +184,11 @@ class PMC:
 
     def state_dict(self) -> dict:
         """The ledger, as JSON-able values: a run that loads it continues as if it had never stopped."""
-        return {"ledger": None if self.ledger is None else self.ledger.state_dict()}
+        return {"ledger": None if self.ledger is None else self.ledger.state_dict(), "prepared": sorted(self._prepared)}
 
     def load_state_dict(self, state: dict) -> None:
         self.ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
+        self._prepared = set(state["prepared"])
 
     def _ledger(self, forget: Sequence[int]) -> Ledger:
         if self.ledger is None:
@@ -173,22 +200,24 @@ class PMC:
                 )
         return self.ledger
 
-    def _resample(self, questions: list[int]) -> int:
-        """Draw new answers to the questions and offer the picked ones to the ledger; returns how many were cut off."""
+    def _resample(self, batches: Sequence[Sequence[int]]) -> None:
+        """Draw new answers to the questions of some batches and offer the picked ones to the ledger."""
+        questions = [question for batch in batches for question in batch]
         if not questions:
-            return 0
+            return
         ledger, config = self.ledger, self.config
+        references = [ledger.initial_answers[q] for q in questions]
         with self._timed("sample"):
             prompts = [self.prompts.prompt_ids(ledger.questions[q]) for q in questions]
             input_ids, attention_mask = pad_left(prompts, self.prompts.pad_id, self.lm.device)
             # Every visit to a question draws from random streams of its own, whoever else is in the batch.
             streams = torch.tensor([ledger.visits[q] * len(ledger.questions) + q for q in questions])
+            limits = self._limits(batches)
             samples = self.sampler.sample(
                 input_ids,
                 attention_mask,
                 num_samples=config.num_samples,
-                max_new_tokens=config.max_new_tokens,
-                max_length=None if config.max_new_tokens is not None else config.max_length,
+                max_new_tokens=limits,
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
@@ -196,27 +225,53 @@ class PMC:
                 eos_token_id=self.prompts.end_ids,
                 seed=config.seed,
                 sequence_ids=streams.to(self.lm.device),
+                prune=self._pruner(questions, references),
             )
-            self.stats["sampled_tokens"] = samples.count
         with self._timed("score"):
             tokens, lengths = samples.tokens.cpu().tolist(), samples.lengths.cpu().tolist()
-            finished = samples.finished.cpu().numpy()
+            finished, pruned = samples.finished.cpu().numpy(), samples.pruned.cpu().numpy()
             answers = [[t[:n] for t, n in zip(*row, strict=True)] for row in zip(tokens, lengths, strict=True)]
+            kept = np.argwhere(~pruned).tolist()
             with phase("detokenise"):
-                texts = [self.prompts.decode(ids) for row in answers for ids in row]
-            references = [ledger.initial_answers[q] for q in questions for _ in range(config.num_samples)]
+                texts = {(row, i): self.prompts.decode(answers[row][i]) for row, i in kept}
+            scores = np.full(pruned.shape, np.inf)
             with phase("score"):
-                scores = self.reward.score(references, texts).reshape(len(questions), config.num_samples)
+                scores[~pruned] = self.reward.score([references[row] for row, _ in kept], list(texts.values()))
             picks = self._select(scores, finished, streams)
-        truncated = 0
+        self.stats["sampled_tokens"] += samples.count
+        self.stats["pruned_samples"] += int(pruned.sum())
+        self.stats["pruned_tokens"] += int(((limits[:, None] - samples.lengths.cpu()) * samples.pruned.cpu()).sum())
         for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
+            ledger.visits[question] += 1
+            if pruned[row].all():
+                continue  # each is worse than the answer held
             ids, whole = answers[row][pick], bool(finished[row, pick])
             ended = ids if whole else [*ids, self.prompts.end_ids[0]]
-            text = texts[row * config.num_samples + pick]
-            if ledger.offer(question, Entry(text, tuple(ended), float(scores[row, pick]))):
-                truncated += not whole
-            ledger.visits[question] += 1
-        return truncated
+            if ledger.offer(question, Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))):
+                self.stats["truncated_picks"] += not whole
+
+    def _limits(self, batches: Sequence[Sequence[int]]) -> Tensor:
+        """Tokens per answer at most, for each question; max_length counts the prompts of a batch as padded together."""
+        limits = []
+        for batch in batches:
+            limit = self.config.max_new_tokens
+            if limit is None and batch:
+                width = max(len(self.prompts.prompt_ids(self.ledger.questions[q])) for q in batch)
+                limit = self.config.max_length - width
+                if limit < 1:
+                    raise UserError(
+                        f"max_length: got {self.config.max_length}, which leaves no room for an answer after prompts "
+                        f"of up to {width} tokens"
+                    )
+            limits += [limit] * len(batch)
+        return torch.tensor(limits)
+
+    def _pruner(self, questions: Sequence[int], references: Sequence[str]) -> Pruner | None:
+        if not (self.config.prune and self.config.selection == "best" and has_lower_bound(self.reward)):
+            return None
+        held = [self.ledger.entries[q].score if q in self.ledger.entries else math.inf for q in questions]
+        options = {"keep_truncated": self.config.keep_truncated}
+        return Pruner(self.reward, self.prompts, references, held, self.config.num_samples, **options)
 
     def _select(self, scores: np.ndarray, finished: np.ndarray, streams: Tensor) -> np.ndarray:
         """The sample to take for each question: the best, the first on ties; or one drawn by Bradley-Terry."""
@@ -254,3 +309,9 @@ class PMC:
         start = time.perf_counter()
         yield
         self.stats["seconds"][phase] += time.perf_counter() - start
+
+
+def _no_samples() -> dict[str, Any]:
+    """The part of ``PMC.stats`` that sampling adds to."""
+    counts = dict.fromkeys(("sampled_tokens", "pruned_samples", "pruned_tokens", "truncated_picks"), 0)
+    return {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, **counts}

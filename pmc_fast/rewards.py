@@ -1,5 +1,6 @@
 """Rewards: how much of what is to be forgotten a candidate answer still says."""
 
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,12 +10,18 @@ import numpy as np
 from pmc_fast.ops.rouge_l_recall import rouge_l_recall
 from pmc_fast.reference.rouge_l_recall import words
 
+_WORD = string.ascii_lowercase + string.digits
+
 
 class Reward(Protocol):
     """Scores candidate answers; PMC trains on each question's lowest.
 
     A reward may also have `words(text) -> int`: how much of a text it can see at all. PMC reports the answers it picked
     that have none, because their perfect score says nothing.
+
+    And it may have `lower_bound(references, beginnings) -> float64 [N]`, which lets PMC stop sampling an answer that can
+    no longer be picked: for every text that starts with beginnings[i], itself included, the score against references[i]
+    is at least the i-th value. Neither that nor the score of a pair may then be nan or depend on the other pairs.
     """
 
     def score(self, references: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
@@ -64,6 +71,29 @@ class RougeRecall:
         counts = np.array([len(candidate.strip().split(" ")) for candidate in candidates], dtype=np.int64)
         penalised = np.minimum(recall + np.exp(-counts), 1.0)
         return np.where(counts < self.min_words, penalised, recall)
+
+    def lower_bound(self, references: Sequence[str], beginnings: Sequence[str]) -> np.ndarray:
+        """What a candidate with the given beginning scores at least: the recall of the words that are complete in it.
+
+        Equivalent to `score(references, beginnings)` without the penalty and without a word at the very end of the
+        beginning, which might go on. The recall of more words is never lower, and the penalty only adds to it. With a
+        `tokenizer` of one's own, of which it is not known when a word is complete, it is 0.
+
+        Args:
+            references: N texts.
+            beginnings: N texts, the beginnings of candidates.
+
+        Returns:
+            float64 [N], each in [0, 1].
+
+        Raises:
+            ValueError, TypeError: As `rouge_l_recall`, whose candidates are the beginnings.
+
+        Source: the reward of https://arxiv.org/abs/2507.04219; an LCS never gets shorter as a text grows.
+        """
+        own = self.tokenizer is not None  # it is not asked: it may well split "" into words that longer texts lack
+        complete = [text.lower().rstrip(_WORD) * (not own) if isinstance(text, str) else text for text in beginnings]
+        return rouge_l_recall(complete, references, use_stemmer=self.use_stemmer, impl=self.impl)
 
     def words(self, text: str) -> int:
         """How many words of the text can match: a candidate or reference with 0 scores 0 whatever it says."""

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pmc_fast import attention, backend
-from pmc_fast.errors import UserError
+from pmc_fast import attention
 from pmc_fast.fast_linear import fast_linear
+from pmc_fast.memory import cache_bytes_per_row, free_bytes
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.phases import phase
+from pmc_fast.running_rows import RunningRows
+
+if TYPE_CHECKING:
+    from pmc_fast.pruning import Pruner
+
+# Of the memory that is free when a call starts, how much its cache may take if nobody says.
+CACHE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,12 +32,14 @@ class Samples:
     lengths: int64 [B, n], the end token included.
     logprobs: float32 [B, n, L], nats, under the untempered, untruncated model; 0 past an answer's length.
     finished: bool [B, n]; False where the answer was cut off before an end token.
+    pruned: bool [B, n]; True where it was cut off by ``prune``.
     """
 
     tokens: Tensor
     lengths: Tensor
     logprobs: Tensor
     finished: Tensor
+    pruned: Tensor
 
     @property
     def count(self) -> int:
@@ -50,6 +60,10 @@ class Sampler:
     def __init__(self, model: nn.Module | LanguageModel) -> None:
         self.lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
 
+    def cache_bytes(self, rows: int, positions: int) -> int:
+        """Bytes of keys and values for that many rows of that many tokens each, prompt and answer together."""
+        return rows * positions * cache_bytes_per_row(self.lm.model)
+
     @torch.no_grad()
     def sample(
         self,
@@ -57,7 +71,7 @@ class Sampler:
         attention_mask: Tensor | None = None,
         *,
         num_samples: int = 1,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Tensor | None = None,
         max_length: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -66,6 +80,8 @@ class Sampler:
         eos_token_id: int | Sequence[int],
         seed: int = 0,
         sequence_ids: Tensor | None = None,
+        prune: Pruner | None = None,
+        cache_budget: int | None = None,
         impl: str | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Samples:
@@ -78,165 +94,142 @@ class Sampler:
             input_ids: int64 [B, T], prompts padded on the left.
             attention_mask: int64 or bool [B, T], 0 at padding; None if there is none.
             num_samples: answers per prompt, at least 1.
-            max_new_tokens: tokens per answer at most; or
+            max_new_tokens: tokens per answer at most, or int64 [B] for each prompt's; or
             max_length: padded prompt and answer together at most (give exactly one of the two).
             temperature, top_k, top_p, min_p: as in ``pmc_fast.sample``; temperature 0 is greedy.
             eos_token_id: the token(s) that end an answer.
             seed: integer in [0, 2^63).
             sequence_ids: int64 [B]; sample i of prompt b draws the noise of sequence ``sequence_ids[b] * n + i``.
                 Default 0, 1, ..., B - 1.
+            prune: stops answers that cannot be picked any more; made for these B prompts and ``num_samples``.
+            cache_budget: bytes that keys and values may take at a time; prompts that do not fit together take turns,
+                with the same answers. Default: half of the memory that is free.
             impl: the implementation of ``linear_sample`` to use.
             progress: called with the number of rows still running after each step.
 
         Raises:
-            ValueError, TypeError: an argument of the wrong shape, dtype or range.
+            ValueError, TypeError: an argument of the wrong shape, dtype or range, or a ``cache_budget`` too small for the
+                answers to one prompt.
             UserError: the model cannot be sampled from.
 
         Source: arXiv 2507.04219, section 4 (x_1..x_n ~ p_theta(.|q)).
         """
-        steps = _steps(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
+        limits = _limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
         ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
         if ends.numel() == 0:
             raise ValueError("eos_token_id: got none, expected at least one token id")
-        prompts, width = input_ids.shape
-        device, rows = input_ids.device, prompts * num_samples
-        ends = ends.to(device)
+        device, prompts = input_ids.device, len(input_ids)
+        if attention_mask is not None and (attention_mask[:, -1] == 0).any():
+            raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
         if sequence_ids is None:
             sequence_ids = torch.arange(prompts, device=device)
         if sequence_ids.shape != (prompts,):
             raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
-
-        tokens = ends[0].expand(rows, steps).clone()
-        logprobs = torch.zeros(rows, steps, device=device)
-        lengths = torch.full((rows,), steps, device=device)
-        ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
+        at_once = self._prompts_at_once(input_ids, limits, num_samples, cache_budget)
 
         model = self.lm.model
+        draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
         with (
             evaluating(model),
-            fast_linear(self.lm.backbone, rows, self.lm.head.weight),
+            fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight),
             attention.replacing_sdpa(model) as attention_calls,
         ):
-            with phase("prefill"):
-                batch = _Batch(self.lm, input_ids, attention_mask, num_samples, steps, sequence_ids)
-            batch.use_decode_attention(attention_calls)
-            for step in range(steps):
-                drawn = self.lm.head.sample(
-                    batch.hidden, sequence=batch.sequence, position=torch.full_like(batch.sequence, step), **draw
-                )
-                tokens[batch.slot, step], logprobs[batch.slot, step] = drawn.token, drawn.logprob
-                done = torch.isin(drawn.token, ends)
-                lengths[batch.slot[done]], ended[batch.slot[done]] = step + 1, True
-                if step + 1 == steps or not batch.advance(drawn.token, done):
-                    break
-                if progress:
-                    progress(len(batch.slot))
+            waves = []
+            for begin in range(0, max(1, prompts), at_once):
+                part = slice(begin, begin + at_once)
+                with phase("prefill"):
+                    rows = RunningRows(
+                        self.lm,
+                        input_ids[part],
+                        None if attention_mask is None else attention_mask[part],
+                        num_samples,
+                        int(limits[part].max()) if prompts else 1,
+                        sequence_ids[part],
+                    )
+                rows.use_decode_attention(attention_calls)
+                pruner = None if prune is None else prune.part(begin, min(begin + at_once, prompts))
+                limit = limits[part].to(device).repeat_interleave(num_samples)
+                waves.append(_run(self.lm, rows, limit, ends.to(device), draw, pruner, progress))
+        return _join(waves, prompts, num_samples, ends[0])
 
-        longest = int(lengths.max()) if rows else 0
-        shape = (prompts, num_samples)
-        return Samples(
-            tokens[:, :longest].reshape(*shape, longest),
-            lengths.view(shape),
-            logprobs[:, :longest].reshape(*shape, longest),
-            ended.view(shape),
+    def _prompts_at_once(self, input_ids: Tensor, limits: Tensor, num_samples: int, cache_budget: int | None) -> int:
+        """How many prompts' answers fit into the budget together."""
+        if not len(input_ids):
+            return 1
+        needed = self.cache_bytes(num_samples, input_ids.shape[1] + int(limits.max()))
+        given = cache_budget is not None
+        if not given:
+            cache_budget = int(free_bytes(input_ids.device) * CACHE_SHARE)
+        if needed > cache_budget and given:
+            raise ValueError(
+                f"cache_budget: got {cache_budget} bytes, expected at least {needed}, the keys and values of "
+                f"{num_samples} answers to one prompt"
+            )
+        return max(1, cache_budget // needed)
+
+
+def _run(
+    lm: LanguageModel,
+    rows: RunningRows,
+    limit: Tensor,
+    ends: Tensor,
+    draw: dict[str, Any],
+    prune: Pruner | None,
+    progress: Callable[[int], object] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Decode until no row is left: tokens [rows, T], lengths, logprobs [rows, T], finished, pruned."""
+    total, device = len(limit), limit.device
+    steps = int(limit.max()) if total else 0
+    tokens = ends[0].expand(total, steps).clone()
+    logprobs = torch.zeros(total, steps, device=device)
+    lengths = limit.clone()
+    finished, pruned = (torch.zeros(total, dtype=torch.bool, device=device) for _ in range(2))
+    for step in range(steps):
+        drawn = lm.head.sample(
+            rows.hidden, sequence=rows.sequence, position=torch.full_like(rows.sequence, step), **draw
         )
+        slot = rows.slot
+        tokens[slot, step], logprobs[slot, step] = drawn.token, drawn.logprob
+        ended = torch.isin(drawn.token, ends)
+        finished[slot[ended]] = True
+        done = ended | (limit[slot] == step + 1)
+        lengths[slot[done]] = step + 1
+        if prune is not None:
+            with phase("prune"):
+                stopped = prune(slot[~done], tokens[:, : step + 1], lengths)
+            if stopped is not None:
+                gone = slot[~done][stopped.to(device)]
+                pruned[gone], lengths[gone] = True, step + 1
+                done = done | pruned[slot]
+        if step + 1 == steps or not rows.advance(drawn.token, done):
+            break
+        if progress:
+            progress(len(rows.slot))
+    longest = int(lengths.max()) if total else 0
+    return tokens[:, :longest], lengths, logprobs[:, :longest], finished, pruned
 
 
-class _Batch:
-    """The rows still running: their next hidden state, their place in the output, their cache."""
+def _join(waves: list[tuple[Tensor, ...]], prompts: int, num_samples: int, end: Tensor) -> Samples:
+    """One result of the waves' results, as wide as the longest answer."""
+    longest = max(wave[0].shape[1] for wave in waves)
+    shape = (prompts, num_samples)
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        num_samples: int,
-        steps: int,
-        sequence_ids: Tensor,
-    ) -> None:
-        from pmc_fast.cache import SampleCache, layers_of
+    def wide(column: int, value: float) -> Tensor:
+        parts = [F.pad(wave[column], (0, longest - wave[column].shape[1]), value=value) for wave in waves]
+        return torch.cat(parts).reshape(*shape, longest)
 
-        prompts, width = input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        if (mask[:, -1] == 0).any():
-            raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
-        self._lm = lm
-        self._cache = SampleCache(layers_of(lm.model.config), width + steps)
-        prefill = {} if bool(mask.all()) else {"attention_mask": mask}
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = lm.hidden(input_ids, position_ids=position, past_key_values=self._cache, use_cache=True, **prefill)[
-            :, -1
-        ]
-        if self._cache.get_seq_length() != width:
-            raise UserError("model: it does not fill the key/value cache it is given, so it cannot be sampled from")
-        self._cache.fan_out(num_samples)
-
-        copies = torch.arange(num_samples, device=input_ids.device)
-        self.hidden = hidden.repeat_interleave(num_samples, dim=0)
-        self.slot = torch.arange(prompts * num_samples, device=input_ids.device)
-        self.sequence = (sequence_ids[:, None] * num_samples + copies).flatten()
-        self._position = (position[:, -1] + 1).repeat_interleave(num_samples)
-        self._mask = mask.repeat_interleave(num_samples, dim=0) if prefill else None
-        self._first: Tensor | None = None
-        self._generated = 0
-
-    def use_decode_attention(self, calls: list[bool]) -> None:
-        """Decode with the op of that name if it could have done the prefill's attention calls, and is fast here."""
-        if calls and all(calls) and self._uses_native():
-            padding = torch.zeros_like(self._position) if self._mask is None else (self._mask == 0).sum(1)
-            self._first, self._mask = padding, None
-
-    def _uses_native(self) -> bool:
-        return backend.choose("decode_attention", None, self.hidden.device.type, self.hidden.dtype) == "native"
-
-    def advance(self, token: Tensor, done: Tensor) -> bool:
-        """Retire the rows that are done and run the others one token further; False if none is left."""
-        if bool(done.any()):
-            if bool(done.all()):
-                return False
-            with phase("retire"):
-                token = self._retire(token, done)
-        options = {}
-        self._generated += 1
-        if self._mask is not None:
-            grown = self._mask.new_ones(len(token), self._generated)
-            options["attention_mask"] = torch.cat([self._mask, grown], dim=1)
-        attending = nullcontext() if self._first is None else attention.decoding(self._first)
-        with phase("decode"), attending:
-            self.hidden = self._lm.hidden(
-                token[:, None],
-                position_ids=self._position[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-                **options,
-            )[:, -1]
-        self._position = self._position + 1
-        return True
-
-    def _retire(self, token: Tensor, done: Tensor) -> Tensor:
-        """Keep the rows that are not done, everywhere; returns their tokens."""
-        from pmc_fast.cache import move_rows, retired
-
-        source, destination, rows = retired(done)
-        self._cache.move(source, destination, rows)
-        self.slot = move_rows(self.slot, source, destination, rows)
-        self.sequence = move_rows(self.sequence, source, destination, rows)
-        self._position = move_rows(self._position, source, destination, rows)
-        for name in ("_mask", "_first"):
-            if (values := getattr(self, name)) is not None:
-                setattr(self, name, move_rows(values, source, destination, rows))
-        return move_rows(token, source, destination, rows)
+    lengths, finished, pruned = (torch.cat([wave[column] for wave in waves]).view(shape) for column in (1, 3, 4))
+    return Samples(wide(0, int(end)), lengths, wide(2, 0.0), finished, pruned)
 
 
-def _steps(
+def _limits(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     num_samples: int,
-    max_new_tokens: int | None,
+    max_new_tokens: int | Tensor | None,
     max_length: int | None,
-) -> int:
-    """Tokens per answer at most; checks the arguments it is made from."""
+) -> Tensor:
+    """Tokens per answer at most, int64 [B] on the CPU; checks the arguments it is made from."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, expected [B, T] with at least one token")
     if input_ids.dtype != torch.int64:
@@ -251,11 +244,16 @@ def _steps(
         raise ValueError(
             f"max_new_tokens, max_length: got {max_new_tokens} and {max_length}, expected exactly one of them"
         )
-    steps = max_new_tokens if max_new_tokens is not None else max_length - input_ids.shape[1]
-    if steps < 1:
-        name = "max_new_tokens" if max_new_tokens is not None else "max_length"
-        got = max_new_tokens if max_new_tokens is not None else max_length
+    name = "max_length" if max_new_tokens is None else "max_new_tokens"
+    prompts, width = input_ids.shape
+    limits = torch.as_tensor(max_length - width if max_new_tokens is None else max_new_tokens, device="cpu")
+    if limits.is_floating_point() or limits.dim() > 1 or (limits.dim() == 1 and limits.shape != (prompts,)):
         raise ValueError(
-            f"{name}: got {got}, which leaves no room for an answer after prompts padded to {input_ids.shape[1]} tokens"
+            f"max_new_tokens: got {limits.dtype} of shape {list(limits.shape)}, expected an integer or int64 [{prompts}]"
         )
-    return steps
+    if limits.numel() and int(limits.min()) < 1:
+        got = max_length if max_new_tokens is None else int(limits.min())
+        raise ValueError(
+            f"{name}: got {got}, which leaves no room for an answer after prompts padded to {width} tokens"
+        )
+    return limits.long().expand(prompts)

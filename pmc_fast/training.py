@@ -84,7 +84,7 @@ def unlearn(
         chosen = draw.choice(len(retain), config.batch_size, replace=len(retain) < config.batch_size)
         return pmc.loss(indices, [retain[row] for row in chosen])
 
-    loop = _Loop(pmc, config, len(pmc.ledger.questions), run, checkpoint_every, None, mean_gradient=False)
+    loop = _Loop(pmc, config, len(pmc.ledger.questions), run, checkpoint_every, None, False, prepare=pmc.prepare)
     return loop.train(loss, "unlearning" if progress else None)
 
 
@@ -100,10 +100,11 @@ class _Loop:
         checkpoint_every: int | None,
         max_grad_norm: float | None,
         mean_gradient: bool,
+        prepare: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
         self.pmc, self.config, self.rows, self.run = pmc, config, rows, run
         self.model: nn.Module = pmc.lm.model
-        self.max_grad_norm, self.mean_gradient = max_grad_norm, mean_gradient
+        self.max_grad_norm, self.mean_gradient, self.prepare = max_grad_norm, mean_gradient, prepare
         self.batches = math.ceil(rows / config.batch_size)
         self.steps_per_epoch = math.ceil(self.batches / config.accumulation)
         self.steps = config.epochs * self.steps_per_epoch
@@ -147,20 +148,20 @@ class _Loop:
         config, step = self.config, self.step
         epoch, first = step // self.steps_per_epoch, step % self.steps_per_epoch * config.accumulation
         batches = range(first, min(first + config.accumulation, self.batches))
+        size = config.batch_size
         order = _generator(config.seed, _ORDER, epoch).permutation(self.rows).tolist()
         rate = config.learning_rate * _schedule(step, self.warmup, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         stats, seconds = [], Counter()
+        indices = {batch: order[batch * size : (batch + 1) * size] for batch in batches}
+        if self.prepare:
+            with self._step_named():
+                self.prepare(list(indices.values()))
         for batch in batches:
-            indices = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             with self._dropout_seed(step, batch):
-                try:
-                    value = loss(step, epoch, batch, indices)
-                except UserError:
-                    raise
-                except ValueError as error:  # what the ops raise at logits that are no numbers
-                    raise UserError(f"step {step + 1}: {error}") from error
+                with self._step_named():
+                    value = loss(step, epoch, batch, indices[batch])
                 if not math.isfinite(value.item()):
                     raise UserError(f"step {step + 1}: the loss is {value.item()}; try a lower learning rate")
                 start = time.perf_counter()
@@ -180,6 +181,16 @@ class _Loop:
         self.step += 1
         record = {"step": self.step, "epoch": epoch + 1, "learning_rate": rate, **_merge(stats)}
         return {**record, "seconds": dict(seconds)}
+
+    @contextmanager
+    def _step_named(self) -> Iterator[None]:
+        """What the ops raise at logits that are no numbers becomes the user's error, with the step."""
+        try:
+            yield
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"step {self.step + 1}: {error}") from error
 
     @contextmanager
     def _dropout_seed(self, step: int, batch: int) -> Iterator[None]:

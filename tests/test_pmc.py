@@ -201,3 +201,59 @@ def test_initial_answers_that_the_reward_cannot_see_are_reported(rng_seed, monke
 def test_an_unknown_prompt_style_is_refused():
     with pytest.raises(UserError, match="prompt_style: got 'poem', expected one of 'auto', 'chat', 'tags', 'plain'"):
         PMCConfig(prompt_style="poem")
+
+
+def test_prepared_batches_give_what_they_give_one_by_one(rng_seed):
+    """Also where a question comes twice, and where max_length leaves each batch another room."""
+    options = {"seed": rng_seed % 1000, "max_new_tokens": None, "max_length": 40}
+    batches = [[0, 2], [1], [2]]
+    alone, together = make_pmc(**options), make_pmc(**options)
+    together.prepare(batches)
+    for batch in batches:
+        a, b = alone.loss(batch, RETAIN), together.loss(batch, RETAIN)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert alone.ledger.visits != [0, 0, 0]
+    assert alone.state_dict() == together.state_dict()
+    assert together.state_dict()["prepared"] == []
+
+
+def test_the_first_loss_counts_what_was_prepared(rng_seed):
+    pmc = make_pmc(seed=rng_seed % 1000)
+    pmc.prepare([[0], [1]])
+    pmc.loss([0], RETAIN)
+    assert pmc.stats["sampled_tokens"] > 0 and pmc.stats["seconds"]["sample"] > 0
+    pmc.loss([1], RETAIN)
+    assert pmc.stats["sampled_tokens"] == 0 and pmc.stats["seconds"]["sample"] == 0
+    with pytest.raises(UserError, match="forget: got index 7"):
+        pmc.prepare([[7]])
+
+
+def test_prepared_questions_survive_a_resume(rng_seed):
+    import json
+
+    whole = make_pmc(seed=rng_seed % 1000)
+    whole.prepare([[0], [1]])
+    resumed = PMC(make_model(seed=rng_seed % 1000), make_tokenizer(), whole.config)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for batch in ([0], [1]):
+        assert torch.equal(whole.loss(batch, RETAIN), resumed.loss(batch, RETAIN))
+    assert whole.state_dict() == resumed.state_dict()
+
+
+def test_pruning_keeps_the_ledger_and_saves_tokens(rng_seed):
+    """On a model whose answers are words, many times over, with answers held from the visits before."""
+    saved = 0
+    for case in range(3):
+        seed = (rng_seed + case) % 1000
+        pruned, whole = (make_pmc(seed=seed, num_samples=12, max_new_tokens=24, prune=prune) for prune in (True, False))
+        answers = ["the cat sat on the mat", "a b c d e f g", "Ada was born in a small town"]
+        pruned.ledger.initial_answers[:] = whole.ledger.initial_answers[:] = answers
+        for _ in range(3):
+            pruned.loss([0, 1, 2], RETAIN)
+            whole.loss([0, 1, 2], RETAIN)
+            assert pruned.state_dict() == whole.state_dict()
+            assert pruned.stats["sampled_tokens"] <= whole.stats["sampled_tokens"]
+            assert whole.stats["pruned_samples"] == 0
+            saved += whole.stats["sampled_tokens"] - pruned.stats["sampled_tokens"]
+            assert (pruned.stats["pruned_samples"] > 0) == (pruned.stats["pruned_tokens"] > 0)
+    assert saved > 0

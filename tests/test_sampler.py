@@ -108,6 +108,49 @@ def test_max_length_counts_the_padded_prompt():
     assert samples.tokens.shape[2] <= 2
 
 
+def test_every_prompt_may_have_a_limit_of_its_own(rng_seed):
+    model = make_model(seed=rng_seed)
+    ids, mask = pad_left(PROMPTS, 256)
+    options = {"num_samples": 3, "eos_token_id": 257, "seed": rng_seed}
+    whole = Sampler(model).sample(ids, mask, max_new_tokens=9, **options)
+    limits = torch.tensor([2, 9, 1, 5])
+    cut = Sampler(model).sample(ids, mask, max_new_tokens=limits, **options)
+    for prompt, limit in enumerate(limits.tolist()):
+        assert torch.equal(cut.lengths[prompt], whole.lengths[prompt].clamp(max=limit))
+        assert torch.equal(cut.finished[prompt], whole.finished[prompt] & (whole.lengths[prompt] <= limit))
+        for i, length in enumerate(cut.lengths[prompt].tolist()):
+            assert torch.equal(cut.tokens[prompt, i, :length], whole.tokens[prompt, i, :length])
+    assert not cut.pruned.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_waves_that_fit_a_budget_change_no_answer(family, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    sampler = Sampler(model)
+    ids, mask = pad_left(PROMPTS, 256)
+    options = {"num_samples": 3, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed}
+    together = sampler.sample(ids, mask, **options)
+    one = sampler.cache_bytes(3, ids.shape[1] + 8)
+    for budget in (one, 3 * one):
+        waves = sampler.sample(ids, mask, cache_budget=budget, **options)
+        assert torch.equal(waves.tokens, together.tokens) and torch.equal(waves.lengths, together.lengths)
+        torch.testing.assert_close(waves.logprobs, together.logprobs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=f"cache_budget: got {one - 1} bytes, expected at least {one}"):
+        sampler.sample(ids, mask, cache_budget=one - 1, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_cache_takes_the_bytes_that_were_stated(family):
+    from pmc_fast.cache import SampleCache, layers_of
+
+    model = make_model(family)
+    cache = SampleCache(layers_of(model.config), 11)
+    model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == Sampler(model).cache_bytes(2, 11)
+
+
 def test_training_mode_is_restored_and_dropout_is_off(rng_seed):
     model = make_model("gpt2", seed=rng_seed).train()
     prompt = torch.tensor([[1, 2, 3]])
@@ -123,6 +166,7 @@ def test_training_mode_is_restored_and_dropout_is_off(rng_seed):
         ({"num_samples": 0}, "num_samples: got 0"),
         ({"max_length": 5}, "exactly one"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"max_new_tokens": torch.tensor([1, 2])}, "max_new_tokens: got torch.int64 of shape"),
         ({"top_p": 0.0}, "top_p: got 0.0"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"eos_token_id": []}, "eos_token_id: got none"),

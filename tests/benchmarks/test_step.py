@@ -20,7 +20,7 @@ def test_step_writes_its_schema(tmp_path, capsys, rng_seed):
     assert main([*SMALL, "--seed", str(rng_seed), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["schema"] == step.SCHEMA
-    for contestant in ("published", "pmc_fast"):
+    for contestant in ("published", "pmc_fast", "pmc_fast_pruned"):
         medians = result[contestant]
         assert set(medians) == PARTS
         assert all(medians[name] > 0 for name in PARTS - {"peak_bytes"})
@@ -34,7 +34,8 @@ def test_step_writes_its_schema(tmp_path, capsys, rng_seed):
             low, high = result["spread"][contestant][name]
             assert min(turn[name] for turn in turns) <= low <= high <= max(turn[name] for turn in turns)
         assert turns[0]["sampled_tokens"] == turns[1]["sampled_tokens"]  # every turn finds the same weights and seed
-    assert set(result["ratio"]) == set(result["spread"]["ratio"]) == RATIOS
+    assert set(result["ratio"]) == set(result["spread"]["ratio"]) == RATIOS | {"sample_per_pick_pruned"}
+    assert result["pmc_fast_pruned"]["sampled_tokens"] <= result["pmc_fast"]["sampled_tokens"]
     assert result["environment"]["seed"] == rng_seed
     assert {"cpu", "isa", "threads", "versions", "commit", "device"} <= set(result["environment"])
     assert result["config"]["num_samples"] == 3 and result["config"]["top_k"] == 50

@@ -7,52 +7,48 @@ import torch
 from head_cases import DEVICE, DTYPES, IGNORED, assert_as_good_as_torch, by_torch, make
 
 pytest.importorskip("triton")
-from pmc_fast.kernels import cross_entropy, gemm
+from pmc_fast.kernels import cross_entropy, device, gemm, sliced_backward
 from pmc_fast.kernels import linear_logprob as kernels
-
-PLAIN = {"softcap": None, "logit_scale": 1.0}
-HEADS = [PLAIN, {"softcap": 2.5, "logit_scale": -1.7}]
-on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the device raises, and is lost")
 
 
 def run(hidden, weight, bias, target, upstream, needs=(True, True, True), ignore_index=IGNORED, **options):
-    options = {"temperature": 1.0, "bias": bias, "ignore_index": ignore_index} | options
+    options = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0} | options
+    options |= {"bias": bias, "ignore_index": ignore_index}
     logprob = kernels.linear_logprob(hidden, weight, target, **options)
     needs = (*needs[:2], needs[2] and bias is not None)
     return logprob, *kernels.linear_logprob_backward(upstream, hidden, weight, target, needs=needs, **options)
+
+
+def assert_right(
+    hidden, weight, bias, target, upstream, ignore_index=IGNORED, softcap=None, logit_scale=1.0, **options
+):
+    case = dict(hidden=hidden, weight=weight, bias=bias, target=target, upstream=upstream)
+    case |= dict(softcap=softcap, logit_scale=logit_scale, **options)
+    got = run(ignore_index=ignore_index, **case)
+    assert_as_good_as_torch(got, **case)
+    return got
 
 
 @pytest.fixture
 def slices(monkeypatch):
     """The backward pass in slices of the vocabulary, several of them."""
     monkeypatch.setattr(cross_entropy, "MOST_ROWS", 3)
-    monkeypatch.setattr(kernels, "LEAST_TOKENS", 32)
-    monkeypatch.setattr(kernels, "SLICE_BYTES", 1)
+    monkeypatch.setattr(sliced_backward, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(sliced_backward, "SLICE_BYTES", 1)
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that nobody has written to holds NaN."""
-    empty = torch.empty
-
-    def poison(*args, **options):
-        made = empty(*args, **options)
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poison)
+@pytest.fixture(params=["one chunk", "slices"])
+def path(request):
+    if request.param == "slices":
+        request.getfixturevalue("slices")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("path", ["one chunk", "slices"])
-def test_against_float64(path, head, dtype, request, poisoned, rng_seed):
-    if path == "slices":
-        request.getfixturevalue("slices")
+def test_against_float64(path, head, dtype, poisoned, rng_seed):
     hidden, weight, bias, target = make(dtype=dtype)
     hidden = torch.stack([hidden, hidden], dim=1)[:, 0]  # rows apart
     upstream = torch.randn(len(target), device=DEVICE)
-    case = dict(hidden=hidden, weight=weight, bias=bias, target=target, upstream=upstream, temperature=0.7, **head)
-    assert_as_good_as_torch(run(**case), **case)
+    assert_right(hidden, weight, bias, target, upstream, temperature=0.7, **head)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,20 +56,15 @@ def test_against_float64(path, head, dtype, request, poisoned, rng_seed):
 def test_shapes_that_no_tile_fits(rows, size, vocab, dtype, slices, poisoned, rng_seed):
     hidden, weight, _, target = make(rows, size, vocab, dtype, bias=False, ignored=False)
     hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T  # columns apart: what kernels do not read
-    case = dict(
-        hidden=hidden, weight=weight, bias=None, target=target, upstream=torch.randn(rows, device=DEVICE), **PLAIN
-    )
-    assert_as_good_as_torch(run(ignore_index=None, **case), **case)
+    assert_right(hidden, weight, None, target, torch.randn(rows, device=DEVICE), ignore_index=None)
 
 
-@pytest.mark.parametrize("path", ["one chunk", "slices"])
-def test_gradients_of_small_upstreams_do_not_underflow(path, request, rng_seed):
+def test_gradients_of_small_upstreams_do_not_underflow(path, rng_seed):
     """At 1e-4 per token float16 cannot hold the gradients of most logits: torch's are a hundred times less accurate."""
-    if path == "slices":
-        request.getfixturevalue("slices")
     hidden, weight, bias, target = make(dtype=torch.float16, vocab=203)
     upstream = torch.rand(len(target), device=DEVICE) * 1e-4
-    case = dict(hidden=hidden, weight=weight, bias=bias, target=target, upstream=upstream, **PLAIN)
+    case = dict(hidden=hidden, weight=weight, bias=bias, target=target, upstream=upstream)
+    case |= {"softcap": None, "logit_scale": 1.0}
     smallest = 2.0**-24
     for mine, want in zip(run(**case)[1:], by_torch(torch.float64, **case)[1:], strict=True):
         assert (mine.double() - want).abs().max() <= smallest + 2.0**-10 * want.abs().max()
@@ -83,35 +74,25 @@ def test_confident_rows_in_bfloat16(slices, rng_seed):
     """Logits of 100 are rounded to halves in bfloat16, and p - 1 must still be small."""
     hidden, weight, _, target = make(dtype=torch.bfloat16, bias=False, ignored=False)
     weight[target] = 5 * hidden
-    case = dict(
-        hidden=hidden, weight=weight, bias=None, target=target, upstream=torch.ones(len(target), device=DEVICE), **PLAIN
-    )
-    assert_as_good_as_torch(run(**case), **case)
+    assert_right(hidden, weight, None, target, torch.ones(len(target), device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", ["one chunk", "slices"])
-def test_ruled_out_tokens(path, dtype, request, rng_seed):
+def test_ruled_out_tokens(path, dtype, rng_seed):
     """-inf in tiles that hold nothing else, too."""
-    if path == "slices":
-        request.getfixturevalue("slices")
     hidden, weight, bias, target = make(dtype=dtype, vocab=600)
     target[target != IGNORED] %= 256
     bias[256:] = -math.inf
     bias[target[1]] = 0.0
-    case = dict(
-        hidden=hidden, weight=weight, bias=bias, target=target, upstream=torch.randn(len(target)).to(DEVICE), **PLAIN
-    )
-    got = run(**case)
-    assert_as_good_as_torch(got, **case)
-    assert not got[2][256:].any() and not got[3][256:].any()
+    _, _, d_weight, d_bias = assert_right(hidden, weight, bias, target, torch.randn(len(target), device=DEVICE))
+    assert not d_weight[256:].any() and not d_bias[256:].any()
 
 
-@on_cpu
+@pytest.mark.refuses_values
 @pytest.mark.parametrize("bad", ["nan", "inf", "only -inf", "temperature"])
 def test_the_first_bad_row_is_named_as_the_caller_counts(bad, rng_seed):
     hidden, weight, bias, target = make()
-    options = dict(PLAIN, temperature=1.0)
+    options = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0}
     row = 3
     if bad == "only -inf":
         bias[:], row = -math.inf, 1
@@ -126,27 +107,21 @@ def test_the_first_bad_row_is_named_as_the_caller_counts(bad, rng_seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", ["one chunk", "slices"])
-def test_upstreams_of_ignored_rows_are_not_looked_at(path, dtype, request, rng_seed):
-    if path == "slices":
-        request.getfixturevalue("slices")
+def test_upstreams_of_ignored_rows_are_not_looked_at(path, dtype, rng_seed):
     hidden, weight, bias, target = make(dtype=dtype)
     upstream = torch.randn(len(target), device=DEVICE)
-    want = run(hidden, weight, bias, target, upstream, **PLAIN)
+    want = run(hidden, weight, bias, target, upstream)
     upstream[target == IGNORED] = math.inf
-    for mine, same in zip(run(hidden, weight, bias, target, upstream, **PLAIN), want, strict=True):
+    for mine, same in zip(run(hidden, weight, bias, target, upstream), want, strict=True):
         assert torch.equal(mine, same)
 
 
-@pytest.mark.parametrize("path", ["one chunk", "slices"])
-def test_gradients_that_nobody_needs(path, request, rng_seed):
-    if path == "slices":
-        request.getfixturevalue("slices")
+def test_gradients_that_nobody_needs(path, rng_seed):
     hidden, weight, bias, target = make()
     upstream = torch.randn(len(target), device=DEVICE)
-    _, *all_of_them = run(hidden, weight, bias, target, upstream, **PLAIN)
+    _, *all_of_them = run(hidden, weight, bias, target, upstream)
     for one in range(3):
-        _, *some = run(hidden, weight, bias, target, upstream, needs=[i == one for i in range(3)], **PLAIN)
+        _, *some = run(hidden, weight, bias, target, upstream, needs=[i == one for i in range(3)])
         assert torch.equal(some[one], all_of_them[one])
         assert all(some[i] is None for i in range(3) if i != one)
 
@@ -155,7 +130,7 @@ def test_gradients_that_nobody_needs(path, request, rng_seed):
 def test_nothing_to_score(rows):
     hidden, weight, bias, target = make(rows)
     target[:] = IGNORED
-    logprob, d_hidden, d_weight, d_bias = run(hidden, weight, bias, target, torch.ones(rows, device=DEVICE), **PLAIN)
+    logprob, d_hidden, d_weight, d_bias = run(hidden, weight, bias, target, torch.ones(rows, device=DEVICE))
     assert logprob.shape == (rows,) and d_hidden.shape == hidden.shape and d_weight.shape == weight.shape
     assert not any(t.any() for t in (logprob, d_hidden, d_weight, d_bias))
 
@@ -187,14 +162,14 @@ def test_pieces_cover_everything():
 def test_float32_is_multiplied_as_tf32_only_where_torch_may():
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
-    assert gemm.dot_precision() == "ieee"
+    assert device.dot_precision() == "ieee"
     try:
         settings.allow_tf32 = True
-        assert gemm.dot_precision() == "tf32"
+        assert device.dot_precision() == "tf32"
         settings.allow_tf32 = False
-        assert gemm.dot_precision() == "ieee"
+        assert device.dot_precision() == "ieee"
         settings.fp32_precision = "tf32"
-        assert gemm.dot_precision() == "tf32"
+        assert device.dot_precision() == "tf32"
     finally:
         settings.allow_tf32 = False
         settings.fp32_precision = before

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from pmc_fast.kernels import draw as drawing
 from pmc_fast.kernels import sample as kernels
+from pmc_fast.kernels import truncate
 from pmc_fast.reference.sample import sample as reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
 UNTRUNCATED = [{}, {"temperature": 0.6}, {"temperature": 0.0}]
@@ -22,22 +26,10 @@ TRUNCATED = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that nobody has written to holds NaN, or a token that is not there by chance."""
-    empty = torch.empty
-
-    def poison(*args, **options):
-        made = empty(*args, **options)
-        return made.fill_(math.nan if made.is_floating_point() else 3)
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", 256)
-    monkeypatch.setattr(kernels, "GROUP", 16)
+    monkeypatch.setattr(drawing, "TILE", 256)
+    monkeypatch.setattr(truncate, "GROUP", 16)
 
 
 def draw(implementation, logits, seed, sequence=None, position=None, **options):
@@ -66,14 +58,14 @@ def test_rows_in_tiles_and_groups(options, dtype, small_tiles, rng_seed):
 @pytest.mark.parametrize("options", TRUNCATED, ids=str)
 @pytest.mark.parametrize("capacity", [1, 16])
 def test_more_candidates_than_the_buffer_holds(options, capacity, small_tiles, monkeypatch, rng_seed):
-    monkeypatch.setattr(kernels, "CAPACITY", capacity)
+    monkeypatch.setattr(truncate, "CAPACITY", capacity)
     assert_same(torch.randn(1, 613), rng_seed, **options)
     assert_same(torch.randint(-2, 3, (1, 613)).float(), rng_seed, **options)  # ties across every edge
 
 
 @pytest.mark.parametrize("capacity", [4, 4096])
 def test_ties_are_kept_by_lower_token_id(capacity, small_tiles, monkeypatch):
-    monkeypatch.setattr(kernels, "CAPACITY", capacity)
+    monkeypatch.setattr(truncate, "CAPACITY", capacity)
     logits = torch.zeros(2, 301)
     logits[:, 1::2] = -0.0
     assert int(draw(kernels.sample, logits, 0, top_k=2)[0].max()) <= 1
@@ -135,4 +127,4 @@ def test_the_first_bad_row_is_named(value, options, small_tiles):
 
 @pytest.mark.parametrize("vocab, size", [(1, 128), (49152, 128), (128256, 128), (262208, 256), (300_000, 256)])
 def test_groups_fit_a_program(vocab, size):
-    assert kernels.group_size(vocab) == size
+    assert truncate.group_size(vocab) == size
