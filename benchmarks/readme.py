@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BEGIN = "<!-- numbers, written by: python -m benchmarks report --readme README.md -->"
 END = "<!-- end of numbers -->"
 RESULTS = Path(__file__).resolve().parent / "results"
+PRUNED = "pmc_fast_pruned"  # in the results of `step`
 PICTURES = "docs/pictures"  # beside the README
 OPS_PICTURE = "ops.png"
 
@@ -163,12 +164,15 @@ def _read_step(stem: str, link: str, content: Content) -> Duel:
     config, turns = content["config"], len(content["turns"][OURS])
     about = (
         f"One micro-batch of PMC, {config['batch_size']} questions x {config['num_samples']} samples, a model of "
-        f"{amount(config['parameters'])} parameters (in brackets published / pmc_fast; of sampling per token, of the total "
-        "at equal tokens):"
+        f"{amount(config['parameters'])} parameters (in brackets published / pmc_fast; of sampling per token, with pruning "
+        "per picked answer, of the total at equal tokens):"
     )
     found = content["ratio"]
-    rows = {
-        "sampling": _versus(content, "sample_s", clock, found["sample_per_token"]),
+    rows = {"sampling": _versus(content, "sample_s", clock, found["sample_per_token"])}
+    if PRUNED in content:
+        parts = {**content, OURS: content[PRUNED]}
+        rows["sampling with pruning"] = _versus(parts, "sample_s", clock, found["sample_per_pick_pruned"])
+    rows |= {
         "training": _versus(content, "train_s", clock, found["train"]),
         "total": _versus(content, "total_s", clock, found["total_at_equal_tokens"]),
         "peak extra memory": _versus(content, "peak_bytes", size, _times_less(content, "peak_bytes")),
@@ -231,7 +235,8 @@ def _of(content: Content, name: str, key: str) -> Any:
 
 
 def _duels(about: str, duels: Sequence[Duel]) -> list[str]:
-    lines = [[row, *(duel.cells[row] for duel in duels)] for row in duels[0].cells]
+    rows = max((duel.cells for duel in duels), key=len)  # older results may lack some
+    lines = [[row, *(duel.cells.get(row, "-") for duel in duels)] for row in rows]
     header = [f"published vs {OURS}", *(duel.heading for duel in duels)]
     pictures = [f"![{duel.picture[0]}]({PICTURES}/{duel.picture[0]})" for duel in duels if duel.picture]
     return [_filled(about), tables.table(header, lines), *pictures]

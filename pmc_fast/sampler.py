@@ -194,7 +194,7 @@ def _run(
         finished[slot[ended]] = True
         done = ended | (limit[slot] == step + 1)
         lengths[slot[done]] = step + 1
-        if prune is not None:
+        if prune is not None and (step + 1) % prune.interval == 0:
             with phase("prune"):
                 stopped = prune(slot[~done], tokens[:, : step + 1], lengths)
             if stopped is not None:

@@ -119,6 +119,13 @@ def test_a_step(write):
     assert cells(text, "peak extra memory")[0] == "7 GB vs **-**"
 
 
+def test_a_step_that_was_taken_with_pruning_too(write):
+    pruned = {**OURS, "sample_s": 1.5}
+    newer = {**STEP, "pmc_fast_pruned": pruned, "ratio": {**STEP["ratio"], "sample_per_pick_pruned": 4.0}}
+    _, text = write(first=STEP, second=newer)
+    assert cells(text, "sampling with pruning") == ["-", "6 s vs **1.5 s** (4.00x)"]
+
+
 def test_a_run_and_its_picture(write, tmp_path):
     _, text = write(run=RUN)
     assert "3 epochs over 40 questions" in " ".join(text.split())
