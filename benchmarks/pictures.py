@@ -26,7 +26,7 @@ _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # under text, so
 _SAMPLING, _SCORING, _TRAINING = "#3a78b5", "#c9a227", "#1a7f5a"
 _PARTS = (("sample_s", "sample", _SAMPLING), ("score_s", "decode, score", _SCORING), ("train_s", "train", _TRAINING))
 _PHASE_COLOURS = {
-    **dict.fromkeys(("prefill", "decode", "head", "sample", "retire"), _SAMPLING),
+    **dict.fromkeys(("prefill", "decode", "head", "sample", "prune", "retire"), _SAMPLING),
     **dict.fromkeys(("detokenise", "score"), _SCORING),
     **dict.fromkeys(("pack", "forward", "loss", "backward", "optimizer"), _TRAINING),
 }

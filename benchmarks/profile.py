@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 def _step(args: argparse.Namespace, device: torch.device) -> Work:
     task = step.load(args, device)
     task.model.train()
-    return Work(f"PMC step, {_sizes(args)}", _config(args, task), step.PmcFast(task).turn)
+    return Work(f"PMC step, {_sizes(args)}", _config(args, task), step.PmcFast(task, prune=True).turn)
 
 
 def _run(args: argparse.Namespace, device: torch.device) -> Work:

@@ -14,6 +14,7 @@ PHASES = (
     "decode",
     "head",
     "sample",
+    "prune",
     "retire",
     "detokenise",
     "score",

@@ -65,7 +65,7 @@ def test_rows_longer_than_a_block(element_bytes, rng_seed):
     block, _ = cross_entropy.row_launch(vocab, element_bytes, softcap=False)
     assert vocab > 2 * block
     hidden, weight, bias, target = make(
-        1, 2, vocab, {2: torch.bfloat16, 4: torch.float32}[element_bytes], ignored=False
+        1, 16, vocab, {2: torch.bfloat16, 4: torch.float32}[element_bytes], ignored=False
     )
     for label in (0, block - 1, block, vocab - 1):
         target[:] = label
