@@ -42,7 +42,9 @@ def assert_as_good_as_torch(got: tuple[Tensor | None, ...], **case) -> None:
         if want is not None:
             assert mine.shape == want.shape and mine.dtype == torchs.dtype, name
             error, most = ((t.double() - want).abs().max() for t in (mine, torchs))
-            rounding = torch.finfo(mine.dtype).eps * want.abs().max()
+            # float32 sums in another order differ by a few units; in 16 bits the result's own rounding is the larger.
+            units = 4 if mine.dtype == torch.float32 else 1
+            rounding = units * torch.finfo(mine.dtype).eps * want.abs().max()
             assert error <= 2 * most + rounding, (
                 f"{name}: error {error:.3g}, torch's {most:.3g}, rounding {rounding:.3g}"
             )
