@@ -141,6 +141,13 @@ def draw_from_tile(
 
 
 @triton.jit
+def store_part(parts, part, inside, values):
+    """What `draw_from_tile` returns, to where the tile's and rows' place is; `inside` masks the rows, or is None."""
+    for i in tl.static_range(len(values)):
+        tl.store(parts[i] + part, values[i], mask=inside)
+
+
+@triton.jit
 def gap(bound, scaled):
     """By how much the bound of a score lies above it, at most: see `gumbel_bound`, and `draw_from_tile` for rounding."""
     size = tl.abs(scaled)
@@ -185,12 +192,8 @@ def draw_kernel(
     top, mass, tempered, winner, best = draw_from_tile(
         logit[:, None], token, words, temperature, inverse_temperature, GREEDY, TEMPERED
     )
-    part = tl.program_id(0) + only
-    tl.store(tops + part, top)
-    tl.store(masses + part, mass)
-    tl.store(tempered_masses + part, tempered)
-    tl.store(winners + part, winner)
-    tl.store(tokens + part, best)
+    parts = (tops, masses, tempered_masses, winners, tokens)
+    store_part(parts, tl.program_id(0) + only, None, (top, mass, tempered, winner, best))
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_row"])

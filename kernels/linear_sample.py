@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pmc_fast.kernels.device import device_of, dot_precision
-from pmc_fast.kernels.draw import PARTS, Parts, draw_from_tile, finish_draw
+from pmc_fast.kernels.draw import PARTS, Parts, draw_from_tile, finish_draw, store_part
 from pmc_fast.kernels.gemm import even_pieces, padded_rows, row_major, write_product
 from pmc_fast.kernels.interpreted import dot
 from pmc_fast.kernels.logits import Head, head_logit
@@ -159,6 +159,7 @@ def record(
     head,
     sampling,
     parts,
+    tiles,
     GREEDY: tl.constexpr,
     TEMPERED: tl.constexpr,
 ):
@@ -167,12 +168,11 @@ def record(
     ROWS: tl.constexpr = product.shape[1]
     if ROWS > PIECE:
         left, right = tl.split(product.reshape(TOKENS, 2, ROWS // 2).permute(0, 2, 1))
-        record(left, first, first_row, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
-        record(right, first, first_row + ROWS // 2, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
+        record(left, first, first_row, rows, vocab, tile, head, sampling, parts, tiles, GREEDY, TEMPERED)
+        record(right, first, first_row + ROWS // 2, rows, vocab, tile, head, sampling, parts, tiles, GREEDY, TEMPERED)
     elif first_row < rows:
         logit_scale, softcap = head
         temperature, inverse_temperature, seed_low, seed_high, sequence, position = sampling
-        tops, masses, tempered_masses, winners, tokens, tiles = parts
         row = first_row + tl.arange(0, ROWS)
         inside = row < rows
         its_sequence = tl.load(sequence + row, mask=inside, other=0).to(tl.uint32)
@@ -180,15 +180,8 @@ def record(
         token = tile_token(first, TOKENS)
         logit = head_logit(product, None, token[:, None], (token < vocab)[:, None], logit_scale, softcap)
         words = None if GREEDY else words_of_tile(seed_low, seed_high, its_sequence, its_position, first, TOKENS)
-        top, mass, tempered, winner, best = draw_from_tile(
-            logit, token, words, temperature, inverse_temperature, GREEDY, TEMPERED
-        )
-        part = row.to(tl.int64) * tiles + tile
-        tl.store(tops + part, top, mask=inside)
-        tl.store(masses + part, mass, mask=inside)
-        tl.store(tempered_masses + part, tempered, mask=inside)
-        tl.store(winners + part, winner, mask=inside)
-        tl.store(tokens + part, best, mask=inside)
+        values = draw_from_tile(logit, token, words, temperature, inverse_temperature, GREEDY, TEMPERED)
+        store_part(parts, row.to(tl.int64) * tiles + tile, inside, values)
 
 
 @triton.jit(do_not_specialize=["rows", "seed_low", "seed_high"])
@@ -250,8 +243,8 @@ def head_draw_kernel(
         product += tl.load(bias + token, mask=token < vocab, other=0).to(tl.float32)[:, None]
     head = (logit_scale, softcap)
     sampling = (temperature, inverse_temperature, seed_low, seed_high, sequence, position)
-    parts = (tops, masses, tempered_masses, winners, tokens, tiles)
-    record(product, first, first_row, rows, vocab, tile, head, sampling, parts, GREEDY, TEMPERED)
+    parts = (tops, masses, tempered_masses, winners, tokens)
+    record(product, first, first_row, rows, vocab, tile, head, sampling, parts, tiles, GREEDY, TEMPERED)
 
 
 def variants(capability: int) -> list[Variant]:

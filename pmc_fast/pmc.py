@@ -105,7 +105,7 @@ class PMC:
             )
 
     def prepare(self, batches: Sequence[Sequence[int]]) -> None:
-        """Sample for the coming micro-batches of an optimizer step all at once, which is faster: they share the weights.
+        """Sample for the coming micro-batches of an optimizer step in one call: they share the weights.
 
         The calls of ``loss`` for these batches, in this order, then give what they would have given without it.
 

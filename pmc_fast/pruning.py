@@ -45,7 +45,7 @@ class Pruner:
         held [B]: the score that the ledger holds for each question; infinity where it holds none.
         num_samples: n, answers per question.
         keep_truncated: False if an answer that was cut off can be picked only when no answer of its question ended.
-        interval: steps from one look to the next. A look takes 2 to 3 ms for 160 answers of up to 64 tokens.
+        interval: steps from one look to the next.
 
     Attributes:
         interval: as given; a call is needed only where the number of tokens drawn is a multiple of it.

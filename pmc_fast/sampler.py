@@ -195,10 +195,11 @@ def _run(
         done = ended | (limit[slot] == step + 1)
         lengths[slot[done]] = step + 1
         if prune is not None and (step + 1) % prune.interval == 0:
+            running = slot[~done]
             with phase("prune"):
-                stopped = prune(slot[~done], tokens[:, : step + 1], lengths)
+                stopped = prune(running, tokens[:, : step + 1], lengths)
             if stopped is not None:
-                gone = slot[~done][stopped.to(device)]
+                gone = running[stopped.to(device)]
                 pruned[gone], lengths[gone] = True, step + 1
                 done = done | pruned[slot]
         if step + 1 == steps or not rows.advance(drawn.token, done):

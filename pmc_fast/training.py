@@ -84,7 +84,9 @@ def unlearn(
         chosen = draw.choice(len(retain), config.batch_size, replace=len(retain) < config.batch_size)
         return pmc.loss(indices, [retain[row] for row in chosen])
 
-    loop = _Loop(pmc, config, len(pmc.ledger.questions), run, checkpoint_every, None, False, prepare=pmc.prepare)
+    loop = _Loop(
+        pmc, config, len(pmc.ledger.questions), run, checkpoint_every, None, mean_gradient=False, prepare=pmc.prepare
+    )
     return loop.train(loss, "unlearning" if progress else None)
 
 

@@ -46,7 +46,7 @@ bool cross_entropy_row(const CrossEntropyArgs& args, int64_t r, float* scratch) 
     if (!std::isfinite(shift)) return false;
     const double mass = sum_exp(y, args.vocab, temperature, shift);
     const int64_t target = args.target[r];
-    args.nll[r] = static_cast<float>(shift + std::log(mass) - static_cast<double>(y[target] / temperature));
+    args.nll[r] = static_cast<float>(static_cast<double>(shift) - y[target] / temperature + std::log(mass));
     if (args.weight) write_gradient(args, y, shift, static_cast<float>(mass), target, args.weight[r], row);
     return true;
 }

@@ -18,8 +18,7 @@ constexpr int64_t kSumBlock = 2048;
 inline Floats transform(Floats z, const HeadTransform& head) {
     z = z * head.logit_scale;
     if (head.softcap == 0) return z;
-    const Floats capped = head.softcap * tanh(z / head.softcap);
-    return z == z ? capped : z;  // NaN stays NaN
+    return head.softcap * tanh(z / head.softcap);
 }
 
 inline float transform(float z, const HeadTransform& head) {

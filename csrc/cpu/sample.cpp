@@ -218,7 +218,7 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
         count = select_nucleus_candidates(row, vocab, temperature, shift, kept, args.top_p, candidates);
     } else {
         count = 0;
-        const float floor = (shift + args.log_min_p) * temperature;
+        const float floor = std::min((shift + args.log_min_p) * temperature, top);  // rounding may lift it to inf
         const float threshold = floor - 1e-5f * (std::abs(top) + std::abs(floor) + std::min(temperature, 1.0f));
         for_each_above(row, vocab, &threshold,
                        [&](int64_t i) { candidates[count++] = {row[i] / temperature, static_cast<int32_t>(i)}; });

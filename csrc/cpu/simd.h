@@ -109,16 +109,16 @@ inline Floats exp_nonpositive(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const Ints exponent = (reinterpret_cast<Ints>(rounded) - 0x4B400000) << 23;
-    const Floats result = reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + exponent);
+    const Words exponent = (reinterpret_cast<Words>(rounded) - 0x4B400000) << 23;  // NaN wraps
+    const Floats result = reinterpret_cast<Floats>(reinterpret_cast<Words>(p) + exponent);
     return vanishes ? Floats{} : result;
 }
 
 inline Floats tanh(Floats x) {
     const Floats magnitude = x < 0 ? -x : x;
     const Floats e = exp_nonpositive(magnitude * -2.0f);
-    const Floats t = (1.0f - e) / (1.0f + e);
-    return x < 0 ? -t : t;
+    const Floats t = (1.0f - e) / (1.0f + e), result = x < 0 ? -t : t;
+    return x == x ? result : x;  // NaN stays NaN
 }
 
 // The 64-bit products of every lane with b, as high and low words.

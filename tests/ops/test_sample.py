@@ -189,3 +189,12 @@ def test_opcheck_and_compile(rng_seed):
         lambda x: sample(x, temperature=0.8, top_p=0.9, seed=5), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(logits).token, sample(logits, temperature=0.8, top_p=0.9, seed=5).token)
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_min_p_at_the_largest_logits(impl):
+    """Divided by a temperature and multiplied again, the largest float may become infinite."""
+    top = torch.finfo(torch.float32).max
+    logits = torch.tensor([[0.0, top, -top, top]])
+    for temperature in torch.linspace(1.05, 9, 200).tolist():
+        assert int(sample(logits, temperature=temperature, min_p=0.5, seed=3, impl=impl).token) in (1, 3)
