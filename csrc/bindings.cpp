@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <limits>
+#include <tuple>
 
 #include "cpu/isa.h"
 #include "cpu/rouge_l_recall.h"
@@ -15,6 +15,16 @@ namespace {
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Addresses of keys and values, how far apart their rows, heads and positions lie, and how many positions they have.
+using Strides = std::array<int64_t, 3>;
+using Positions = std::tuple<uintptr_t, uintptr_t, Strides, Strides, int64_t>;
+
+pmc::CachedPositions positions(const Positions& from) {
+    const auto& [key, value, key_stride, value_stride, length] = from;
+    const auto strides = [](const Strides& s) { return pmc::CacheStrides{s[0], s[1], s[2]}; };
+    return {pointer<const void>(key), pointer<const void>(value), strides(key_stride), strides(value_stride), length};
 }
 
 #ifdef _OPENMP
@@ -90,15 +100,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("dim"));
     m.def(
         "decode_attention",
-        [](uintptr_t query, uintptr_t key, uintptr_t value, int dtype, int64_t rows, int64_t heads, int64_t kv_heads,
-           int64_t length, int64_t dim, std::array<int64_t, 3> key_stride, std::array<int64_t, 3> value_stride,
-           uintptr_t first, float scale, float softcap, uintptr_t out, uintptr_t workspace, int threads) {
-            const auto strides = [](const std::array<int64_t, 3>& s) { return pmc::CacheStrides{s[0], s[1], s[2]}; };
-            return pmc::kernels().decode_attention({pointer<const void>(query), pointer<const void>(key),
-                                                    pointer<const void>(value), static_cast<pmc::Dtype>(dtype), rows,
-                                                    heads, kv_heads, length, dim, strides(key_stride),
-                                                    strides(value_stride), pointer<const int64_t>(first), scale,
-                                                    softcap, pointer<void>(out), pointer<void>(workspace), threads});
+        [](uintptr_t query, int dtype, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, const Positions& own,
+           const Positions& prefix, uintptr_t prefix_row, uintptr_t first, float scale, float softcap, uintptr_t out,
+           uintptr_t workspace, int threads) {
+            return pmc::kernels().decode_attention(
+                {pointer<const void>(query), static_cast<pmc::Dtype>(dtype), rows, heads, kv_heads, dim, positions(own),
+                 positions(prefix), pointer<const int64_t>(prefix_row), pointer<const int64_t>(first), scale, softcap,
+                 pointer<void>(out), pointer<void>(workspace), threads});
         },
         release());
 
@@ -119,10 +127,38 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "packed_linear",
         [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t packed, uintptr_t bias, int64_t out_features,
-           int64_t in_features, uintptr_t y, int64_t y_stride, int threads) {
+           int64_t in_features, uintptr_t y, int64_t y_stride, bool accumulate, int threads) {
             pmc::kernels().packed_linear({pointer<const float>(x), rows, x_stride, pointer<const float>(packed),
                                           pointer<const float>(bias), out_features, in_features, pointer<float>(y),
-                                          y_stride, threads});
+                                          y_stride, accumulate, threads});
+        },
+        release());
+
+    m.attr("SILU") = static_cast<int>(pmc::Activation::kSilu);
+    m.attr("GELU_TANH") = static_cast<int>(pmc::Activation::kGeluTanh);
+    m.def(
+        "normalize",
+        [](uintptr_t x, int64_t rows, int64_t size, int64_t x_stride, uintptr_t weight, uintptr_t bias, float epsilon,
+           bool centered, uintptr_t y, int64_t y_stride, int threads) {
+            pmc::kernels().normalize({pointer<const float>(x), rows, size, x_stride, pointer<const float>(weight),
+                                      pointer<const float>(bias), epsilon, centered, pointer<float>(y), y_stride,
+                                      threads});
+        },
+        release());
+    m.def(
+        "activate",
+        [](uintptr_t x, uintptr_t up, int64_t rows, int64_t size, int activation, int threads) {
+            pmc::kernels().activate({pointer<float>(x), pointer<const float>(up), rows, size,
+                                     static_cast<pmc::Activation>(activation), threads});
+        },
+        release());
+    m.def(
+        "rotate",
+        [](uintptr_t x, int64_t rows, int64_t heads, int64_t dim, int64_t x_stride, uintptr_t cosine, uintptr_t sine,
+           int64_t rotated, uintptr_t y, int64_t y_row_stride, int64_t y_head_stride, int dtype, int threads) {
+            pmc::kernels().rotate({pointer<const float>(x), rows, heads, dim, x_stride, pointer<const float>(cosine),
+                                   pointer<const float>(sine), rotated, pointer<void>(y), y_row_stride, y_head_stride,
+                                   static_cast<pmc::Dtype>(dtype), threads});
         },
         release());
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pmc_fast.cache import SampleCache
 from pmc_fast.errors import UserError
 from pmc_fast.ops import decode_attention
 
@@ -17,11 +19,33 @@ NAME = "pmc_fast"
 # How many attention calls of the packed forward pass under way have seen its lengths; None outside of one.
 _calls: ContextVar[list[int] | None] = ContextVar("pmc_fast_packed_calls", default=None)
 
-# For each attention call of the pass under way, whether `decode_attention` could take its place; None if nobody asks.
-_probe: ContextVar[list[bool] | None] = ContextVar("pmc_fast_probe", default=None)
+# The attention calls of the pass under way so far; None if nobody asks.
+_watched: ContextVar[list[AttentionCall] | None] = ContextVar("pmc_fast_watched", default=None)
 
-# The first position that each row sees, while rows are decoded one token at a time; None otherwise.
-_first: ContextVar[Tensor | None] = ContextVar("pmc_fast_first", default=None)
+# What the rows see while they are decoded one token at a time; None otherwise.
+_decoding: ContextVar[Decoding | None] = ContextVar("pmc_fast_decoding", default=None)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention call was given."""
+
+    layer: int | None
+    keys_at: int  # the address of its keys
+    same_shape: bool  # its keys and values have one shape
+    head_dim: int
+    scaling: float | None
+    softcap: float | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """first: int64 [N], the first position that each row sees; prefix_row: int64 [N], the row of its prompt."""
+
+    cache: SampleCache
+    first: Tensor
+    prefix_row: Tensor
 
 
 def install(model: nn.Module) -> None:
@@ -51,41 +75,43 @@ def packed() -> Iterator[None]:
 
 
 @contextmanager
-def replacing_sdpa(model: nn.Module) -> Iterator[list[bool]]:
-    """Within a with block, this module's attention in place of torch's; a model with any other is left as it is.
-
-    The list that it gives gets an entry for each attention call that passes through here: whether `decode_attention`
-    could do it.
-    """
+def replacing_sdpa(model: nn.Module) -> Iterator[None]:
+    """Within a with block, this module's attention in place of torch's; a model with any other is left as it is."""
     theirs = model.config._attn_implementation
-    calls: list[bool] = []
-    if theirs not in ("sdpa", NAME):
-        yield calls
+    if theirs != "sdpa":
+        yield
         return
     install(model)
-    token = _probe.set(calls)
-    try:
-        yield calls
-    finally:
-        _probe.reset(token)
-        if theirs != NAME:
-            model.set_attn_implementation(theirs)
-
-
-@contextmanager
-def decoding(first: Tensor) -> Iterator[None]:
-    """Around a pass of one token per row: no mask is made, each row sees its cache from position `first` [N] on."""
-    token = _first.set(first)
     try:
         yield
     finally:
-        _first.reset(token)
+        model.set_attn_implementation(theirs)
+
+
+@contextmanager
+def watching() -> Iterator[list[AttentionCall]]:
+    """Within a with block, the list that it gives gets an entry for each attention call that passes through here."""
+    token = _watched.set(calls := [])
+    try:
+        yield calls
+    finally:
+        _watched.reset(token)
+
+
+@contextmanager
+def decoding(cache: SampleCache, first: Tensor, prefix_row: Tensor) -> Iterator[None]:
+    """Around a pass of one token per row over a cache that holds prompts once: no mask is made."""
+    token = _decoding.set(Decoding(cache, first, prefix_row))
+    try:
+        yield
+    finally:
+        _decoding.reset(token)
 
 
 def _mask(*args, **kwargs) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
-    return None if _calls.get() is not None or _first.get() is not None else sdpa_mask(*args, **kwargs)
+    return None if _calls.get() is not None or _decoding.get() is not None else sdpa_mask(*args, **kwargs)
 
 
 def _forward(
@@ -104,12 +130,21 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if kwargs.get("s_aux") is not None:
         raise UserError("model: its attention has sinks, which this version does not support")
-    if (calls := _probe.get()) is not None:
-        calls.append(key.shape == value.shape)
-    if (first := _first.get()) is not None:
+    if (calls := _watched.get()) is not None:
+        layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape
+        calls.append(AttentionCall(layer, key.data_ptr(), same_shape, key.shape[3], scaling, softcap, sliding_window))
+    if (rows := _decoding.get()) is not None:
+        held = rows.cache.layers[module.layer_idx]
+        first = rows.first
         if sliding_window is not None:
-            first = first.clamp(min=key.shape[2] - sliding_window)
-        return decode_attention(query[:, :, 0], key, value, first, scale=scaling, softcap=softcap)[:, None], None
+            first = first.clamp(min=held.get_seq_length() - sliding_window)
+        prefix = {
+            "prefix_key": held.prefix_keys,
+            "prefix_value": held.prefix_values,
+            "prefix_row": rows.prefix_row,
+        }
+        out = decode_attention(query[:, :, 0], key, value, first, scale=scaling, softcap=softcap, **prefix)
+        return out[:, None], None
     if packed_lengths is None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

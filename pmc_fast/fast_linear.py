@@ -16,7 +16,7 @@ from pmc_fast.native import library, packed_linear
 # Weights copied into the library's own layout at most, for the time of one sampling call.
 PACKED_BYTES = 2 << 30
 
-# The packed heads of the blocks under way, by the identity of their weights.
+# The packed weights of the block under way, by the identity of those they are copies of.
 _packed: ContextVar[Mapping[tuple, packed_linear.PackedWeight]] = ContextVar("pmc_fast_packed", default={})  # noqa: B039
 
 
@@ -50,18 +50,20 @@ def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iter
         head: a weight [V, D] that is multiplied outside of the model's layers: see `packed`.
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
-    room = PACKED_BYTES
+    room, held = PACKED_BYTES, {}
     for layer in layers if _has_onednn() else []:
         if not _gains(layer.weight):
             continue
         needed = _packed_bytes(layer.weight)
-        if needed <= room:
-            room -= needed
-            multiply = _pack(layer.weight, rows)
-        else:
+        if needed > room:
             multiply = _widen(layer.weight)
+        elif _multiplies_packed():
+            held[_identity(layer.weight)] = panels = packed_linear.pack(layer.weight)
+            multiply = partial(_multiply_panels, panels)
+        else:
+            multiply = _reorder(layer.weight, rows)
+        room -= needed if needed <= room else 0
         layer.forward = partial(_forward, layer, multiply)
-    held = {}
     if head is not None and _gains(head) and _multiplies_packed() and _packed_bytes(head) <= room:
         held[_identity(head)] = packed_linear.pack(head)
     token = _packed.set(held)
@@ -74,7 +76,7 @@ def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iter
 
 
 def packed(weight: Tensor) -> packed_linear.PackedWeight | None:
-    """The packed copy of this `head`, if there is a `fast_linear` block around that made one."""
+    """The packed copy of this weight, if there is a `fast_linear` block around that made one."""
     return _packed.get().get(_identity(weight))
 
 
@@ -99,13 +101,14 @@ def _widen(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     return lambda x, bias: _onednn(x, weight.float(), bias)
 
 
-def _pack(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """x, bias -> x @ weight.T + bias in float32, from a packed copy."""
-    if _multiplies_packed():
-        panels = packed_linear.pack(weight)
-        return lambda x, bias: packed_linear.packed_linear(x, panels, bias)
+def _reorder(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """x, bias -> x @ weight.T + bias in float32, from a copy in oneDNN's layout."""
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach().float(), max(1, rows))
     return lambda x, bias: _onednn(x, reordered, bias)
+
+
+def _multiply_panels(panels: packed_linear.PackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    return packed_linear.packed_linear(x, panels, bias)
 
 
 def _gains(weight: Tensor) -> bool:

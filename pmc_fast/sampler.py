@@ -132,7 +132,7 @@ class Sampler:
         with (
             evaluating(model),
             fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight),
-            attention.replacing_sdpa(model) as attention_calls,
+            attention.replacing_sdpa(model),
         ):
             waves = []
             for begin in range(0, max(1, prompts), at_once):
@@ -146,7 +146,6 @@ class Sampler:
                         int(limits[part].max()) if prompts else 1,
                         sequence_ids[part],
                     )
-                rows.use_decode_attention(attention_calls)
                 pruner = None if prune is None else prune.part(begin, min(begin + at_once, prompts))
                 limit = limits[part].to(device).repeat_interleave(num_samples)
                 waves.append(_run(self.lm, rows, limit, ends.to(device), draw, pruner, progress))

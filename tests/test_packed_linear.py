@@ -33,6 +33,16 @@ def test_values(isa, shape, bias, rng_seed):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * max(1, inputs) ** 0.5)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accumulating(isa, shape, rng_seed):
+    rows, inputs, outputs = shape
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    held = torch.randn(rows, outputs)
+    want = held.double() + F.linear(x.double(), weight.double(), bias.double())
+    assert packed_linear(x, pack(weight), bias, held, accumulate=True) is held
+    torch.testing.assert_close(held.double(), want, rtol=1e-5, atol=1e-5 * max(1, inputs) ** 0.5)
+
+
 def test_views_are_read_and_written_in_place(isa, rng_seed):
     x, weight = torch.randn(9, 2 * 21)[:, 21:], torch.randn(17, 3 * 21)[:, :21]
     held = torch.full((9, 40), torch.nan)
@@ -62,16 +72,18 @@ def test_a_row_depends_on_nothing_but_itself(isa, rng_seed):
 
 
 @torch.no_grad()
-def test_the_head_is_packed_within_the_block_only(rng_seed, monkeypatch):
+def test_head_and_layers_are_packed_within_the_block_only(rng_seed, monkeypatch):
     monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: True)
     lm = LanguageModel(make_model(seed=rng_seed))
     weight = lm.head.weight
+    layer = lm.backbone.layers[0].mlp.down_proj
     with fast_linear(lm.backbone, 4, weight):
+        assert isinstance(packed(layer.weight), PackedWeight)
         assert isinstance(packed(weight), PackedWeight)
         assert packed(weight[1:]) is None and packed(weight.clone()) is None
         hidden, sequence = torch.randn(5, weight.shape[1]), torch.arange(5)
         inside = lm.head.sample(hidden, sequence=sequence, position=sequence, seed=3, impl="native")
-    assert packed(weight) is None
+    assert packed(weight) is None and packed(layer.weight) is None
     outside = lm.head.sample(hidden, sequence=sequence, position=sequence, seed=3, impl="native")
     assert torch.equal(inside.token, outside.token)
     torch.testing.assert_close(inside.logprob, outside.logprob, rtol=1e-4, atol=1e-5)

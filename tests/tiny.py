@@ -22,6 +22,8 @@ _SIZES = {
 
 FAMILIES = {
     "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
     "qwen3": {},
     "phi": {"num_key_value_heads": 4},
     "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "sliding_window": 6},

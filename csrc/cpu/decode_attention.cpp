@@ -1,4 +1,4 @@
-// Attention of one query token per row over the row's own keys and values, which are read once.
+// Attention of one query token per row over its keys and values: those it shares with other rows, then its own.
 #include <algorithm>
 #include <cmath>
 
@@ -11,28 +11,45 @@ namespace {
 
 // Heads that share keys and values are taken a few at a time, so that what they sum stays in registers.
 constexpr int kHeadsAtOnce = 4;
+// Enough dot products at a time to keep the multipliers busy.
+constexpr int kPositionsAtOnce = 8;
+
+// Consecutive positions of one key/value head.
+template <class T>
+struct Segment {
+    const T *key, *value;
+    int64_t key_stride, value_stride, positions;
+};
 
 template <class T>
 void to_floats(const T* from, int64_t size, float scale, float* to) {
     for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]) * scale;
 }
 
-// scores[h * score_stride + t] = query[h] . key[t], h < Heads.
-template <int Heads, class T>
-void dot_products(const float* query, int64_t dim, const T* key, int64_t key_stride, int64_t positions, float* scores,
-                  int64_t score_stride) {
-    for (int64_t t = 0; t < positions; ++t, key += key_stride) {
-        Floats sums[Heads] = {};
+// scores[t] = query . key[t].
+template <class T>
+void dot_products(const float* query, int64_t dim, const T* key, int64_t key_stride, int64_t positions, float* scores) {
+    int64_t t = 0;
+    for (; t + kPositionsAtOnce <= positions; t += kPositionsAtOnce) {
+        Floats sums[kPositionsAtOnce / 4][4] = {};
+        const T* keys = key + t * key_stride;
         int64_t i = 0;
         for (; i + kLanes <= dim; i += kLanes) {
-            const Floats k = load(key + i);
-            for (int h = 0; h < Heads; ++h) sums[h] += load(query + h * dim + i) * k;
+            const Floats q = load(query + i);
+            for (int p = 0; p < kPositionsAtOnce; ++p) sums[p / 4][p % 4] += q * load(keys + p * key_stride + i);
         }
-        for (int h = 0; h < Heads; ++h) {
-            float sum = horizontal_sum_float(sums[h]);
-            for (int64_t rest = i; rest < dim; ++rest) sum += query[h * dim + rest] * to_float(key[rest]);
-            scores[h * score_stride + t] = sum;
-        }
+        for (int p = 0; p < kPositionsAtOnce; p += 4) horizontal_sums(sums[p / 4], scores + t + p);
+        for (; i < dim; ++i)
+            for (int p = 0; p < kPositionsAtOnce; ++p) scores[t + p] += query[i] * to_float(keys[p * key_stride + i]);
+    }
+    for (; t < positions; ++t) {
+        Floats sums{};
+        const T* k = key + t * key_stride;
+        int64_t i = 0;
+        for (; i + kLanes <= dim; i += kLanes) sums += load(query + i) * load(k + i);
+        float sum = horizontal_sum_float(sums);
+        for (; i < dim; ++i) sum += query[i] * to_float(k[i]);
+        scores[t] = sum;
     }
 }
 
@@ -59,55 +76,79 @@ bool softmax(float* scores, int64_t positions, float softcap) {
     return true;
 }
 
-// out[h * dim + i] = sum over t of probability[h * stride + t] * value[t][i], h < Heads.
-template <int Heads, class T>
-void weighted_sum(const float* probability, int64_t stride, const T* value, int64_t value_stride, int64_t positions,
-                  int64_t dim, T* out) {
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= dim; i += 2 * kLanes) {
-        Floats low[Heads] = {}, high[Heads] = {};
-        const T* v = value + i;
-        for (int64_t t = 0; t < positions; ++t, v += value_stride) {
-            const Floats a = load(v), b = load(v + kLanes);
-            for (int h = 0; h < Heads; ++h) {
-                low[h] += probability[h * stride + t] * a;
-                high[h] += probability[h * stride + t] * b;
-            }
-        }
-        for (int h = 0; h < Heads; ++h) {
-            store(out + h * dim + i, low[h]);
-            store(out + h * dim + i + kLanes, high[h]);
+// out[h * dim + i] = sum over t of probability[h * stride + t] * value[t][i], h < Heads, for Vectors vectors from i on.
+template <int Heads, int Vectors, class T>
+void weighted_sum_part(const float* probability, int64_t stride, const Segment<T> (&segments)[2], int64_t dim,
+                       int64_t i, T* out) {
+    Floats sums[Heads][Vectors] = {};
+    const float* p = probability;
+    for (const Segment<T>& segment : segments) {
+        const T* v = segment.value + i;
+        for (int64_t t = 0; t < segment.positions; ++t, ++p, v += segment.value_stride) {
+            Floats values[Vectors];
+            for (int n = 0; n < Vectors; ++n) values[n] = load(v + n * kLanes);
+            for (int h = 0; h < Heads; ++h)
+                for (int n = 0; n < Vectors; ++n) sums[h][n] += p[h * stride] * values[n];
         }
     }
+    for (int h = 0; h < Heads; ++h)
+        for (int n = 0; n < Vectors; ++n) store(out + h * dim + i + n * kLanes, sums[h][n]);
+}
+
+template <int Heads, class T>
+void weighted_sum(const float* probability, int64_t stride, const Segment<T> (&segments)[2], int64_t dim, T* out) {
+    constexpr int kVectors = Heads == kHeadsAtOnce ? 2 : 4;  // as many as the registers hold sums for
+    int64_t i = 0;
+    for (; i + kVectors * kLanes <= dim; i += kVectors * kLanes)
+        weighted_sum_part<Heads, kVectors>(probability, stride, segments, dim, i, out);
+    for (; i + kLanes <= dim; i += kLanes) weighted_sum_part<Heads, 1>(probability, stride, segments, dim, i, out);
     for (; i < dim; ++i) {
         for (int h = 0; h < Heads; ++h) {
             float sum = 0;
-            for (int64_t t = 0; t < positions; ++t)
-                sum += probability[h * stride + t] * to_float(value[t * value_stride + i]);
+            const float* p = probability + h * stride;
+            for (const Segment<T>& segment : segments)
+                for (int64_t t = 0; t < segment.positions; ++t)
+                    sum += *p++ * to_float(segment.value[t * segment.value_stride + i]);
             from_float(out + h * dim + i, sum);
         }
     }
 }
 
 template <int Heads, class T>
-bool attend(const DecodeAttentionArgs& args, const T* query, const T* key, const T* value, int64_t positions, T* out,
-            float* scratch) {
-    float* const q = scratch + Heads * args.length;
+bool attend(const DecodeAttentionArgs& args, const T* query, const Segment<T> (&segments)[2], T* out, float* scratch) {
+    const int64_t stride = args.prefix.length + args.own.length;
+    float* const q = scratch + Heads * stride;
     to_floats(query, Heads * args.dim, args.scale, q);
-    dot_products<Heads>(q, args.dim, key, args.key_stride.position, positions, scratch, args.length);
+    int64_t positions = 0;
+    for (const Segment<T>& segment : segments) {
+        for (int h = 0; h < Heads; ++h)
+            dot_products(q + h * args.dim, args.dim, segment.key, segment.key_stride, segment.positions,
+                         scratch + h * stride + positions);
+        positions += segment.positions;
+    }
     for (int h = 0; h < Heads; ++h)
-        if (!softmax(scratch + h * args.length, positions, args.softcap)) return false;
-    weighted_sum<Heads>(scratch, args.length, value, args.value_stride.position, positions, args.dim, out);
+        if (!softmax(scratch + h * stride, positions, args.softcap)) return false;
+    weighted_sum<Heads>(scratch, stride, segments, args.dim, out);
     return true;
+}
+
+// What is left of some positions for one row and head if the first `skipped` are not looked at.
+template <class T>
+Segment<T> segment(const CachedPositions& from, int64_t row, int64_t kv_head, int64_t skipped) {
+    const auto at = [&](const void* base, const CacheStrides& stride) {
+        return static_cast<const T*>(base) + row * stride.row + kv_head * stride.head + skipped * stride.position;
+    };
+    if (skipped >= from.length) return {nullptr, nullptr, 0, 0, 0};
+    return {at(from.key, from.key_stride), at(from.value, from.value_stride), from.key_stride.position,
+            from.value_stride.position, from.length - skipped};
 }
 
 template <class T>
 bool decode_attention_heads(const DecodeAttentionArgs& args, int64_t row, int64_t kv_head, float* scratch) {
-    const int64_t group = args.heads / args.kv_heads, first = args.first[row], positions = args.length - first;
-    const auto at = [&](const void* base, const CacheStrides& stride) {
-        return static_cast<const T*>(base) + row * stride.row + kv_head * stride.head + first * stride.position;
-    };
-    const T *key = at(args.key, args.key_stride), *value = at(args.value, args.value_stride);
+    const int64_t group = args.heads / args.kv_heads, first = args.first[row];
+    const Segment<T> segments[2] = {
+        segment<T>(args.prefix, args.prefix_row ? args.prefix_row[row] : 0, kv_head, first),
+        segment<T>(args.own, row, kv_head, std::max<int64_t>(0, first - args.prefix.length))};
     const int64_t begin = (row * args.heads + kv_head * group) * args.dim;
     const T* query = static_cast<const T*>(args.query) + begin;
     T* out = static_cast<T*>(args.out) + begin;
@@ -117,16 +158,16 @@ bool decode_attention_heads(const DecodeAttentionArgs& args, int64_t row, int64_
         const T* q = query + done * args.dim;
         T* o = out + done * args.dim;
         if (left >= kHeadsAtOnce) {
-            finite = attend<kHeadsAtOnce>(args, q, key, value, positions, o, scratch);
+            finite = attend<kHeadsAtOnce>(args, q, segments, o, scratch);
             done += kHeadsAtOnce;
         } else if (left == 3) {
-            finite = attend<3>(args, q, key, value, positions, o, scratch);
+            finite = attend<3>(args, q, segments, o, scratch);
             done += 3;
         } else if (left == 2) {
-            finite = attend<2>(args, q, key, value, positions, o, scratch);
+            finite = attend<2>(args, q, segments, o, scratch);
             done += 2;
         } else {
-            finite = attend<1>(args, q, key, value, positions, o, scratch);
+            finite = attend<1>(args, q, segments, o, scratch);
             done += 1;
         }
     }
@@ -137,7 +178,7 @@ bool decode_attention_heads(const DecodeAttentionArgs& args, int64_t row, int64_
 
 int64_t decode_attention(const DecodeAttentionArgs& args) {
     int64_t bad_row = kAllRowsFinite;
-    const int64_t slice = decode_attention_workspace_floats(args.length, args.dim);
+    const int64_t slice = decode_attention_workspace_floats(args.prefix.length + args.own.length, args.dim);
     parallel_for(args.rows * args.kv_heads, args.threads, [&](int64_t task, int thread) {
         const int64_t row = task / args.kv_heads, kv_head = task % args.kv_heads;
         float* const scratch = static_cast<float*>(args.workspace) + thread * slice;

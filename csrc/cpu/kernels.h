@@ -63,18 +63,25 @@ struct CacheStrides {
     int64_t row, head, position;
 };
 
-struct DecodeAttentionArgs {
-    const void* query;  // [rows, heads, dim]
-    const void* key;    // [rows, kv_heads, length, dim]
-    const void* value;  // [rows, kv_heads, length, dim]
-    Dtype dtype;
-    int64_t rows, heads, kv_heads, length, dim;  // kv_heads divides heads
+// Keys and values of `length` positions: [rows, kv_heads, length, dim].
+struct CachedPositions {
+    const void *key, *value;
     CacheStrides key_stride, value_stride;
-    const int64_t* first;  // [rows], each in [0, length): the positions before it are left out
+    int64_t length;
+};
+
+struct DecodeAttentionArgs {
+    const void* query;                   // [rows, heads, dim]
+    Dtype dtype;                         // of query, out and all keys and values
+    int64_t rows, heads, kv_heads, dim;  // kv_heads divides heads
+    CachedPositions own;                 // those of each row, which come after
+    CachedPositions prefix;              // those that rows share: row r has prefix row prefix_row[r]
+    const int64_t* prefix_row;           // [rows], or null if prefix.length is 0
+    const int64_t* first;  // [rows], each in [0, prefix.length + own.length): the positions before it are left out
     float scale;           // scores = scale * query . key, then
     float softcap;         // softcap * tanh(scores / softcap); 0 leaves them
     void* out;             // [rows, heads, dim]
-    void* workspace;       // threads * decode_attention_workspace_floats(length, dim) floats
+    void* workspace;       // threads * decode_attention_workspace_floats(prefix.length + own.length, dim) floats
     int threads;
 };
 
@@ -95,6 +102,43 @@ struct PackedLinearArgs {
     int64_t out_features, in_features;
     float* y;  // [rows, out_features], y_stride elements apart
     int64_t y_stride;
+    bool accumulate;  // the product is added to what y holds
+    int threads;
+};
+
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias for each row; without `centered` the mean is taken to be 0.
+struct NormalizeArgs {
+    const float* x;  // [rows, size], x_stride elements apart
+    int64_t rows, size, x_stride;
+    const float* weight;  // [size]
+    const float* bias;    // [size] or null
+    float epsilon;
+    bool centered;
+    float* y;  // [rows, size], y_stride elements apart; may be x
+    int64_t y_stride;
+    int threads;
+};
+
+enum class Activation { kSilu = 0, kGeluTanh = 1 };
+
+struct ActivateArgs {
+    float* x;         // [rows, size], overwritten with activation(x) * up
+    const float* up;  // [rows, size] or null, which is 1
+    int64_t rows, size;
+    Activation activation;
+    int threads;
+};
+
+// Rotary position embedding: element i is paired with element i + rotated / 2 of its head.
+struct RotateArgs {
+    const float* x;  // [rows, heads, dim], rows x_stride elements apart
+    int64_t rows, heads, dim, x_stride;
+    const float* cosine;  // [rows, rotated]
+    const float* sine;    // [rows, rotated]
+    int64_t rotated;      // even, at most dim: the elements after them are only copied; 0 copies all
+    void* y;              // [rows, heads, dim] with these strides; not x
+    int64_t y_row_stride, y_head_stride;
+    Dtype dtype;  // of y
     int threads;
 };
 
@@ -107,6 +151,9 @@ struct Kernels {
     int64_t (*packed_weight_floats)(int64_t out_features, int64_t in_features);
     void (*pack_weight)(const PackWeightArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
+    void (*normalize)(const NormalizeArgs&);
+    void (*activate)(const ActivateArgs&);
+    void (*rotate)(const RotateArgs&);
 };
 
 constexpr int64_t kWorkspaceSlack = 64;  // elements past the end that a vector may touch

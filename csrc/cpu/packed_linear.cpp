@@ -1,4 +1,4 @@
-// y = x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them.
+// y (+)= x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them.
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -13,40 +13,52 @@ constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 // Inputs taken at once, so that a panel's part stays in the second-level cache while the tiles pass over it.
 constexpr int64_t kDepth = 2048;
-// How far ahead of use the panel is asked for, in inputs: its lines come from beyond the first-level cache.
+// How far ahead of use a panel's lines are asked for, in inputs: they come from the second-level cache.
 constexpr int64_t kAhead = 8;
 constexpr int64_t kLineFloats = 16;
+constexpr int64_t kLongestRun = 48;
 
 struct Tile {
     const float* x;
     int64_t x_stride;
     const float* panel;
     int64_t depth;
-    const float* start;  // the sums begin with these rows
-    int64_t start_stride;
+    const float* bias;  // the sums begin with this row
+    bool accumulate;    // and with what y holds
     float* y;
     int64_t y_stride;
+    const float* next;  // this tile's share of the next panel, fetched from memory a line at a time while it multiplies
+    int64_t inputs_per_line;
 };
 
-// y[Rows, kPanel] = start + x[Rows, depth] panel[depth, kPanel]. Unrolled, or the sums would live in memory.
+// y[Rows, kPanel] = bias (+ y) + x[Rows, depth] panel[depth, kPanel]. Unrolled, or the sums would live in memory.
 template <int Rows>
 inline void multiply_tile(const Tile& tile) {
     Floats low[Rows], high[Rows];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-        low[r] = load(tile.start + r * tile.start_stride);
-        high[r] = load(tile.start + r * tile.start_stride + kLanes);
-        __builtin_prefetch(tile.y + r * tile.y_stride, 1);
+        low[r] = load(tile.bias);
+        high[r] = load(tile.bias + kLanes);
+        if (tile.accumulate) {
+            low[r] += load(tile.y + r * tile.y_stride);
+            high[r] += load(tile.y + r * tile.y_stride + kLanes);
+        } else {
+            __builtin_prefetch(tile.y + r * tile.y_stride, 1);
+        }
     }
-    const float *x = tile.x, *panel = tile.panel;
-    for (int64_t k = 0; k < tile.depth; ++k, ++x, panel += kPanel) {
-        const Floats a = load(panel), b = load(panel + kLanes);
-        __builtin_prefetch(panel + kAhead * kPanel);
+    const float *x = tile.x, *panel = tile.panel, *next = tile.next;
+    for (int64_t begin = 0; begin < tile.depth; begin += tile.inputs_per_line, next += kLineFloats) {
+        __builtin_prefetch(next, 0, 2);
+        const int64_t end = std::min(tile.depth, begin + tile.inputs_per_line);
+        for (int64_t k = begin; k < end; ++k, ++x, panel += kPanel) {
+            const Floats a = load(panel), b = load(panel + kLanes);
+            __builtin_prefetch(panel + kAhead * kPanel);
 #pragma GCC unroll 12
-        for (int r = 0; r < Rows; ++r) {
-            const Floats value = broadcast(x[r * tile.x_stride]);
-            low[r] += value * a;
-            high[r] += value * b;
+            for (int r = 0; r < Rows; ++r) {
+                const Floats value = broadcast(x[r * tile.x_stride]);
+                low[r] += value * a;
+                high[r] += value * b;
+            }
         }
     }
 #pragma GCC unroll 12
@@ -67,37 +79,35 @@ void multiply_panel(const PackedLinearArgs& args, int64_t panel) {
     const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
     const bool whole = columns == kPanel;
     const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
-    const int64_t panel_floats = kPanel * args.in_features;
-    const float* const weight = args.packed + panel * panel_floats;
+    const float* const weight = args.packed + panel * kPanel * args.in_features;
     float bias[kPanel] = {};
     if (args.bias) std::copy_n(args.bias + begin, columns, bias);
     for (int64_t k = 0; k < args.in_features; k += kDepth) {
         for (int64_t index = 0; index < tiles; ++index) {
             const int64_t row = args.rows * index / tiles, rows = args.rows * (index + 1) / tiles - row;
             float* const y = args.y + row * args.y_stride + begin;
+            const int64_t depth = std::min(kDepth, args.in_features - k);
             Tile tile{args.x + row * args.x_stride + k,
                       args.x_stride,
                       weight + k * kPanel,
-                      std::min(kDepth, args.in_features - k),
+                      depth,
                       bias,
-                      0,
+                      args.accumulate || k > 0,
                       y,
-                      args.y_stride};
+                      args.y_stride,
+                      weight + kPanel * (args.in_features + k + depth * index / tiles),
+                      std::max<int64_t>(1, tiles * kLineFloats / kPanel)};
             float edge[kTileRows * kPanel] = {};  // the last columns, where a whole vector would leave the row
-            if (!whole) tile.y = edge, tile.y_stride = kPanel;
-            if (k > 0) {
-                tile.start = tile.y, tile.start_stride = tile.y_stride;
-                if (!whole)
+            if (!whole) {
+                tile.y = edge, tile.y_stride = kPanel;
+                if (tile.accumulate)
                     for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * args.y_stride, columns, edge + r * kPanel);
             }
-            // The next panel comes from memory while this one is in use.
-            if (k == 0)
-                for (int64_t i = panel_floats * index / tiles; i < panel_floats * (index + 1) / tiles; i += kLineFloats)
-                    __builtin_prefetch(weight + panel_floats + i, 0, 2);
             multiply_tile<kTileRows>(tile, rows);
             if (!whole)
                 for (int64_t r = 0; r < rows; ++r) std::copy_n(edge + r * kPanel, columns, y + r * args.y_stride);
         }
+        std::fill_n(bias, kPanel, 0.0f);
     }
 }
 
@@ -125,8 +135,10 @@ void pack_weight(const PackWeightArgs& args) {
 }
 
 void packed_linear(const PackedLinearArgs& args) {
-    // Neighbouring panels go to one thread, in runs short enough to share out evenly.
-    const int64_t count = panels(args.out_features), run = std::max<int64_t>(1, count / (args.threads * 32));
+    // A thread takes neighbouring panels, since each is fetched while the one before is in use: as many as still leave
+    // something to share out when the threads are not equally fast.
+    const int64_t count = panels(args.out_features);
+    const int64_t run = std::min(kLongestRun, std::max<int64_t>(1, count / (args.threads * 3)));
     parallel_for((count + run - 1) / run, args.threads, [&](int64_t part, int) {
         for (int64_t panel = part * run; panel < std::min(count, (part + 1) * run); ++panel)
             multiply_panel(args, panel);

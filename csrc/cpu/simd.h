@@ -86,6 +86,25 @@ inline float horizontal_sum_float(Floats v) {
     return sums[0];
 }
 
+// to[i] = the sum of v[i]'s lanes.
+inline void horizontal_sums(const Floats (&v)[4], float* to) {
+#if PMC_LANES >= 8 && defined(__AVX__)
+    __m256 w[4];
+    for (int i = 0; i < 4; ++i) {
+#if PMC_LANES == 16 && defined(__AVX512DQ__)
+        const __m512 x = reinterpret_cast<__m512>(v[i]);
+        w[i] = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+#else
+        w[i] = reinterpret_cast<__m256>(v[i]);
+#endif
+    }
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(w[0], w[1]), _mm256_hadd_ps(w[2], w[3]));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+    for (int i = 0; i < 4; ++i) to[i] = horizontal_sum_float(v[i]);
+#endif
+}
+
 inline double horizontal_sum(Floats v) {
     double sum = 0;
     for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];

@@ -13,9 +13,13 @@ int64_t decode_attention(const DecodeAttentionArgs& args);
 int64_t packed_weight_floats(int64_t out_features, int64_t in_features);
 void pack_weight(const PackWeightArgs& args);
 void packed_linear(const PackedLinearArgs& args);
+void normalize(const NormalizeArgs& args);
+void activate(const ActivateArgs& args);
+void rotate(const RotateArgs& args);
 
 extern const Kernels kernels;
-const Kernels kernels = {PMC_STRING(PMC_ISA),  sample,      cross_entropy, gumbel, decode_attention,
-                         packed_weight_floats, pack_weight, packed_linear};
+const Kernels kernels = {
+    PMC_STRING(PMC_ISA), sample,    cross_entropy, gumbel, decode_attention, packed_weight_floats, pack_weight,
+    packed_linear,       normalize, activate,      rotate};
 
 }  // namespace pmc::PMC_ISA

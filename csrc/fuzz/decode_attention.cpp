@@ -12,37 +12,62 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Shape {
     int64_t rows, heads, kv_heads, length, dim;
+    int64_t prefixes, prefix_length;
 };
 
-// Keys or values.
-struct Cache {
+// Keys or values of some rows' positions.
+struct Positions {
     CacheStrides stride;
     Numbers x;
 
-    static Cache random(Random& random, const Shape& s, Dtype dtype, float spread, const std::vector<int64_t>& first) {
+    static Positions random(Random& random, const Shape& s, int64_t rows, int64_t length, Dtype dtype, float spread,
+                            const std::vector<int64_t>& first) {
         CacheStrides stride;
         const int64_t gap = random.one_in(2) ? 0 : random.between(1, 5);
         if (random.one_in(2)) {  // heads outside, positions inside
             stride.position = s.dim + gap;
-            stride.head = stride.position * (s.length + gap);
+            stride.head = stride.position * (length + gap);
             stride.row = stride.head * s.kv_heads + gap;
         } else {
             stride.head = s.dim + gap;
             stride.position = stride.head * s.kv_heads + gap;
-            stride.row = stride.position * (s.length + gap);
+            stride.row = stride.position * (length + gap);
         }
-        const int64_t last =
-            (s.rows - 1) * stride.row + (s.kv_heads - 1) * stride.head + (s.length - 1) * stride.position;
-        Cache cache{stride, Numbers(dtype, s.rows ? last + s.dim : 0, kNaN)};
-        for (int64_t r = 0; r < s.rows; ++r)
+        const int64_t last = (rows - 1) * stride.row + (s.kv_heads - 1) * stride.head + (length - 1) * stride.position;
+        Positions made{stride, Numbers(dtype, rows && length ? last + s.dim : 0, kNaN)};
+        for (int64_t r = 0; r < rows; ++r)
             for (int64_t h = 0; h < s.kv_heads; ++h)
-                for (int64_t t = first[r]; t < s.length; ++t)
-                    for (int64_t i = 0; i < s.dim; ++i) cache.x.set(cache.at(r, h, t) + i, random.normal() * spread);
-        return cache;
+                for (int64_t t = first[r]; t < length; ++t)
+                    for (int64_t i = 0; i < s.dim; ++i) made.x.set(made.at(r, h, t) + i, random.normal() * spread);
+        return made;
     }
 
     int64_t at(int64_t row, int64_t head, int64_t position) const {
         return row * stride.row + head * stride.head + position * stride.position;
+    }
+};
+
+// Keys or values of all positions: those of the prefixes, then each row's own.
+struct Cache {
+    const std::vector<int64_t>& prefix_row;
+    int64_t prefix_length;
+    Positions prefix, own;
+
+    static Cache random(Random& random, const Shape& s, Dtype dtype, float spread, const std::vector<int64_t>& first,
+                        const std::vector<int64_t>& prefix_row) {
+        std::vector<int64_t> in_prefix(s.prefixes, s.prefix_length), in_own(s.rows);  // what no row looks at is NaN
+        for (int64_t r = 0; r < s.rows; ++r) {
+            in_own[r] = std::max<int64_t>(0, first[r] - s.prefix_length);
+            if (s.prefixes) in_prefix[prefix_row[r]] = std::min(in_prefix[prefix_row[r]], first[r]);
+        }
+        return {prefix_row, s.prefix_length,
+                Positions::random(random, s, s.prefixes, s.prefix_length, dtype, spread, in_prefix),
+                Positions::random(random, s, s.rows, s.length, dtype, spread, in_own)};
+    }
+
+    float get(int64_t row, int64_t head, int64_t position, int64_t i) const {
+        if (position >= prefix_length) return own.x.get(own.at(row, head, position - prefix_length) + i);
+        return prefix.x.get(prefix.at(prefix_row[row], head, position) + i);
     }
 };
 
@@ -52,11 +77,10 @@ bool attend(const Shape& s, int64_t row, int64_t head, int64_t first, const Numb
     const int64_t kv_head = head * s.kv_heads / s.heads, q = (row * s.heads + head) * s.dim;
     std::vector<double> scores;
     double error = 0, largest = 0, mass = 0;
-    for (int64_t t = first; t < s.length; ++t) {
+    for (int64_t t = first; t < s.prefix_length + s.length; ++t) {
         double score = 0, magnitude = 0;
         for (int64_t i = 0; i < s.dim; ++i) {
-            const double product =
-                static_cast<double>(query.get(q + i)) * scale * key.x.get(key.at(row, kv_head, t) + i);
+            const double product = static_cast<double>(query.get(q + i)) * scale * key.get(row, kv_head, t, i);
             score += product;
             magnitude += std::abs(product);
         }
@@ -71,9 +95,9 @@ bool attend(const Shape& s, int64_t row, int64_t head, int64_t first, const Numb
     error += softcap * 1e-6 + 1e-6 + 0x1p-23 * static_cast<double>(scores.size());
     for (double& score : scores) mass += score = std::exp(score - top);
     std::fill_n(out, s.dim, 0.0);
-    for (int64_t t = first; t < s.length; ++t)
+    for (int64_t t = first; t < s.prefix_length + s.length; ++t)
         for (int64_t i = 0; i < s.dim; ++i) {
-            const double v = value.x.get(value.at(row, kv_head, t) + i);
+            const double v = value.get(row, kv_head, t, i);
             out[i] += scores[t - first] / mass * v;
             largest = std::max(largest, std::abs(v));
         }
@@ -91,9 +115,13 @@ void fuzz_decode_attention(Case& c) {
     s.heads = s.kv_heads * random.between(1, 9);
     s.length = random.one_in(20) ? random.between(1, 500) : random.between(1, 40);
     s.dim = random.one_in(2) ? random.between(1, 70) : random.pick<int64_t>({8, 16, 32, 64, 128});
+    s.prefixes = s.rows && random.one_in(2) ? random.between(1, 2) : 0;
+    s.prefix_length = s.prefixes ? random.between(1, 40) : 0;
+    const int64_t positions = s.prefix_length + s.length;
     const Dtype dtype = random.one_in(2) ? Dtype::kFloat32 : Dtype::kBFloat16;
-    std::vector<int64_t> first(s.rows);
-    for (int64_t& f : first) f = random.pick<int64_t>({0, s.length - 1, random.between(0, s.length - 1)});
+    std::vector<int64_t> first(s.rows), prefix_row(s.rows);
+    for (int64_t& f : first) f = random.pick<int64_t>({0, positions - 1, random.between(0, positions - 1)});
+    for (int64_t& p : prefix_row) p = random.between(0, std::max<int64_t>(0, s.prefixes - 1));
     const float scale = random.pick({1.0f, 0.1f, -2.0f, 1 / std::sqrt(static_cast<float>(s.dim))});
     const float softcap = random.pick({0.0f, 0.0f, 1.5f, 50.0f});
     const int threads = static_cast<int>(random.between(1, 2));
@@ -101,12 +129,14 @@ void fuzz_decode_attention(Case& c) {
     Numbers query(dtype, s.rows * s.heads * s.dim, 0);
     const float spread = random.pick({0.0f, 1e-39f, 0.3f, 1.0f, 5.0f});
     for (int64_t i = 0; i < s.rows * s.heads * s.dim; ++i) query.set(i, random.normal() * spread);
-    Cache key = Cache::random(random, s, dtype, random.pick({0.0f, 1.0f, 4.0f}), first);
-    Cache value = Cache::random(random, s, dtype, random.pick({1.0f, 1e-30f, 1e30f}), first);
+    Cache key = Cache::random(random, s, dtype, random.pick({0.0f, 1.0f, 4.0f}), first, prefix_row);
+    const Cache value = Cache::random(random, s, dtype, random.pick({1.0f, 1e-30f, 1e30f}), first, prefix_row);
     if (s.rows && random.one_in(5)) {
         const int64_t row = random.between(0, s.rows - 1);
-        const int64_t at = key.at(row, random.between(0, s.kv_heads - 1), random.between(first[row], s.length - 1));
-        key.x.set(at + random.between(0, s.dim - 1), random.pick({INFINITY, -INFINITY, random.nan(), random.nan()}));
+        const int64_t skipped = std::max<int64_t>(0, first[row] - s.prefix_length);
+        const int64_t at = key.own.at(row, random.between(0, s.kv_heads - 1), random.between(skipped, s.length - 1));
+        key.own.x.set(at + random.between(0, s.dim - 1),
+                      random.pick({INFINITY, -INFINITY, random.nan(), random.nan()}));
     }
 
     std::vector<double> expected(s.rows * s.heads * s.dim), tolerance(s.rows * s.heads);
@@ -120,10 +150,14 @@ void fuzz_decode_attention(Case& c) {
         }
     c.for_each_isa([&] {
         Numbers out(dtype, s.rows * s.heads * s.dim, kNaN);
-        std::vector<float> workspace(threads * decode_attention_workspace_floats(s.length, s.dim), kNaN);
+        std::vector<float> workspace(threads * decode_attention_workspace_floats(positions, s.dim), kNaN);
+        const auto cached = [](const Positions& k, const Positions& v, int64_t length) {
+            return CachedPositions{k.x.data(), v.x.data(), k.stride, v.stride, length};
+        };
         const int64_t bad = kernels().decode_attention(
-            {query.data(), key.x.data(), value.x.data(), dtype, s.rows, s.heads, s.kv_heads, s.length, s.dim,
-             key.stride, value.stride, first.data(), scale, softcap, out.data(), workspace.data(), threads});
+            {query.data(), dtype, s.rows, s.heads, s.kv_heads, s.dim, cached(key.own, value.own, s.length),
+             cached(key.prefix, value.prefix, s.prefix_length), s.prefixes ? prefix_row.data() : nullptr, first.data(),
+             scale, softcap, out.data(), workspace.data(), threads});
         check_first_bad(c, usable, bad);
         for (int64_t i = 0; i < s.rows * s.heads * s.dim; ++i) {
             const int64_t head = i / s.dim;

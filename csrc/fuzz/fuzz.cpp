@@ -34,6 +34,7 @@ Fuzzer fuzzers[] = {
     {"cross_entropy", pmc::fuzz::fuzz_cross_entropy},
     {"decode_attention", pmc::fuzz::fuzz_decode_attention},
     {"packed_linear", pmc::fuzz::fuzz_packed_linear},
+    {"elementwise", pmc::fuzz::fuzz_elementwise},
     {"gumbel", pmc::fuzz::fuzz_gumbel},
     {"rouge_l_recall", pmc::fuzz::fuzz_rouge_l_recall},
 };

@@ -112,6 +112,7 @@ void fuzz_gumbel(Case& c);
 void fuzz_cross_entropy(Case& c);
 void fuzz_decode_attention(Case& c);
 void fuzz_packed_linear(Case& c);
+void fuzz_elementwise(Case& c);
 void fuzz_rouge_l_recall(Case& c);
 
 }  // namespace pmc::fuzz

@@ -26,7 +26,11 @@ void fuzz_packed_linear(Case& c) {
     for (int64_t o = 0; o < outputs; ++o)
         for (int64_t k = 0; k < inputs; ++k) weight.set(o * w_stride + k, random.normal());
     for (float& b : bias) b = random.normal();
-    const bool biased = random.one_in(2);
+    const bool biased = random.one_in(2), accumulate = random.one_in(3);
+    Numbers before(Dtype::kFloat32, elements(rows, y_stride, outputs), kNaN);
+    if (accumulate)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t o = 0; o < outputs; ++o) before.set(r * y_stride + o, random.normal());
     if (rows && random.one_in(4))
         x.set(random.between(0, rows - 1) * x_stride + random.between(0, inputs - 1),
               random.pick({INFINITY, -INFINITY, random.nan()}));
@@ -34,7 +38,8 @@ void fuzz_packed_linear(Case& c) {
     std::vector<double> expected(rows * outputs), tolerance(rows * outputs);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t o = 0; o < outputs; ++o) {
-            double sum = biased ? bias[o] : 0, magnitude = std::abs(sum);
+            double sum = (biased ? bias[o] : 0.0) + (accumulate ? before.get(r * y_stride + o) : 0.0);
+            double magnitude = std::abs(sum);
             for (int64_t k = 0; k < inputs; ++k) {
                 const double product = static_cast<double>(x.get(r * x_stride + k)) * weight.get(o * w_stride + k);
                 sum += product;
@@ -46,11 +51,10 @@ void fuzz_packed_linear(Case& c) {
     c.for_each_isa([&] {
         std::vector<float> packed(kernels().packed_weight_floats(outputs, inputs), kNaN);
         kernels().pack_weight({weight.data(), weight.dtype(), outputs, inputs, w_stride, packed.data(), threads});
-        const Numbers before(Dtype::kFloat32, elements(rows, y_stride, outputs), kNaN);
         Numbers y = before;
         kernels().packed_linear({static_cast<const float*>(x.data()), rows, x_stride, packed.data(),
                                  biased ? bias.data() : nullptr, outputs, inputs, static_cast<float*>(y.data()),
-                                 y_stride, threads});
+                                 y_stride, accumulate, threads});
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t o = 0; o < outputs; ++o)
                 c.check_near("y", r, o, y.get(r * y_stride + o), expected[r * outputs + o], tolerance[r * outputs + o]);

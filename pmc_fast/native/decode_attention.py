@@ -8,29 +8,42 @@ from torch import Tensor
 from pmc_fast.errors import scores_not_finite
 from pmc_fast.native import dtype_code, library
 
+_NO_POSITIONS = (0, 0, (0, 0, 0), (0, 0, 0), 0)
+
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, *, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    prefix_row: Tensor | None = None,
 ) -> Tensor:
     lib, threads = library(), torch.get_num_threads()
     query, first = query.contiguous(), first.contiguous()
-    key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
+    key, value = (_within_heads(x) for x in (key, value))
+    prefix, length = _NO_POSITIONS, key.shape[2]
+    if prefix_key is not None:
+        prefix_key, prefix_value = (_within_heads(x) for x in (prefix_key, prefix_value))
+        prefix_row = prefix_row.contiguous()
+        prefix, length = _positions(prefix_key, prefix_value), length + prefix_key.shape[2]
     rows, heads, dim = query.shape
-    kv_heads, length = key.shape[1:3]
     out = torch.empty_like(query)
     workspace = torch.empty(threads * lib.decode_attention_workspace_floats(length, dim), dtype=torch.float32)
     bad = lib.decode_attention(
         query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
         dtype_code(query.dtype),
         rows,
         heads,
-        kv_heads,
-        length,
+        key.shape[1],
         dim,
-        key.stride()[:3],
-        value.stride()[:3],
+        _positions(key, value),
+        prefix,
+        0 if prefix_row is None else prefix_row.data_ptr(),
         first.data_ptr(),
         scale,
         softcap or 0.0,
@@ -41,3 +54,11 @@ def decode_attention(
     if bad >= 0:
         raise scores_not_finite(bad)
     return out
+
+
+def _within_heads(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _positions(key: Tensor, value: Tensor) -> tuple:
+    return key.data_ptr(), value.data_ptr(), key.stride()[:3], value.stride()[:3], key.shape[2]

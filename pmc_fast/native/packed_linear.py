@@ -39,8 +39,18 @@ def pack(weight: Tensor) -> PackedWeight:
     return PackedWeight(panels, *weight.shape)
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias in float32, without gradients; `out` [N, out_features] is written if it is given."""
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    """x @ weight.T + bias in float32, without gradients.
+
+    `out` [N, out_features] is written if it is given; with `accumulate`, the result is added to it.
+    """
     rows = x.reshape(-1, weight.in_features)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     y = torch.empty(len(rows), weight.out_features) if out is None else out
@@ -55,6 +65,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, o
         weight.in_features,
         y.data_ptr(),
         y.stride(0),
+        accumulate,
         torch.get_num_threads(),
     )
     return y.view(*x.shape[:-1], weight.out_features) if out is None else out

@@ -17,6 +17,9 @@ def decode_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    prefix_row: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Attention of one new token per row, over the keys and values from each row's first position on; no gradients.
@@ -24,14 +27,19 @@ def decode_attention(
     Equivalent to ``scaled_dot_product_attention(query[:, :, None], key, value, attn_mask=mask, scale=scale,
     enable_gqa=True)[:, :, 0]`` with ``mask = (arange(T) >= first[:, None])[:, None, None]``, each score passed through
     ``softcap * tanh(score / softcap)`` first where softcap is given. Heads that share keys and values read them once.
+    With a prefix, key and value stand for ``cat([prefix_key[prefix_row], key], 2)`` and likewise: what many rows have in
+    common, such as a prompt, is held once.
 
     Args:
         query: float32, bfloat16 or float16 [N, H, D] (float64 for the reference).
         key: [N, K, T, D], dtype of query; K divides H, and head h uses the keys of head h * K // H.
         value: [N, K, T, D], dtype of query.
-        first: int64 [N] in [0, T): the positions before it are left out (padding, or outside a sliding window).
+        first: int64 [N] in [0, T), with a prefix in [0, S + T): the positions before it are left out (padding, or
+            outside a sliding window).
         scale: multiplies the scores; None is D ** -0.5.
         softcap: bounds the scores smoothly (Gemma 2), or None.
+        prefix_key, prefix_value: [P, K, S, D], dtype of query, or both None.
+        prefix_row: int64 [N] in [0, P), the prefix of each row; given exactly if prefix_key is.
         impl: None, "reference" or "native".
 
     Returns:
@@ -48,36 +56,67 @@ def decode_attention(
     if query.dtype not in _checks.FLOATING:
         raise TypeError(f"query: got dtype {query.dtype}, expected float32, bfloat16, float16 or float64")
     rows, heads, dim = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[3]) != (rows, dim) or tensor.shape[2] == 0:
-            raise ValueError(
-                f"{name}: got shape {list(tensor.shape)}, expected [{rows}, K, T, {dim}] with T at least 1"
-            )
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {query.dtype}, that of query")
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {query.device}, that of query")
-    if value.shape != key.shape:
-        raise ValueError(f"value: got shape {list(value.shape)}, expected {list(key.shape)}, that of key")
+    _positions("", key, value, "N", query)
     if key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of the {heads} heads of query")
     _checks.vector("first", first, rows, torch.int64, query)
+    given = [x is not None for x in (prefix_key, prefix_value, prefix_row)]
+    if any(given) and not all(given):
+        raise ValueError("prefix_key, prefix_value, prefix_row: got some of them, expected all or none")
+    if prefix_key is not None:
+        _positions("prefix_", prefix_key, prefix_value, "P", query)
+        if prefix_key.shape[1] != key.shape[1]:
+            raise ValueError(f"prefix_key: got {prefix_key.shape[1]} heads, expected {key.shape[1]}, those of key")
+        _checks.vector("prefix_row", prefix_row, rows, torch.int64, query)
     scale = dim**-0.5 if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected None or a finite number")
     _checks.soft_cap(softcap)
-    return _decode_attention(query, key, value, first, scale, softcap, impl)
+    prefix = (prefix_key, prefix_value, prefix_row)
+    return _decode_attention(query, key, value, first, scale, softcap, *prefix, impl)
+
+
+def _positions(name: str, key: Tensor, value: Tensor, rows: str, query: Tensor) -> None:
+    """Checks keys and values; those of the rows themselves have as many rows as the query."""
+    dim = query.shape[2]
+    for kind, tensor in (("key", key), ("value", value)):
+        fits = tensor.dim() == 4 and tensor.shape[3] == dim and tensor.shape[2] > 0
+        if not fits or (rows == "N" and len(tensor) != len(query)):
+            rows = str(len(query)) if rows == "N" else rows
+            raise ValueError(
+                f"{name}{kind}: got shape {list(tensor.shape)}, expected [{rows}, K, T, {dim}] with T at least 1"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}{kind}: got dtype {tensor.dtype}, expected {query.dtype}, that of query")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}{kind}: got device {tensor.device}, expected {query.device}, that of query")
+    if value.shape != key.shape:
+        raise ValueError(f"{name}value: got shape {list(value.shape)}, expected {list(key.shape)}, that of {name}key")
 
 
 @torch.library.custom_op("pmc_fast::decode_attention", mutates_args=())
 def _decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float, softcap: float | None, impl: str | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    scale: float,
+    softcap: float | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    prefix_row: Tensor | None,
+    impl: str | None,
 ) -> Tensor:
     name = backend.choose("decode_attention", impl, query.device.type, query.dtype)
-    _checks.within("first", first, key.shape[2])
-    return backend.load("decode_attention", name)(query, key, value, first, scale=scale, softcap=softcap)
+    length, prefix = key.shape[2], {}
+    if prefix_key is not None:
+        _checks.within("prefix_row", prefix_row, len(prefix_key))
+        length += prefix_key.shape[2]
+        prefix = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": prefix_row}
+    _checks.within("first", first, length)
+    return backend.load("decode_attention", name)(query, key, value, first, scale=scale, softcap=softcap, **prefix)
 
 
 @_decode_attention.register_fake
-def _(query, key, value, first, scale, softcap, impl):
+def _(query, *args):
     return torch.empty_like(query, memory_format=torch.contiguous_format)

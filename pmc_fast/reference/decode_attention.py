@@ -11,8 +11,20 @@ from pmc_fast.errors import scores_not_finite
 
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, *, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    prefix_row: Tensor | None = None,
 ) -> Tensor:
+    if prefix_key is not None:
+        key = torch.cat([prefix_key[prefix_row], key], dim=2)
+        value = torch.cat([prefix_value[prefix_row], value], dim=2)
     rows, heads, dim = query.shape
     kv_heads, length = key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)

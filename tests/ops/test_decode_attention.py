@@ -54,6 +54,58 @@ def test_values(impl, heads, kv_heads, length, dim, options, dtype, isa, rng_see
         library().use_instruction_set(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix_length", [1, 7, 30])
+@pytest.mark.parametrize("isa", library().instruction_sets())
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_prefix_stands_before_each_rows_own_positions(impl, isa, prefix_length, dtype, rng_seed):
+    query, key, value, _ = make(6, dtype=dtype)
+    prefix = torch.full((2, 3, 2, prefix_length + 2, 40), math.nan)
+    prefix[:, :, :, :prefix_length] = torch.randn(2, 3, 2, prefix_length, 40)
+    prefix_key, prefix_value = prefix.to(dtype)[:, :, :, :prefix_length]
+    row = torch.tensor([2, 0, 1, 1, 2, 0])
+    first = torch.tensor([0, prefix_length - 1, prefix_length, prefix_length + 12, prefix_length // 2, 0])
+    whole = [torch.cat([p[row], own], 2) for p, own in ((prefix_key, key), (prefix_value, value))]
+    before = library().instruction_set()
+    library().use_instruction_set(isa)
+    try:
+        shared = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": row}
+        got = decode_attention(query, key, value, first, impl=impl, softcap=4.0, **shared)
+    finally:
+        library().use_instruction_set(before)
+    assert_near(got, oracle(query, *whole, first, softcap=4.0), dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prefix_row": None}, ValueError, "prefix_key, prefix_value, prefix_row: got some of them, expected all or"),
+        ({"prefix_row": torch.full((5,), 2)}, ValueError, r"prefix_row: got 2 at row 0, expected integers in \[0, 2\)"),
+        ({"prefix_row": torch.zeros(4, dtype=torch.int64)}, ValueError, r"prefix_row: got shape \[4\]"),
+        (
+            {"prefix_key": torch.zeros(2, 2, 6, 39)},
+            ValueError,
+            r"prefix_key: got shape \[2, 2, 6, 39\], expected \[P, K",
+        ),
+        ({"prefix_value": torch.zeros(2, 2, 5, 40)}, ValueError, r"prefix_value: got shape \[2, 2, 5, 40\], expected"),
+        ({"prefix_value": torch.zeros(2, 2, 6, 40).double()}, TypeError, "prefix_value: got dtype torch.float64"),
+        ({"first": torch.full((5,), 19)}, ValueError, r"first: got 19 at row 0, expected integers in \[0, 19\)"),
+        (
+            {"prefix_key": torch.zeros(2, 1, 6, 40), "prefix_value": torch.zeros(2, 1, 6, 40)},
+            ValueError,
+            "prefix_key: got 1 heads, expected 2",
+        ),
+    ],
+)
+def test_bad_prefix(impl, change, error, message, rng_seed):
+    query, key, value, first = make()
+    prefix = {"prefix_key": torch.zeros(2, 2, 6, 40), "prefix_value": torch.zeros(2, 2, 6, 40)}
+    options = {"first": first, **prefix, "prefix_row": torch.zeros(5, dtype=torch.int64), **change}
+    with pytest.raises(error, match=message):
+        decode_attention(query, key, value, **options, impl=impl)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_positions_before_the_first_are_not_looked_at(impl, rng_seed):
     query, key, value, first = make(capacity=13)
@@ -114,6 +166,8 @@ def test_opcheck_and_compile(rng_seed):
     inputs = make()
     for impl in IMPLS:
         op = import_module("pmc_fast.ops.decode_attention")._decode_attention
-        torch.library.opcheck(op, (*inputs, 0.2, 5.0, impl), test_utils=("test_schema", "test_faketensor"))
+        for prefix in ((None, None, None), (inputs[1][:2], inputs[2][:2], torch.tensor([1, 0, 1, 0, 0]))):
+            arguments = (*inputs, 0.2, 5.0, *prefix, impl)
+            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), decode_attention(*inputs))

@@ -1,0 +1,151 @@
+"""Decoding by this library's own kernels gives the answers of the model's modules, or leaves the model alone."""
+
+import pytest
+import torch
+from tiny import VOCAB, make_model
+
+from pmc_fast import fused_decoder
+from pmc_fast.packing import pad_left
+from pmc_fast.sampler import Sampler
+
+FUSED = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {},
+    "phi": {},
+}
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
+
+
+@pytest.fixture(autouse=True)
+def packing(monkeypatch):
+    monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: True)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What `fused_decoder` made, call by call."""
+    made = []
+
+    def watched(lm, calls):
+        made.append(fused_decoder.fused_decoder(lm, calls))
+        return made[-1]
+
+    monkeypatch.setattr("pmc_fast.running_rows.fused_decoder", watched)
+    return made
+
+
+def sample(model, seed, prompts=PROMPTS):
+    ids, mask = pad_left(prompts, 256)
+    ends = list(range(0, VOCAB, 11))  # rows retire all the time
+    return Sampler(model).sample(
+        ids, mask, num_samples=5, max_new_tokens=14, eos_token_id=ends, seed=seed, top_p=0.95, temperature=0.9
+    )
+
+
+def by_modules(model, seed, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr("pmc_fast.running_rows.fused_decoder", lambda lm, calls: None)
+        return sample(model, seed, **options)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
+@pytest.mark.parametrize("family", FUSED)
+def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed, **FUSED[family])
+    got = sample(model, rng_seed, prompts=prompts)
+    assert len(built) == 1 and built[0] is not None
+    want = by_modules(model, rng_seed, monkeypatch, prompts=prompts)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_bfloat16_stays_close_to_the_model_in_float32(family, built, rng_seed):
+    """Between the layers it keeps float32, so it is no further from the exact model than its modules in bfloat16 are."""
+    model = make_model(family, seed=rng_seed, **FUSED[family]).bfloat16()
+    got = sample(model, rng_seed)
+    if built[-1] is None:
+        pytest.skip("this CPU multiplies bfloat16 itself")
+    wide = make_model(family, seed=rng_seed, **FUSED[family]).bfloat16().float()
+    for prompt, tokens, lengths, logprobs in zip(PROMPTS, got.tokens, got.lengths, got.logprobs, strict=True):
+        for answer, length, logprob in zip(tokens, lengths.tolist(), logprobs, strict=True):
+            ids = torch.cat([torch.tensor(prompt), answer[:length]])[None]
+            exact = wide(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            exact = exact.gather(1, answer[:length, None])[:, 0]
+            assert (logprob[:length] - exact).abs().max() < 0.25
+
+
+def test_the_weights_are_those_of_the_call(built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed)
+    before = sample(model, rng_seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    got, want = sample(model, rng_seed), by_modules(model, rng_seed, monkeypatch)
+    assert torch.equal(got.tokens, want.tokens)
+    assert before.tokens.shape != got.tokens.shape or not torch.equal(before.tokens, got.tokens)
+
+
+class Twice(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.in_features, self.out_features, self.weight = inner.in_features, inner.out_features, inner.weight
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+def adapt(model):
+    model.model.layers[0].self_attn.v_proj = Twice(model.model.layers[0].self_attn.v_proj)
+
+
+def replace_forward(model):
+    norm = model.model.layers[0].input_layernorm
+    norm.forward = lambda x, forward=norm.forward: 1.1 * forward(x)
+
+
+CHANGES = [hook, adapt, replace_forward]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_model_that_somebody_changed_is_left_to_its_modules(change, built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed)
+    before = sample(model, rng_seed)
+    change(model)
+    got = sample(model, rng_seed)
+    assert built[0] is not None and built[1] is None
+    want = by_modules(model, rng_seed, monkeypatch)
+    assert torch.equal(got.tokens, want.tokens)
+    assert before.tokens.shape != got.tokens.shape or not torch.equal(before.tokens, got.tokens)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"hidden_act": "relu"}),
+        ("phi", {"hidden_act": "gelu"}),
+        ("phi", {"qk_layernorm": True}),
+        ("granite", {}),
+    ],
+    ids=str,
+)
+def test_other_kinds_of_layers_are_left_to_their_modules(family, changes, built, rng_seed):
+    sample(make_model(family, seed=rng_seed, **changes), rng_seed)
+    assert built == [None]
+
+
+def test_weights_that_find_no_room_are_not_packed(built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed)
+    monkeypatch.setattr("pmc_fast.fast_linear.PACKED_BYTES", 9000)
+    got = sample(model, rng_seed)
+    assert built == [None]
+    monkeypatch.setattr("pmc_fast.fast_linear.PACKED_BYTES", 1 << 30)
+    assert torch.equal(got.tokens, sample(model, rng_seed).tokens)
+    assert built[1] is not None
