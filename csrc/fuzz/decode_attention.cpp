@@ -130,7 +130,7 @@ void fuzz_decode_attention(Case& c) {
     const float spread = random.pick({0.0f, 1e-39f, 0.3f, 1.0f, 5.0f});
     for (int64_t i = 0; i < s.rows * s.heads * s.dim; ++i) query.set(i, random.normal() * spread);
     Cache key = Cache::random(random, s, dtype, random.pick({0.0f, 1.0f, 4.0f}), first, prefix_row);
-    const Cache value = Cache::random(random, s, dtype, random.pick({1.0f, 1e-30f, 1e30f}), first, prefix_row);
+    Cache value = Cache::random(random, s, dtype, random.pick({1.0f, 1e-30f, 1e30f}), first, prefix_row);
     if (s.rows && random.one_in(5)) {
         const int64_t row = random.between(0, s.rows - 1);
         const int64_t skipped = std::max<int64_t>(0, first[row] - s.prefix_length);
@@ -151,7 +151,7 @@ void fuzz_decode_attention(Case& c) {
     c.for_each_isa([&] {
         Numbers out(dtype, s.rows * s.heads * s.dim, kNaN);
         std::vector<float> workspace(threads * decode_attention_workspace_floats(positions, s.dim), kNaN);
-        const auto cached = [](const Positions& k, const Positions& v, int64_t length) {
+        const auto cached = [](Positions& k, Positions& v, int64_t length) {
             return CachedPositions{k.x.data(), v.x.data(), k.stride, v.stride, length};
         };
         const int64_t bad = kernels().decode_attention(
