@@ -88,7 +88,8 @@ class Sampler:
         """Draw ``num_samples`` answers to each prompt, exactly from the tempered, truncated distribution.
 
         Equivalent to ``model.generate(input_ids, do_sample=True, num_return_sequences=num_samples, ...)``, but an
-        answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch.
+        answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch. torch.autocast is
+        off meanwhile: the weights' own dtype is the dtype of sampling.
 
         Args:
             input_ids: int64 [B, T], prompts padded on the left.
@@ -130,6 +131,9 @@ class Sampler:
         model = self.lm.model
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
         with (
+            torch.autocast(
+                device.type, enabled=False
+            ),  # the weights' own dtype: casting them for each token costs more
             evaluating(model),
             fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight),
             attention.replacing_sdpa(model) as attention_calls,
