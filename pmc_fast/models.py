@@ -43,12 +43,13 @@ class LanguageModel:
     Args:
         model: a transformers causal language model with a dense linear head, or one with PEFT adapters on layers other
             than the head. It is used as it is: the same parameters, nothing copied.
+        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens.
 
     Raises:
         UserError: the model has no such head, or its logits are not what this class takes them to be.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, check: bool = True) -> None:
         self.model = model
         if any(config.is_prompt_learning for config in (getattr(model, "peft_config", None) or {}).values()):
             raise UserError(
@@ -65,7 +66,8 @@ class LanguageModel:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None)  # Granite
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor or 1.0)
-        self._check()
+        if check:
+            self._check()
 
     @property
     def head(self) -> Head:
