@@ -16,6 +16,7 @@ from pmc_fast.integrations import columns
 from pmc_fast.integrations.trainer_methods import Initialise, PMCMethods, check_arguments
 from pmc_fast.pmc import PMC
 from pmc_fast.rewards import Reward
+from pmc_fast.sampler import SampleSource
 
 
 class PMCTrainer(PMCMethods, Trainer):
@@ -38,7 +39,7 @@ class PMCTrainer(PMCMethods, Trainer):
         retain_dataset: rows with "question" and "answer".
         processing_class: the tokenizer.
         pmc_config: hyperparameters of PMC; those of the training loop are `args`'s business.
-        reward: see ``PMC``.
+        reward, sampler: see ``PMC``.
         eval_dataset: rows with "question" and "answer", or a dict of such datasets.
         callbacks, optimizers, optimizer_cls_and_kwargs: as for any Trainer.
 
@@ -62,6 +63,7 @@ class PMCTrainer(PMCMethods, Trainer):
         processing_class: Any,
         pmc_config: PMCConfig | None = None,
         reward: Reward | None = None,
+        sampler: SampleSource | None = None,
         eval_dataset: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -71,7 +73,7 @@ class PMCTrainer(PMCMethods, Trainer):
             check_arguments(args)
         self.forget_questions = columns.questions("forget_dataset", forget_dataset)
         self._retain = columns.rows("retain_dataset", retain_dataset)
-        self.pmc = PMC(model, processing_class, pmc_config, reward)
+        self.pmc = PMC(model, processing_class, pmc_config, reward, sampler)
         super().__init__(
             model=model,
             args=args,
