@@ -142,7 +142,7 @@ def grad_diff(lm: LanguageModel, batch: Packed, forget: int, *, retain_weight: f
     """
     _check(batch, forget, at_least_0={"retain_weight": retain_weight})
     logprob = _token_logprob(lm, batch)
-    return logprob[batch.sequence < forget].mean() + _kept(batch, logprob, forget, retain_weight)
+    return _mean(logprob, batch.sequence < forget) + _kept(batch, logprob, forget, retain_weight)
 
 
 def wga(lm: LanguageModel, batch: Packed, forget: int, *, beta: float = 1.0, retain_weight: float = 1.0) -> Tensor:
@@ -196,7 +196,7 @@ def idk(lm: LanguageModel, batch: Packed, refusals: int, *, retain_weight: float
     """
     _check(batch, refusals, at_least_0={"retain_weight": retain_weight}, name="refusals")
     logprob = _token_logprob(lm, batch)
-    return -logprob[batch.sequence < refusals].mean() + _kept(batch, logprob, refusals, retain_weight)
+    return -_mean(logprob, batch.sequence < refusals) + _kept(batch, logprob, refusals, retain_weight)
 
 
 def _token_logprob(lm: LanguageModel, batch: Packed) -> Tensor:
@@ -208,10 +208,9 @@ def _weighted_ascent(
     lm: LanguageModel, batch: Packed, forget: int, beta1: float, beta2: float, retain_weight: float
 ) -> Tensor:
     logprob = _token_logprob(lm, batch)
-    ascended = logprob[batch.sequence < forget]
-    p = ascended.detach().exp().clamp(max=1)  # a certain token's log-probability may round to above 0
-    weight = p**beta1 * (1 - p) ** beta2
-    return (weight * ascended).mean() + _kept(batch, logprob, forget, retain_weight)
+    p = logprob.detach().exp().clamp(max=1)  # a certain token's log-probability may round to above 0
+    weighted = p**beta1 * (1 - p) ** beta2 * logprob
+    return _mean(weighted, batch.sequence < forget) + _kept(batch, logprob, forget, retain_weight)
 
 
 def _sums(batch: Packed, values: Tensor) -> Tensor:
@@ -221,7 +220,12 @@ def _sums(batch: Packed, values: Tensor) -> Tensor:
 
 def _kept(batch: Packed, logprob: Tensor, first: int, weight: float) -> Tensor | float:
     """The weighted mean negative log-likelihood of the tokens from that sequence on; 0 if there are none."""
-    return 0.0 if first == len(batch.lengths) else -weight * logprob[batch.sequence >= first].mean()
+    return 0.0 if first == len(batch.lengths) else -weight * _mean(logprob, batch.sequence >= first)
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Over some of the labels; a GPU is not waited for to count them."""
+    return torch.where(where, values, 0.0).sum() / where.sum()
 
 
 def _check(

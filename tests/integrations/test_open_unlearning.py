@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +233,8 @@ def test_other_end_tokens_come_from_the_generation_config(registry, tmp_path):
 
 
 def test_the_configuration():
+    documented = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    assert f"```yaml\n{open_unlearning.CONFIG}```" in documented
     config = yaml.safe_load(open_unlearning.CONFIG)
     assert config["handler"] == pmc_trainer(FinetuneTrainer).__name__ and config["defaults"] == ["finetune"]
     published = PMCConfig.published("llama-3.2-3b")

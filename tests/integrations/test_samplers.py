@@ -41,6 +41,18 @@ class TestGenerate:
         assert torch.equal(got.tokens, want.tokens)
         assert model.training and not got.pruned.any() and got.logprobs.isnan().all()
 
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    def test_it_goes_on_after_a_packed_loss(self, family, rng_seed):
+        """Which leaves this library's attention in the model."""
+        model = make_model(family, seed=rng_seed)
+        pmc = PMC(model, make_tokenizer(), make_config())
+        pmc.initialise(QUESTIONS)
+        pmc.loss([0], RETAIN)
+        ids, mask = pad_left([*PROMPTS, list(range(20, 40))], 256)
+        options = {"max_new_tokens": 9, "temperature": 0.0, "eos_token_id": 257}
+        got, want = (one.sample(ids, mask, **options) for one in (GenerateSampler(model), Sampler(model)))
+        assert torch.equal(got.tokens, want.tokens)
+
     def test_draws_are_well_formed_and_repeatable(self, rng_seed):
         model, ends = make_model(seed=rng_seed), list(range(0, 259, 7))
         model.generation_config.repetition_penalty = 5.0
