@@ -71,13 +71,13 @@ class TestGenerate:
     def test_the_distribution_is_the_models(self, rng_seed):
         """Tempered and truncated, and nothing of the model's own generation settings."""
         model, draws = make_model(seed=rng_seed), 3000
-        model.generation_config.repetition_penalty = 5.0
-        model.generation_config.top_k = 2
         ids = torch.tensor([[3, 1, 4, 1, 5]])
-        options = {"temperature": 2.0, "top_k": 6, "max_new_tokens": 1, "num_samples": draws, "eos_token_id": 257}
-        tokens = GenerateSampler(model).sample(ids, seed=rng_seed, **options).tokens.flatten()
         with torch.no_grad():
             top = model(input_ids=ids).logits[0, -1].topk(6)
+        model.generation_config.suppress_tokens = top.indices[:1].tolist()
+        model.generation_config.top_k = 2
+        options = {"temperature": 2.0, "top_k": 6, "max_new_tokens": 1, "num_samples": draws, "eos_token_id": 257}
+        tokens = GenerateSampler(model).sample(ids, seed=rng_seed, **options).tokens.flatten()
         expected = draws * (top.values.double() / 2).softmax(0)
         counts = (tokens[:, None] == top.indices).sum(0).double()
         assert counts.sum() == draws
