@@ -13,7 +13,7 @@ from pmc_fast.models import LanguageModel
 from pmc_fast.ops import rouge_l_recall
 from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
-from pmc_fast.sampler import Sampler
+from pmc_fast.sampler import Sampler, SampleSource
 
 Progress = Callable[[int], object]
 
@@ -26,6 +26,7 @@ def sampled_answers(
     prefill: str = "",
     batch_size: int = 8,
     progress: Progress | None = None,
+    sampler: SampleSource | None = None,
     **sampling,
 ) -> list[list[str]]:
     """Answers to each question, in batches of questions of about equal length.
@@ -36,24 +37,26 @@ def sampled_answers(
         prefill: text that every answer starts with; it is not part of what is returned.
         batch_size: questions at a time.
         progress: called with the number of questions answered after each batch.
+        sampler: what to draw from; default a ``Sampler`` of the model.
         sampling: the options of ``Sampler.sample``.
 
     Returns:
         For each question, ``num_samples`` answers.
     """
-    sampler = Sampler(model)
+    lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
+    sampler = Sampler(lm) if sampler is None else sampler
     encoded = [prompts.prompt_ids(question, prefill=prefill) for question in questions]
     order = sorted(range(len(questions)), key=lambda i: len(encoded[i]))
     answers: list[list[str]] = [[] for _ in questions]
 
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        input_ids, attention_mask = pad_left([encoded[i] for i in batch], prompts.pad_id, sampler.lm.device)
+        input_ids, attention_mask = pad_left([encoded[i] for i in batch], prompts.pad_id, lm.device)
         samples = sampler.sample(
             input_ids,
             attention_mask,
             eos_token_id=prompts.end_ids,
-            sequence_ids=torch.tensor(batch, device=sampler.lm.device),
+            sequence_ids=torch.tensor(batch, device=lm.device),
             **sampling,
         )
         tokens, lengths = samples.tokens.tolist(), samples.lengths.tolist()
@@ -73,12 +76,12 @@ def greedy_answers(
     max_length: int | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
+    sampler: SampleSource | None = None,
 ) -> list[str]:
     """The most probable answer to each question, token by token."""
     limit = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {"max_length": max_length}
-    answers = sampled_answers(
-        model, prompts, questions, batch_size=batch_size, progress=progress, temperature=0.0, **limit
-    )
+    options = {"batch_size": batch_size, "progress": progress, "sampler": sampler}
+    answers = sampled_answers(model, prompts, questions, temperature=0.0, **options, **limit)
     return [answer for (answer,) in answers]
 
 

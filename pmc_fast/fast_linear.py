@@ -117,7 +117,8 @@ def _gains(weight: Tensor) -> bool:
 
 
 def _forward(layer: nn.Linear, multiply: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
-    if x.dtype != layer.weight.dtype or not x.numel():
+    changed = type(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
+    if changed or x.dtype != layer.weight.dtype or not x.numel():
         return nn.functional.linear(x, layer.weight, layer.bias)
     bias = None if layer.bias is None else layer.bias.float()
     return multiply(x.float(), bias).to(x.dtype)

@@ -38,46 +38,71 @@ class Head:
 class LanguageModel:
     """Splits a model into the part that makes hidden states and the head that turns them into logits.
 
+    Under torch.autocast both are given in its dtype, as the model's own head would take them.
+
     Args:
-        model: a transformers causal language model with a dense linear head. It is used as it is: the same parameters,
-            nothing copied.
+        model: a transformers causal language model with a dense linear head, or one with PEFT adapters on layers other
+            than the head. It is used as it is: the same parameters, nothing copied.
+        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens.
 
     Raises:
         UserError: the model has no such head, or its logits are not what this class takes them to be.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, check: bool = True) -> None:
         self.model = model
-        self.backbone = getattr(model, "base_model", None)
-        embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if self.backbone is None or self.backbone is model or type(embeddings) is not nn.Linear:
+        if any(config.is_prompt_learning for config in (getattr(model, "peft_config", None) or {}).values()):
             raise UserError(
-                f"model: got {type(model).__name__} with output head {type(embeddings).__name__}, expected a "
-                "transformers causal language model with an nn.Linear head (adapters on the head are not supported)"
+                "model: got adapters that learn prompts, which head(backbone(ids)) would leave out; expected adapters "
+                "on layers, such as LoRA"
             )
-        self._linear = embeddings
+        # PEFT puts its adapters into the layers of the model that it wraps.
+        self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.backbone = getattr(self._causal_lm, "base_model", None)
+        if self.backbone is self._causal_lm:
+            self.backbone = None
+        self._linear()
         config = model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None)  # Granite
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor or 1.0)
-        self._check()
+        if check:
+            self._check()
 
     @property
     def head(self) -> Head:
-        return Head(self._linear.weight, self._linear.bias, self._softcap, self._scale)
+        linear = self._linear()
+        bias = None if linear.bias is None else self._autocast(linear.bias)
+        return Head(self._autocast(linear.weight), bias, self._softcap, self._scale)
 
     @property
     def device(self) -> torch.device:
-        return self._linear.weight.device
+        return self._linear().weight.device
 
     def hidden(self, input_ids: Tensor, **options) -> Tensor:
         """The last hidden states, [..., D]."""
-        return self.backbone(input_ids=input_ids, **options).last_hidden_state
+        return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
+
+    def _linear(self) -> nn.Linear:
+        """The head, looked up each time: an adapter put on it later must not go unnoticed."""
+        found = getattr(self._causal_lm, "get_output_embeddings", lambda: None)()
+        if self.backbone is None or type(found) is not nn.Linear:
+            raise UserError(
+                f"model: got {type(self.model).__name__} with output head {type(found).__name__}, expected a "
+                "transformers causal language model with an nn.Linear head (adapters on the head are not supported: "
+                "leave it out of target_modules and modules_to_save)"
+            )
+        return found
+
+    @staticmethod
+    def _autocast(values: Tensor) -> Tensor:
+        device = values.device.type
+        return values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values
 
     @torch.no_grad()
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
-        vocab = self._linear.weight.shape[0]
+        vocab = self._linear().weight.shape[0]
         ids = torch.tensor([[1, 2, 3]], device=self.device) % vocab
         with evaluating(self.model):
             expected = self.model(input_ids=ids, use_cache=False).logits[0].float()

@@ -24,7 +24,7 @@ from pmc_fast.philox import SELECTION_STREAM, gumbel
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner, has_lower_bound
 from pmc_fast.rewards import Reward, RougeRecall
-from pmc_fast.sampler import Sampler
+from pmc_fast.sampler import Sampler, SampleSource
 
 __all__ = ["PMC", "PMCConfig"]
 
@@ -48,19 +48,28 @@ class PMC:
         config: hyperparameters.
         reward: scores samples against the initial model's answers, lower is better and 0 final;
             default ``RougeRecall(config.min_words)``.
+        sampler: draws the answers, see ``SampleSource``; default a ``Sampler`` of the model. It must sample from the
+            parameters as they are at each call.
 
     Raises:
-        UserError: the model has no head this library knows, or the tokenizer no end token.
+        UserError: the model has no head this library knows, the tokenizer no end token, or the sampler no ``sample``.
 
     Source: arXiv 2507.04219, equation 1 and algorithm 1.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, config: PMCConfig | None = None, reward: Reward | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: PMCConfig | None = None,
+        reward: Reward | None = None,
+        sampler: SampleSource | None = None,
     ) -> None:
+        if sampler is not None and not callable(getattr(sampler, "sample", None)):
+            raise UserError(f"sampler: got {type(sampler).__name__}, expected an object with Sampler's sample method")
         self.config = config = config or PMCConfig()
         self.lm = LanguageModel(model)
-        self.sampler = Sampler(self.lm)
+        self.sampler = Sampler(self.lm) if sampler is None else sampler
         self.prompts = (
             tokenizer
             if isinstance(tokenizer, Prompts)
@@ -93,6 +102,7 @@ class PMC:
             max_length=self.config.max_length,
             batch_size=self.config.batch_size,
             progress=progress,
+            sampler=self.sampler,
         )
         self.ledger = Ledger(questions, answers)
         words = getattr(self.reward, "words", None)

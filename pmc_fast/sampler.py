@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,16 @@ class Samples:
     def count(self) -> int:
         """The number of sampled tokens."""
         return int(self.lengths.sum())
+
+
+class SampleSource(Protocol):
+    """What PMC can draw answers from: ``Sampler``, or any object with its ``sample`` method."""
+
+    def sample(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Samples:
+        """As ``Sampler.sample``; PMC gives num_samples, max_new_tokens or max_length, temperature, top_k, top_p, min_p,
+        eos_token_id, seed, sequence_ids and prune. Answers that ``prune`` would stop may go on: no pick depends on it.
+        """
+        ...
 
 
 class Sampler:
@@ -88,7 +98,8 @@ class Sampler:
         """Draw ``num_samples`` answers to each prompt, exactly from the tempered, truncated distribution.
 
         Equivalent to ``model.generate(input_ids, do_sample=True, num_return_sequences=num_samples, ...)``, but an
-        answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch.
+        answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch. torch.autocast is
+        off meanwhile: the weights' own dtype is the dtype of sampling.
 
         Args:
             input_ids: int64 [B, T], prompts padded on the left.
@@ -114,7 +125,7 @@ class Sampler:
 
         Source: arXiv 2507.04219, section 4 (x_1..x_n ~ p_theta(.|q)).
         """
-        limits = _limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
+        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
         ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
         if ends.numel() == 0:
             raise ValueError("eos_token_id: got none, expected at least one token id")
@@ -130,6 +141,7 @@ class Sampler:
         model = self.lm.model
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
         with (
+            torch.autocast(device.type, enabled=False),  # casting the weights for each token costs more
             evaluating(model),
             fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight),
             attention.replacing_sdpa(model),
@@ -222,7 +234,7 @@ def _join(waves: list[tuple[Tensor, ...]], prompts: int, num_samples: int, end: 
     return Samples(wide(0, int(end)), lengths, wide(2, 0.0), finished, pruned)
 
 
-def _limits(
+def answer_limits(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     num_samples: int,

@@ -181,7 +181,7 @@ class _Loop:
         seconds["train"] += time.perf_counter() - start
         self.seconds.update(seconds)
         self.step += 1
-        record = {"step": self.step, "epoch": epoch + 1, "learning_rate": rate, **_merge(stats)}
+        record = {"step": self.step, "epoch": epoch + 1, "learning_rate": rate, **merge_stats(stats)}
         return {**record, "seconds": dict(seconds)}
 
     @contextmanager
@@ -237,7 +237,7 @@ def _schedule(step: int, warmup: int, steps: int) -> float:
     return (steps - step) / (steps - warmup)
 
 
-def _merge(stats: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
     """One record for the micro-batches of a step: counts are added, the rest averaged."""
     merged = {}
     for name, first in stats[0].items():

@@ -31,6 +31,23 @@ def test_loss_and_gradients_equal_the_models_own(family, impl, rng_seed):
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_loss_under_autocast_is_the_models_own(family, rng_seed):
+    """Models disagree on whether their last hidden states are then float32 or bfloat16; the head takes both."""
+    model, ids = make_model(family, seed=rng_seed), torch.randint(0, 256, (3, 11))
+    lm = LanguageModel(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(input_ids=ids, labels=ids).loss
+        hidden = lm.hidden(ids)[:, :-1].flatten(0, 1)
+        weight = torch.full((hidden.shape[0],), 1 / hidden.shape[0])
+        got = lm.head.collapse_loss(hidden, ids[:, 1:].flatten(), weight).loss
+    assert hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want.float(), rtol=1e-2, atol=1e-2)
+    got.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
+
+
 def test_unknown_logits_are_refused():
     model = make_model("llama")
     forward = model.forward

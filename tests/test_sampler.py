@@ -161,6 +161,16 @@ def test_training_mode_is_restored_and_dropout_is_off(rng_seed):
     assert torch.equal(first.tokens, Sampler(model.eval()).sample(prompt, **options).tokens)
 
 
+def test_autocast_changes_no_answer(rng_seed):
+    model, prompt = make_model("gemma2", seed=rng_seed), torch.tensor([[1, 2, 3]])
+    options = {"max_new_tokens": 6, "eos_token_id": 257, "num_samples": 5, "seed": rng_seed}
+    want = Sampler(model).sample(prompt, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = Sampler(model).sample(prompt, **options)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

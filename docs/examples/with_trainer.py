@@ -1,0 +1,21 @@
+"""PMC as a transformers Trainer: python with_trainer.py MODEL FORGET.jsonl RETAIN.jsonl OUT"""
+
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from pmc_fast import PMCConfig
+from pmc_fast.data import read_jsonl
+from pmc_fast.integrations.transformers import PMCTrainer
+
+source, forget_file, retain_file, out = sys.argv[1:]
+trainer = PMCTrainer(
+    AutoModelForCausalLM.from_pretrained(source),
+    TrainingArguments(out, num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    forget_dataset=read_jsonl(forget_file),  # or any dataset with a column "question"
+    retain_dataset=read_jsonl(retain_file),  # "question" and "answer"
+    processing_class=AutoTokenizer.from_pretrained(source),
+    pmc_config=PMCConfig(num_samples=8, max_new_tokens=32, max_length=None),
+)
+trainer.train()
+trainer.save_model()

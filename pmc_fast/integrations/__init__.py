@@ -1,0 +1,1 @@
+"""PMC inside other people's training code."""

@@ -1,0 +1,218 @@
+"""Samplers for PMC that draw with other people's engines: transformers' generate, and vLLM in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pmc_fast.errors import UserError
+from pmc_fast.models import evaluating
+from pmc_fast.sampler import Samples, answer_limits
+
+
+class GenerateSampler:
+    """Draws answers with ``model.generate``, for models that ``Sampler`` cannot run.
+
+    Two calls with the same arguments give the same answers; unlike ``Sampler``'s, these depend on what else is in the
+    batch. Answers are not pruned, and their log-probabilities, which PMC has no use for, are nan.
+
+    Args:
+        model: the transformers causal language model that is trained.
+
+    Raises:
+        UserError: it cannot generate.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not callable(getattr(model, "generate", None)):
+            raise UserError(f"model: got {type(model).__name__}, expected a transformers model with generate")
+        self.model = model
+
+    @torch.no_grad()
+    def sample(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        max_new_tokens: int | Tensor | None = None,
+        max_length: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        eos_token_id: int | Sequence[int],
+        seed: int = 0,
+        sequence_ids: Tensor | None = None,
+        prune: object = None,
+    ) -> Samples:
+        """As ``Sampler.sample``; ``prune`` is not used."""
+        from transformers import GenerationConfig
+
+        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
+        ends = _ends(eos_token_id)
+        greedy = {"do_sample": False}
+        draw = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p}
+        draw |= {"min_p": min_p} if min_p else {}
+        wanted = GenerationConfig(
+            max_new_tokens=int(limits.max()),
+            eos_token_id=list(ends),
+            pad_token_id=ends[0],
+            **(draw if temperature else greedy),
+        )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        copies = num_samples if temperature else 1
+        devices = [input_ids.device] if input_ids.device.type == "cuda" else []
+        theirs = self.model.generation_config
+        with torch.random.fork_rng(devices=devices), evaluating(self.model):
+            torch.manual_seed(_seed(seed, *_sequences(sequence_ids, len(input_ids))))
+            # What the wanted configuration leaves open, such as a repetition penalty, generate takes from the model's.
+            self.model.generation_config = GenerationConfig()
+            try:
+                rows = self.model.generate(
+                    input_ids=input_ids.repeat_interleave(copies, dim=0),
+                    attention_mask=mask.repeat_interleave(copies, dim=0),
+                    generation_config=wanted,
+                    use_cache=True,
+                )
+            finally:
+                self.model.generation_config = theirs
+        drawn = rows[:, input_ids.shape[1] :].view(len(input_ids), copies, -1).tolist()
+        return _samples([answers * (num_samples // copies) for answers in drawn], limits, ends, input_ids.device)
+
+
+class VLLMSampler:
+    """Draws answers with a vLLM engine that shares the training process, and gives it the trained weights at each call.
+
+    The same seed, prompt and sequence id ask the engine for the same random numbers; whether it then gives the same
+    answer whatever else is in the batch is up to it. Answers are not pruned, and their log-probabilities, which PMC has no
+    use for, are nan.
+
+    Args:
+        llm: a ``vllm.LLM`` of the same architecture, in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``).
+        model: the transformers causal language model that is trained, without adapters.
+        load_weights: gives the engine (name, tensor) pairs, named as in the model's checkpoints; default the
+            ``load_weights`` of the engine's model, where vLLM's driver worker keeps it.
+
+    Raises:
+        UserError: the model has adapters, or the engine's model is not found.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        model: nn.Module,
+        load_weights: Callable[[Iterable[tuple[str, Tensor]]], object] | None = None,
+    ) -> None:
+        if getattr(model, "peft_config", None):
+            raise UserError("model: got a model with adapters, expected one without: vLLM is given plain weights only")
+        self.llm, self.model = llm, model
+        self._load_weights = load_weights or _loader_of(llm)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        max_new_tokens: int | Tensor | None = None,
+        max_length: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        eos_token_id: int | Sequence[int],
+        seed: int = 0,
+        sequence_ids: Tensor | None = None,
+        prune: object = None,
+    ) -> Samples:
+        """As ``Sampler.sample``; ``prune`` is not used."""
+        from vllm import SamplingParams
+
+        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
+        ends = _ends(eos_token_id)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
+        parameters = [
+            SamplingParams(
+                n=num_samples if temperature else 1,
+                temperature=temperature,
+                top_k=-1 if top_k is None else top_k,
+                top_p=top_p,
+                min_p=min_p,
+                max_tokens=limit,
+                seed=_seed(seed, sequence),
+                stop_token_ids=list(ends),
+                ignore_eos=True,  # none but these tokens end an answer
+                detokenize=False,
+            )
+            for limit, sequence in zip(limits.tolist(), _sequences(sequence_ids, len(prompts)), strict=True)
+        ]
+        self._load_weights((name, parameter.detach()) for name, parameter in self.model.named_parameters())
+        self.llm.reset_prefix_cache()  # it holds keys and values of the weights before
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+        drawn = [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
+        copies = 1 if temperature else num_samples
+        return _samples([answers * copies for answers in drawn], limits, ends, input_ids.device)
+
+
+def _loader_of(llm: Any) -> Callable[[Iterable[tuple[str, Tensor]]], object]:
+    try:
+        return llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights
+    except AttributeError as error:
+        raise UserError(
+            f"llm: its model is not where it was looked for ({error}); start it in this process, with "
+            "VLLM_ENABLE_V1_MULTIPROCESSING=0, or give load_weights"
+        ) from None
+
+
+def _ends(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
+    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    if not ends:
+        raise ValueError("eos_token_id: got none, expected at least one token id")
+    return ends
+
+
+def _sequences(sequence_ids: Tensor | None, prompts: int) -> list[int]:
+    if sequence_ids is None:
+        return list(range(prompts))
+    if sequence_ids.shape != (prompts,):
+        raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
+    return sequence_ids.tolist()
+
+
+def _seed(*parts: int) -> int:
+    """An integer in [0, 2^62) out of several: engines add the number of the sample to it."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 2)
+
+
+def _samples(drawn: list[list[list[int]]], limits: Tensor, ends: tuple[int, ...], device: torch.device) -> Samples:
+    """Answers to each prompt, cut behind their first end token and at the prompt's limit."""
+    answers = []
+    for limit, row in zip(limits.tolist(), drawn, strict=True):
+        for ids in row:
+            ids = ids[:limit]
+            length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+            answers.append(ids[:length])
+    shape = (len(drawn), len(drawn[0]) if drawn else 1)
+    width = max(map(len, answers), default=0)
+    padded = [ids + [ends[0]] * (width - len(ids)) for ids in answers]
+    finished = [bool(ids) and ids[-1] in ends for ids in answers]
+
+    def tensor(values: list, dtype: torch.dtype, *more: int) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device).view(*shape, *more)
+
+    tokens = tensor(padded, torch.int64, width)
+    return Samples(
+        tokens,
+        tensor([len(ids) for ids in answers], torch.int64),
+        torch.full(tokens.shape, torch.nan, device=device),
+        tensor(finished, torch.bool),
+        torch.zeros(shape, dtype=torch.bool, device=device),
+    )

@@ -1,0 +1,116 @@
+"""PMC as a transformers Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pmc_fast.config import PMCConfig
+from pmc_fast.data import QA
+from pmc_fast.integrations import columns
+from pmc_fast.integrations.trainer_methods import Initialise, PMCMethods, check_arguments
+from pmc_fast.pmc import PMC
+from pmc_fast.rewards import Reward
+from pmc_fast.sampler import SampleSource
+
+
+class PMCTrainer(PMCMethods, Trainer):
+    """A transformers Trainer that makes the model forget, by PMC.
+
+    Equivalent to a Trainer whose loss is ``pmc.loss(questions, as many random retain rows)``. Its train set are the
+    forget questions: ``per_device_train_batch_size`` of them make a micro-batch, an optimizer step samples for all of
+    its micro-batches in one call, and their gradients are averaged as any Trainer's are. When training begins, the model's
+    answers are noted that samples are scored against; they are kept in the checkpoints' ``pmc.json`` and in no other
+    file. The retain rows of a step depend on (``args.seed``, step) alone.
+
+    Logged beside the loss: collapse_loss, retain_loss, score (means), sampled_tokens, trained_tokens, pruned_samples,
+    pruned_tokens, empty_picks, truncated_picks (sums since the last log; see ``PMC.loss``), sample_seconds,
+    score_seconds. An evaluation's loss is the mean negative log-likelihood of its rows' answer tokens.
+
+    Args:
+        model: a transformers causal language model, with PEFT adapters on its layers or without.
+        args: as for any Trainer. Sampling runs outside of autocast: load a model in bfloat16 to sample in it.
+        forget_dataset: rows with "question"; "answer" is not read.
+        retain_dataset: rows with "question" and "answer".
+        processing_class: the tokenizer.
+        pmc_config: hyperparameters of PMC; those of the training loop are `args`'s business.
+        reward, sampler: see ``PMC``.
+        eval_dataset: rows with "question" and "answer", or a dict of such datasets.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as for any Trainer.
+
+    Attributes:
+        pmc: the ``PMC``.
+
+    Raises:
+        UserError: a dataset without those columns, a model without a head this library knows, several processes or GPUs,
+            or an argument that would publish the ledger or have no effect.
+
+    Source: arXiv 2507.04219, equation 1 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *,
+        forget_dataset: Any,
+        retain_dataset: Any,
+        processing_class: Any,
+        pmc_config: PMCConfig | None = None,
+        reward: Reward | None = None,
+        sampler: SampleSource | None = None,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+    ) -> None:
+        if args is not None:
+            check_arguments(args)
+        self.forget_questions = columns.questions("forget_dataset", forget_dataset)
+        self._retain = columns.rows("retain_dataset", retain_dataset)
+        self.pmc = PMC(model, processing_class, pmc_config, reward, sampler)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_collate,
+            train_dataset=range(len(self.forget_questions)),
+            eval_dataset=_evaluated(eval_dataset),
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), Initialise(self.pmc, self.forget_questions)],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+
+    def micro_batch(self, batch: Mapping[str, Any], number: int) -> tuple[list[int], list[QA]]:
+        draw = np.random.default_rng((self.args.seed, self.state.global_step, number))
+        size = len(batch["forget"])
+        chosen = draw.choice(len(self._retain), size, replace=len(self._retain) < size)
+        return batch["forget"], [self._retain[row] for row in chosen]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.pmc.supervised_loss(inputs["rows"]), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None):
+        """As Trainer's, of rows with "question" and "answer"."""
+        named = eval_dataset is None or isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(eval_dataset if named else _evaluated(eval_dataset))
+
+
+def _collate(items: Sequence[int | QA]) -> dict[str, list]:
+    return {"rows" if isinstance(items[0], QA) else "forget": list(items)}
+
+
+def _evaluated(dataset: Any) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        return {name: columns.rows(f"eval_dataset[{name!r}]", one) for name, one in dataset.items()}
+    return columns.rows("eval_dataset", dataset)
