@@ -58,6 +58,9 @@ class Contestant(Protocol):
     def initialise(self) -> None:
         """Remember the greedy answers of the model as it is now."""
 
+    def prepare(self, batches: list[list[int]]) -> None:
+        """Told the forget questions of an optimizer step's micro-batches before the first of them."""
+
     def gradients(self, indices: list[int], retain: list[Any]) -> tuple[float, int]:
         """Add a micro-batch's gradients to the model's; returns the loss and the number of sampled tokens."""
 
@@ -282,7 +285,9 @@ def _take_epoch(task: Task, contestant: Contestant, epoch: int, bar: tqdm) -> in
         factor = rate_factor((epoch - 1) * steps + number, round(config.warmup_epochs * steps), config.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
-        for indices, retain in batches[number * config.accumulation : (number + 1) * config.accumulation]:
+        of_step = batches[number * config.accumulation : (number + 1) * config.accumulation]
+        contestant.prepare([indices for indices, _ in of_step])
+        for indices, retain in of_step:
             loss, tokens = contestant.gradients(indices, retain)
             if not math.isfinite(loss):
                 raise UserError(f"--learning-rate: the loss is {loss} in epoch {epoch}; want a lower learning rate")
@@ -321,6 +326,9 @@ class _Published:
     def initialise(self) -> None:
         self._loop.initialise([row.question for row in self._task.forget], self._task.config.batch_size)
 
+    def prepare(self, batches: list[list[int]]) -> None:
+        """It samples for each micro-batch by itself."""
+
     def gradients(self, indices: list[int], retain: list[Any]) -> tuple[float, int]:
         loop, sampled = self._loop, 0
         if pending := loop.pending(indices):
@@ -341,6 +349,9 @@ class _PmcFast:
 
     def initialise(self) -> None:
         self._pmc.initialise([row.question for row in self._task.forget])
+
+    def prepare(self, batches: list[list[int]]) -> None:
+        self._pmc.prepare(batches)
 
     def gradients(self, indices: list[int], retain: list[Any]) -> tuple[float, int]:
         loss = self._pmc.loss(indices, retain)
