@@ -1,6 +1,8 @@
 # make demo: set up and run the demonstration. make test: set up and run the tests.
 PYTHON ?= python3
 VENV := .venv
+# A test file stays with one worker, which sets up once what its tests share; files with the slowest tests come first.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find pmc_fast kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') setup.py pyproject.toml \
 	CMakeLists.txt constraints.txt
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/pmc-fast demo
 
 test: $(VENV)/.editable
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.editable
 	$(VENV)/bin/ruff check .

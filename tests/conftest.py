@@ -1,4 +1,4 @@
-"""A fresh seed for every test, printed so that a failure can be repeated; the GPU, if any, for Triton's kernels."""
+"""For every test a fresh seed, printed so that a failure can be repeated, as many threads, and the GPU, if any."""
 
 import os
 import secrets
@@ -6,13 +6,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the threads of workers side by side must not spin
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `benchmarks`; last, so an installed pmc_fast wins
-torch.set_num_threads(min(2, torch.get_num_threads()))
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Two for ops, whose kernels divide rows among threads; no test inherits --threads, which holds for a process."""
+    torch.set_num_threads(2 if "ops" in request.path.parts else THREADS)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Importing pmc_fast is light: checked in fresh processes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 HEAVY = ("transformers", "nltk", "matplotlib", "triton", "tokenizers", "tqdm", "scipy", "pandas")
 
 
+@functools.cache
 def modules_after(code: str) -> set[str]:
     code += "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -35,46 +35,58 @@ def snapshot(cache, name):
     return cache / f"models--org--{name}" / "snapshots" / COMMIT
 
 
-def offline(hub, code, *words):
-    """Python in a process of its own, since the hub's settings are read when it is imported."""
-    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+NAMES = ("org/whole", "org/absent", "absent", "org/mute", "org/bare")
 
-
-def evaluate(hub, name, out):
-    sets = ["--forget", str(hub / "rows.jsonl"), "--retain", str(hub / "rows.jsonl")]
-    words = ["evaluate", "--model", name, *sets, "--evaluation-tokens", "4", "--device", "cpu", "--json", str(out)]
-    return offline(hub, "import sys; from pmc_fast.cli import main; sys.exit(main())", *words)
-
-
-def test_a_hub_name_loads_as_its_folder_does(hub, tmp_path):
-    code = """
-import sys
+# Takes each name as the command line does, and keeps what was printed on the process's own stderr.
+TAKE_NAMES = """
+import os, sys
+from pathlib import Path
+from pmc_fast.cli import main
 from pmc_fast.loading import load_model
+
+rows, out, *names = sys.argv[1:]
+for name in names:
+    folder = Path(out, name)
+    folder.mkdir(parents=True)
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+    words = ["evaluate", "--model", name, "--forget", rows, "--retain", rows, "--evaluation-tokens", "4"]
+    code = main([*words, "--device", "cpu", "--json", str(folder / "out.json")])
+    sys.stderr.flush()
+    (folder / "code").write_text(str(code))
 model, tokenizer = load_model("org/whole")
-model.save_pretrained(sys.argv[1])
-tokenizer.save_pretrained(sys.argv[1])
+model.save_pretrained(Path(out, "saved"))
+tokenizer.save_pretrained(Path(out, "saved"))
 """
-    done = offline(hub, code, str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    (by_name, its_tokenizer), (by_folder, tokenizer) = load_model(tmp_path), load_model(snapshot(hub, "whole"))
+
+
+@pytest.fixture(scope="module")
+def offline(hub, tmp_path_factory):
+    """What became of every name, in a process of its own, since the hub's settings are read when it is imported."""
+    out = tmp_path_factory.mktemp("out")
+    command = [sys.executable, "-c", TAKE_NAMES, str(hub / "rows.jsonl"), str(out), *NAMES]
+    subprocess.run(command, env={**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"})
+    return out
+
+
+def test_a_hub_name_loads_as_its_folder_does(hub, offline):
+    by_name, its_tokenizer = load_model(offline / "saved")
+    by_folder, tokenizer = load_model(snapshot(hub, "whole"))
     weights = by_folder.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in by_name.state_dict().items())
     assert its_tokenizer("Who is a?").input_ids == tokenizer("Who is a?").input_ids
 
 
-def test_the_command_line_takes_a_hub_name(hub, tmp_path):
-    done = evaluate(hub, "org/whole", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
-    assert "utility" in json.loads((tmp_path / "out.json").read_text())
+def test_the_command_line_takes_a_hub_name(offline):
+    assert (offline / "org/whole/code").read_text() == "0"
+    assert "utility" in json.loads((offline / "org/whole/out.json").read_text())
 
 
 @pytest.mark.parametrize(
     "name, lacks",
     [("org/absent", "tokenizer"), ("absent", "tokenizer"), ("org/mute", "tokenizer"), ("org/bare", "model")],
 )
-def test_what_the_hub_does_not_have_is_said(hub, name, lacks, tmp_path):
-    done = evaluate(hub, name, tmp_path / "out.json")
-    assert done.returncode == 2 and not (tmp_path / "out.json").exists()
-    assert done.stderr.startswith(f"pmc-fast evaluate: {name}: the {lacks} cannot be loaded: ")
-    assert "Traceback" not in done.stderr
+def test_what_the_hub_does_not_have_is_said(offline, name, lacks):
+    assert (offline / name / "code").read_text() == "2" and not (offline / name / "out.json").exists()
+    said = (offline / name / "stderr").read_text()
+    assert said.startswith(f"pmc-fast evaluate: {name}: the {lacks} cannot be loaded: ")
+    assert "Traceback" not in said

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -208,7 +209,9 @@ def test_ops_writes_its_schema(tmp_path, capsys, rng_seed):
     assert "rouge_score" in capsys.readouterr().out
 
 
-def test_forward_time_and_share_of_the_limit():
+def test_forward_time_and_share_of_the_limit(monkeypatch):
+    # One call per turn: the forward times are then those of the very calls that are timed, however busy the machine.
+    monkeypatch.setattr(ops, "interleave", partial(ops.interleave, at_least_s=0.0))
     limits = measure_limits(CPU, [torch.float32])
     assert limits.bytes_per_s > 1e8 and limits.flops_per_s["float32"] > 1e8
     bench = CollapseLossBench(37, SMALL)

@@ -253,7 +253,8 @@ def test_gradcheck(head, rng_seed):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
     monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 10)
-    hidden, weight, b, _ = (t.detach() for t in make())
+    rows = 6 if impl == "triton" and not torch.cuda.is_available() else 23  # a third of a second each, interpreted
+    hidden, weight, b, _ = (t.detach() for t in make(rows))
     z = head["logit_scale"] * F.linear(hidden, weight, b)
     logits = z if head["softcap"] is None else head["softcap"] * torch.tanh(z / head["softcap"])
     options = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": rng_seed}

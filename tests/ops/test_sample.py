@@ -12,9 +12,9 @@ from pmc_fast.native import library
 IMPLS = ["reference", "native", "triton"]
 
 
-def rows_for(impl, many):
+def rows_for(impl, many, few=4):
     """As many, or few where the kernels run in Triton's interpreter, which takes a third of a second for a row."""
-    return min(many, 4) if impl == "triton" and not torch.cuda.is_available() else many
+    return min(many, few) if impl == "triton" and not torch.cuda.is_available() else many
 
 
 OPTIONS = [
@@ -104,7 +104,7 @@ def test_company_and_order_do_not_matter(impl, rng_seed):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_are_kept_by_lower_token_id(impl, rng_seed):
-    logits = torch.zeros(rows_for(impl, 300), 1031)
+    logits = torch.zeros(rows_for(impl, 300, 2), 1031)
     for cut, kept in (({"top_k": 7}, 7), ({"top_p": 5.5 / 1031}, 6)):
         drawn = sample(logits, seed=rng_seed, impl=impl, **cut)
         assert int(drawn.token.max()) < kept
