@@ -113,5 +113,8 @@ void fuzz_cross_entropy(Case& c);
 void fuzz_decode_attention(Case& c);
 void fuzz_packed_linear(Case& c);
 void fuzz_rouge_l_recall(Case& c);
+void fuzz_cuda_sample(Case& c);
+void fuzz_cuda_cross_entropy(Case& c);
+void fuzz_cuda_append_token(Case& c);
 
 }  // namespace pmc::fuzz

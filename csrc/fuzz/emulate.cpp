@@ -1,0 +1,186 @@
+// Fibers that stand in for a GPU's threads.
+#include <sanitizer/common_interface_defs.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cuda/device.h"
+
+namespace pmc::cuda::emulated {
+
+Device device{};
+uint64_t order = 0;
+Index thread{}, block{}, block_size{};
+
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+
+// Threads that wait for one another.
+struct Barrier {
+    int64_t expected = 0, arrived = 0;
+    uint64_t generation = 0;
+};
+
+struct Block;
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    Block* block;
+    unsigned index;
+    int shuffles;  // how many so far: neighbouring ones use different places
+    const Barrier* waits_for;
+    uint64_t generation;
+    bool done;
+};
+
+struct Warp {
+    Barrier barrier;
+    uint64_t exchanged[2][kWarp];
+};
+
+struct Block {
+    unsigned index;
+    int rank;
+    std::vector<unsigned char> shared;
+    std::vector<Warp> warps;
+    Barrier barrier;
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept for the next launch
+std::vector<Block> blocks;                   // of the running cluster
+Barrier cluster_barrier;
+Fiber* running = nullptr;
+ucontext_t scheduler;
+void* scheduler_shadow = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+const std::function<void()>* body = nullptr;
+
+void leave(bool for_good) {
+    Fiber* const self = running;
+    void* shadow = nullptr;
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &shadow, scheduler_stack, scheduler_stack_bytes);
+    swapcontext(&self->context, &scheduler);
+    __sanitizer_finish_switch_fiber(shadow, &scheduler_stack, &scheduler_stack_bytes);
+}
+
+void enter(Fiber* fiber) {
+    running = fiber;
+    thread.x = fiber->index;
+    block.x = fiber->block->index;
+    __sanitizer_start_switch_fiber(&scheduler_shadow, fiber->stack.get(), kStackBytes);
+    swapcontext(&scheduler, &fiber->context);
+    __sanitizer_finish_switch_fiber(scheduler_shadow, nullptr, nullptr);
+}
+
+void start() {
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+    (*body)();
+    running->done = true;
+    leave(true);
+}
+
+void wait(Barrier* barrier) {
+    if (++barrier->arrived == barrier->expected) {
+        barrier->arrived = 0;
+        ++barrier->generation;
+        return;
+    }
+    running->waits_for = barrier;
+    running->generation = barrier->generation;
+    leave(false);
+}
+
+void prepare(Fiber* fiber, Block* its_block, unsigned index) {
+    fiber->block = its_block;
+    fiber->index = index;
+    fiber->shuffles = 0;
+    fiber->waits_for = nullptr;
+    fiber->done = false;
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    fiber->context.uc_stack.ss_size = kStackBytes;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, start, 0);
+}
+
+bool can_run(const Fiber& fiber) {
+    return !fiber.done && (!fiber.waits_for || fiber.waits_for->generation != fiber.generation);
+}
+
+void run_cluster(size_t count) {
+    size_t left = count;
+    while (left > 0) {
+        order = order * 0x5851F42D4C957F2D + 0x14057B7EF767814F;
+        const size_t first = (order >> 33) % count;
+        const bool backwards = order >> 32 & 1;
+        bool moved = false;
+        for (size_t i = 0; i < count; ++i) {
+            Fiber& fiber = *fibers[(first + (backwards ? count - i : i)) % count];
+            if (!can_run(fiber)) continue;
+            fiber.waits_for = nullptr;
+            enter(&fiber);
+            moved = true;
+            left -= fiber.done;
+        }
+        if (!moved) {
+            std::fprintf(stderr, "emulated GPU: threads wait for others that never come\n");
+            std::abort();
+        }
+    }
+}
+
+}  // namespace
+
+unsigned char* shared_memory() { return running->block->shared.data(); }
+
+void* peer(void* mine, int rank) {
+    return blocks[static_cast<size_t>(rank)].shared.data() + (static_cast<unsigned char*>(mine) - shared_memory());
+}
+
+int cluster_rank() { return running->block->rank; }
+
+int cluster_size() { return static_cast<int>(blocks.size()); }
+
+void sync_threads() { wait(&running->block->barrier); }
+
+void sync_cluster() { wait(&cluster_barrier); }
+
+uint64_t shuffle(uint64_t value, int from_lane) {
+    Warp& warp = running->block->warps[running->index / kWarp];
+    uint64_t* const exchanged = warp.exchanged[running->shuffles++ % 2];
+    exchanged[running->index % kWarp] = value;
+    wait(&warp.barrier);
+    return exchanged[from_lane];
+}
+
+void run(const Grid& grid, const std::function<void()>& kernel) {
+    const auto threads = static_cast<size_t>(grid.threads), cluster = static_cast<size_t>(grid.cluster);
+    body = &kernel;
+    block_size.x = static_cast<unsigned>(grid.threads);
+    while (fibers.size() < threads * cluster) fibers.push_back(std::make_unique<Fiber>());
+    for (int64_t first = 0; first < grid.blocks; first += grid.cluster) {
+        blocks.assign(cluster, Block{});
+        cluster_barrier = {static_cast<int64_t>(threads * cluster), 0, 0};
+        for (size_t rank = 0; rank < cluster; ++rank) {
+            Block& b = blocks[rank];
+            b.index = static_cast<unsigned>(first) + static_cast<unsigned>(rank);
+            b.rank = static_cast<int>(rank);
+            b.shared.assign(static_cast<size_t>(grid.shared_bytes), 0xFF);
+            b.barrier.expected = grid.threads;
+            b.warps.resize(threads / kWarp);
+            for (Warp& warp : b.warps) warp.barrier.expected = kWarp;
+            for (size_t i = 0; i < threads; ++i)
+                prepare(fibers[rank * threads + i].get(), &b, static_cast<unsigned>(i));
+        }
+        run_cluster(threads * cluster);
+    }
+}
+
+}  // namespace pmc::cuda::emulated
