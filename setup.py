@@ -1,4 +1,4 @@
-"""Builds pmc_fast._C with CMake; everything else about the package is in pyproject.toml."""
+"""Builds pmc_fast._C, and pmc_fast._cuda where nvcc is found, with CMake; everything else about the package is in pyproject.toml."""
 
 import os
 import subprocess
@@ -20,6 +20,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
+        for earlier in target.parent.glob("_cuda.*"):  # of a build with CUDA, which this one may not be
+            if earlier.suffix in (".so", ".pyd"):
+                earlier.unlink()
         configure = [
             "cmake",
             f"-S{ROOT}",
@@ -29,6 +32,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPMC_FAST_MODULE_FILE={target.name}",
+            f"-DPMC_FAST_CUDA={os.environ.get('PMC_FAST_CUDA') or 'AUTO'}",
         ]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)

@@ -2,7 +2,11 @@
 
 import os
 import secrets
+import subprocess
 import sys
+import sysconfig
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,40 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `benchmarks`; last, so an installed pmc_fast wins
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for `benchmarks`; last, so an installed pmc_fast wins
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    """pmc_fast._cuda, its kernels compiled for an emulated GPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    build = tmp_path_factory.mktemp("emulated")
+    cmake = Path(sysconfig.get_path("scripts")) / "cmake"  # of this environment, which need not be activated
+    configure = [cmake, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DPMC_FAST_CUDA=EMULATED"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    for command in (configure, [cmake, "--build", build, "--target", "_cuda", "--parallel", "2"]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+    spec = spec_from_file_location("pmc_fast._cuda", next(build.glob("_cuda*.so")))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def emulated_gpu(emulated_module, monkeypatch):
+    """The CUDA implementations take tensors on the CPU."""
+    from pmc_fast import backend, cuda
+
+    monkeypatch.setattr(backend, "_why_not_cuda", lambda device_type: None)
+    monkeypatch.setitem(sys.modules, "pmc_fast._cuda", emulated_module)
+    cuda.library.cache_clear()
+    for name in ("append_token", "cross_entropy", "sample"):
+        monkeypatch.setattr(import_module(f"pmc_fast.cuda.{name}"), "queue", lambda tensor: (0, 0))
+    yield
+    cuda.library.cache_clear()
 
 
 @pytest.fixture
@@ -26,10 +62,16 @@ def rng_seed() -> int:
 
 @pytest.fixture(autouse=True)
 def on_the_gpu_if_there_is_one(request):
-    """Tests of Triton's kernels make their tensors on the GPU; without one the kernels run in the interpreter."""
+    """Tests of kernels for GPUs make their tensors there; without one the kernels run in Triton's interpreter or, as C++, on
+    an emulated GPU."""
     parameters = getattr(request.node, "callspec", None)
-    triton = "kernels" in request.path.parts or (parameters and parameters.params.get("impl") == "triton")
-    if not (triton and torch.cuda.is_available()):
+    impl = parameters and parameters.params.get("impl")
+    if not torch.cuda.is_available():
+        if impl == "cuda":
+            request.getfixturevalue("emulated_gpu")
+        yield
+        return
+    if "kernels" not in request.path.parts and impl not in ("triton", "cuda"):
         yield
         return
     if request.node.get_closest_marker("refuses_values"):

@@ -1,5 +1,5 @@
-// Functions that the host's compiler and nvcc both compile. On the host they are always inlined: nothing that was compiled
-// for one instruction set may be linked into another.
+// Functions that the host's compiler and nvcc both compile. On the host they are always inlined: nothing that was
+// compiled for one instruction set may be linked into another.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,8 @@
 
 namespace pmc {
 
-// sum of exp(x - top), top being the largest x so far. Starts from the lowest float, which unlike -inf can be subtracted
-// from -inf.
+// sum of exp(x - top), top being the largest x so far. Starts from the lowest float, which unlike -inf can be
+// subtracted from -inf.
 struct SoftmaxSum {
     float top = -FLT_MAX;
     float sum = 0;

@@ -1,4 +1,5 @@
-// What a decoding step writes down, in one launch: the tokens drawn, how long the answers are now and which of them ended.
+// What a decoding step writes down, in one launch: the tokens drawn, how long the answers are now and which of them
+// ended.
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 

@@ -1,5 +1,5 @@
-// csrc/cuda/device.h on the CPU, for csrc/fuzz: a block's threads are fibers that run one at a time, in an order that
-// changes from turn to turn, each until it waits for others.
+// csrc/cuda/device.h on the CPU, for csrc/fuzz and tests: a block's threads are fibers that run one at a time, in an
+// order that changes from turn to turn, each until it waits for others.
 #pragma once
 
 #include <cmath>
@@ -23,9 +23,9 @@ struct alignas(16) uint4 {
 
 namespace emulated {
 
-extern Device device;          // what kernels are launched for
-extern uint64_t order;         // seeds the order in which threads take turns
-extern Index thread, block;    // of the running thread
+extern Device device;        // what kernels are launched for
+extern uint64_t order;       // seeds the order in which threads take turns
+extern Index thread, block;  // of the running thread
 extern Index block_size;
 
 unsigned char* shared_memory();

@@ -1,5 +1,5 @@
-// The CUDA kernels' launches: addresses on the GPU, sizes, a device and its stream in. They return when the work is queued;
-// errors of CUDA are thrown with the kernel's name.
+// The CUDA kernels' launches: addresses on the GPU, sizes, a device and its stream in. They return when the work is
+// queued; errors of CUDA are thrown with the kernel's name.
 #pragma once
 
 #include <cstdint>
@@ -43,12 +43,13 @@ struct CrossEntropyArgs {
     int64_t rows, vocab, row_stride;
     Head head;
     float temperature;
-    const int64_t* target;  // [rows], each in [0, vocab)
-    const float* weight;    // [rows] or null: gradient of sum(weight * nll) with respect to z; null writes none
-    float* nll;             // [rows]
-    int32_t* bad;           // lowered to first_row + the first row that is no distribution
-    int32_t first_row;
-    int room;  // vectors that a block keeps; the launch fills it in
+    const int64_t* row;     // [rows], what the caller calls these rows: where the following hold what belongs to them
+    int64_t first_row;      // without `row` (null) they count from here
+    const int64_t* target;  // each in [0, vocab)
+    const float* weight;    // or null: gradient of sum(weight * nll) with respect to z; null writes none
+    float* nll;
+    int32_t* bad;  // lowered to the first row that is no distribution
+    int room;      // vectors that a block keeps; the launch fills it in
 };
 
 struct AppendTokenArgs {
@@ -58,15 +59,15 @@ struct AppendTokenArgs {
     int64_t rows;
     const int64_t* ends;  // [end_count], the tokens that end an answer
     int64_t end_count;
-    const int64_t* limit;   // [answers], tokens at most
-    int64_t* tokens;        // [answers, width]
-    float* logprobs;        // [answers, width]
-    int64_t width;          // at least every limit
-    int64_t* length;        // [answers], tokens so far
-    double* logprob_sum;    // [answers]
-    uint8_t* finished;      // [answers], set where a token ended the answer
-    int64_t* position;      // [rows], that of the next token
-    uint8_t* done;          // [rows], out: whether this was the row's last token
+    const int64_t* limit;  // [answers], tokens at most
+    int64_t* tokens;       // [answers, width]
+    float* logprobs;       // [answers, width]
+    int64_t width;         // at least every limit
+    int64_t* length;       // [answers], tokens so far
+    double* logprob_sum;   // [answers]
+    uint8_t* finished;     // [answers], set where a token ended the answer
+    int64_t* position;     // [rows], that of the next token
+    uint8_t* done;         // [rows], out: whether this was the row's last token
 };
 
 // Sums of masses and numbers of tokens fit as far as this; see common/mass.h.

@@ -1,5 +1,5 @@
-// Where the kept set ends: a radix select over keys of floats whose histograms hold counts or masses, with ties by lower
-// token id. All sums are of integers, so the result depends on no order.
+// Where the kept set ends: a radix select over keys of floats whose histograms hold counts or masses, with ties by
+// lower token id. All sums are of integers, so the result depends on no order.
 #pragma once
 
 #include "common/mass.h"
@@ -82,11 +82,12 @@ struct Amount {
     __device__ uint64_t of(float value) const { return of_mass ? fixed_mass(expf(value - shift)) : 1; }
 };
 
-// The shortest beginning of the elements, in the order of common/order.h, whose amount reaches `target`, at least 1; if all do
-// not, the shortest one with all of the amount. for_each(visit) calls visit(value, token) for a thread's elements.
+// The shortest beginning of the elements, in the order of common/order.h, whose amount reaches `target`, at least 1; if
+// all do not, the shortest one with all of the amount. for_each(visit) calls visit(value, token) for a thread's
+// elements.
 template <class ForEach>
-__device__ Cut select(Team& team, Histogram& histogram, const ForEach& for_each, const Cut& within, const Amount& amount,
-                      uint64_t target) {
+__device__ Cut select(Team& team, Histogram& histogram, const ForEach& for_each, const Cut& within,
+                      const Amount& amount, uint64_t target) {
     Cut cut;
     uint32_t digits = 0;
     bool by_token = false;  // first by key, then among the last key's elements

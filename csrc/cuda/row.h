@@ -32,7 +32,8 @@ class RowPart {
           kept_(kept),
           room_(room) {}
 
-    // Calls visit(vector, token of its first value) for this thread's vectors; values past the row's end are the last one.
+    // Calls visit(vector, token of its first value) for this thread's vectors; values past the row's end are the last
+    // one.
     template <class Visit>
     __device__ void first_visit(const Visit& visit) {
         const int stride = static_cast<int>(blockDim.x);
@@ -100,8 +101,8 @@ class RowPart {
         if constexpr (kWidth == 4)
             return {{bits_float(raw.x), bits_float(raw.y), bits_float(raw.z), bits_float(raw.w)}};
         else
-            return {{low(raw.x), high(raw.x), low(raw.y), high(raw.y), low(raw.z), high(raw.z), low(raw.w),
-                     high(raw.w)}};
+            return {
+                {low(raw.x), high(raw.x), low(raw.y), high(raw.y), low(raw.z), high(raw.z), low(raw.w), high(raw.w)}};
     }
     static __device__ float low(uint32_t pair) { return bits_float(pair << 16); }
     static __device__ float high(uint32_t pair) { return bits_float(pair & 0xFFFF0000u); }
@@ -125,8 +126,8 @@ class RowPart {
     int room_;
 };
 
-// How a row is laid out over a cluster: the fewest blocks of which an SM holds two; if there are none, all that the GPU has, and
-// what does not fit is read again.
+// How a row is laid out over a cluster: the fewest blocks of which an SM holds two; if there are none, all that the GPU
+// has, and what does not fit is read again.
 struct RowPlan {
     int threads, cluster;
     int room;  // vectors of 16 bytes

@@ -1,8 +1,8 @@
 // Draws one token per row of logits: temperature, top-k, top-p, min-p, then the Gumbel argmax over what is kept.
 //
-// A cluster of blocks shares a row. One visit finds the maximum, the masses and, if nothing is truncated, the winner. Else a
-// value is found that nothing kept lies below; what reaches it, hardly ever more than fits into a list, is all that the
-// radix selects and the draw look at. Where the list is too short they visit the row again.
+// A cluster of blocks shares a row. One visit finds the maximum, the masses and, if nothing is truncated, the winner.
+// Else a value is found that nothing kept lies below; what reaches it, hardly ever more than fits into a list, is all
+// that the radix selects and the draw look at. Where the list is too short they visit the row again.
 #include <cfloat>
 
 #include "common/mass.h"
@@ -118,9 +118,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) sample_kernel(SampleArgs args
     Race race({args.seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r])},
               &shared.best_score);
 
-    const auto logit = [&](float z, int token) {
-        return transformed(args.bias ? z + args.bias[token] : z, args.head);
-    };
+    const auto logit = [&](float z, int token) { return transformed(args.bias ? z + args.bias[token] : z, args.head); };
     const auto scale = [&](float y) { return tempered ? y / temperature : y; };
 
     float top = -INFINITY;
@@ -177,7 +175,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) sample_kernel(SampleArgs args
         float floor = -INFINITY;
         bool tops_only = true, listed = false;
         const float own_top = scale(top);
-        // The elements that are still in question, as (scaled logit, token): the threads' own tops, then what reaches `floor`.
+        // The elements that are still in question, as (scaled logit, token): the threads' own tops, then what reaches
+        // `floor`.
         const auto for_each = [&](const auto& visit) {
             if (tops_only) {
                 visit(own_top, team.thread());
@@ -256,7 +255,8 @@ void launch_sample(SampleArgs args, void* stream) {
     const RowPlan plan = plan_rows(device, args.vocab * static_cast<int64_t>(sizeof(Logit)), sizeof(SampleShared));
     args.room = plan.room;
     launch(kName, sample_kernel<Logit>,
-           {args.rows * plan.cluster, plan.threads, plan.cluster, static_cast<int64_t>(sizeof(SampleShared)) + 16 * plan.room},
+           {args.rows * plan.cluster, plan.threads, plan.cluster,
+            static_cast<int64_t>(sizeof(SampleShared)) + 16 * plan.room},
            stream, args);
 }
 

@@ -32,7 +32,8 @@ class Team {
     __device__ int blocks() const { return cluster_size(); }
     __device__ bool leads() const { return block() == 0 && thread() == 0; }
 
-    // The largest of all threads' values, or their sum; every thread gets it. What they wrote before is then seen by all.
+    // The largest of all threads' values, or their sum; every thread gets it. What they wrote before is then seen by
+    // all.
     __device__ uint64_t largest(uint64_t value) { return reduced(value, Larger{}); }
     __device__ uint64_t sum(uint64_t value) { return reduced(value, Sum{}); }
 
@@ -66,7 +67,8 @@ class Team {
         if (lane() == 0) places[warp()] = value;
         sync_cluster();
         uint64_t all = 0;  // neutral for both
-        for (int i = lane(); i < blocks() * warps(); i += kWarp) all = reduce(all, peer(places, i / warps())[i % warps()]);
+        for (int i = lane(); i < blocks() * warps(); i += kWarp)
+            all = reduce(all, peer(places, i / warps())[i % warps()]);
         return in_warp(all, reduce);
     }
 

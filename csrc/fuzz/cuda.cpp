@@ -1,5 +1,6 @@
 // The CUDA kernels on an emulated GPU, whose size and order of threads change from case to case.
 #include <limits>
+#include <numeric>
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -12,7 +13,8 @@ namespace {
 void some_gpu(Case* c) {
     Random& random = c->random;
     const int most = random.pick({40 << 10, 64 << 10, 163 << 10});
-    cuda::emulated::device = {1, random.pick({32, 32, 64, 128}), most, random.pick({1, 2, 2, 2}) * most, random.one_in(2)};
+    cuda::emulated::device = {1, random.pick({32, 32, 64, 128}), most, random.pick({1, 2, 2, 2}) * most,
+                              random.one_in(2)};
     cuda::emulated::order = random.bits();
     c->isa = "an emulated GPU";
 }
@@ -23,7 +25,7 @@ cuda::Dtype dtype_of(const Logits& logits) {
 
 cuda::Head head_of(const Logits& logits) { return {logits.head.logit_scale, logits.head.softcap}; }
 
-int64_t first_bad(int32_t bad, int64_t rows) { return bad == rows ? kAllRowsFinite : bad; }
+constexpr int64_t kLong = 3000;  // rows of more equal tokens than a block's list of candidates holds
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -32,7 +34,10 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 void fuzz_cuda_sample(Case& c) {
     Random& random = c.random;
     some_gpu(&c);
-    Logits logits = Logits::random(random);
+    Logits logits = Logits::random(random, kLong);
+    if (random.one_in(4))
+        for (int64_t i = 0; i < logits.vocab; ++i)
+            logits.bias.push_back(random.one_in(9) ? -INFINITY : random.normal());
     const Options options = Options::random(random, logits.vocab);
     const auto rows = static_cast<size_t>(logits.rows);
     std::vector<int64_t> sequence(rows), position(rows), token(rows, -1);
@@ -45,20 +50,20 @@ void fuzz_cuda_sample(Case& c) {
         usable.push_back(expected.back().usable());
     }
     auto bad = static_cast<int32_t>(rows);
-    cuda::sample({logits.z.data(), logits.rows, logits.vocab, logits.stride, nullptr, head_of(logits),
-                  options.temperature, options.top_k, options.top_p, options.log_min_p, options.seed, sequence.data(),
-                  position.data(), token.data(), logprob.data(), sampling_logprob.data(), kept_mass.data(), &bad, 0},
+    cuda::sample({logits.z.data(), logits.rows, logits.vocab, logits.stride,
+                  logits.bias.empty() ? nullptr : logits.bias.data(), head_of(logits), options.temperature,
+                  options.top_k, options.top_p, options.log_min_p, options.seed, sequence.data(), position.data(),
+                  token.data(), logprob.data(), sampling_logprob.data(), kept_mass.data(), &bad, 0},
                  dtype_of(logits), {});
-    check_first_bad(c, usable, first_bad(bad, logits.rows));
+    check_first_bad(c, usable, bad == static_cast<int32_t>(rows) ? kAllRowsFinite : bad);
     for (size_t r = 0; r < rows; ++r)
-        if (usable[r] == Usable::kYes)
-            expected[r].check(c, r, token[r], logprob[r], sampling_logprob[r], kept_mass[r]);
+        if (usable[r] == Usable::kYes) expected[r].check(c, r, token[r], logprob[r], sampling_logprob[r], kept_mass[r]);
 }
 
 void fuzz_cuda_cross_entropy(Case& c) {
     Random& random = c.random;
     some_gpu(&c);
-    const Logits logits = Logits::random(random);
+    const Logits logits = Logits::random(random, kLong);
     const auto rows = static_cast<size_t>(logits.rows);
     const float temperature = random_temperature(random);
     const bool weighted = random.one_in(2);
@@ -72,12 +77,25 @@ void fuzz_cuda_cross_entropy(Case& c) {
         expected.emplace_back(logits, r, temperature, target[r], weight[r]);
         usable.push_back(expected.back().usable);
     }
+    // Rows in the middle of a caller's, or anywhere among them.
+    const int64_t first = random.between(0, 3);
+    std::vector<int64_t> number(rows);
+    std::iota(number.begin(), number.end(), first);
+    const bool numbered = random.one_in(2);
+    if (numbered) std::reverse(number.begin(), number.end());
+    const size_t all = rows + static_cast<size_t>(first);
+    std::vector<int64_t> its_target(all, -1);
+    std::vector<float> its_weight(all, kNaN), its_nll(all, kNaN);
+    for (size_t r = 0; r < rows; ++r) its_target[number[r]] = target[r], its_weight[number[r]] = weight[r];
     Numbers z = logits.z;
-    auto bad = static_cast<int32_t>(rows);
+    auto bad = static_cast<int32_t>(all);
     cuda::cross_entropy({z.data(), logits.rows, logits.vocab, logits.stride, head_of(logits), temperature,
-                         target.data(), weighted ? weight.data() : nullptr, nll.data(), &bad, 0, 0},
+                         numbered ? number.data() : nullptr, numbered ? -1 : first, its_target.data(),
+                         weighted ? its_weight.data() : nullptr, its_nll.data(), &bad, 0},
                         dtype_of(logits), {});
-    check_first_bad(c, usable, first_bad(bad, logits.rows));
+    if (numbered) std::reverse(usable.begin(), usable.end());
+    check_first_bad(c, usable, bad == static_cast<int32_t>(all) ? kAllRowsFinite : bad - first);
+    for (size_t r = 0; r < rows; ++r) nll[r] = its_nll[number[r]];
     check_scores(c, logits, expected, weighted, nll, z);
 }
 
@@ -123,7 +141,8 @@ void fuzz_cuda_append_token(Case& c) {
     if (length != want_length || tokens != want_tokens || position != want_position || sum != want_sum ||
         finished != want_finished || done != want_done)
         c.fail("the answers differ");
-    for (int64_t i = 0; i < answers * width; ++i) c.check_near("logprobs", i / width, i % width, logprobs[i], want_logprobs[i], 0);
+    for (int64_t i = 0; i < answers * width; ++i)
+        c.check_near("logprobs", i / width, i % width, logprobs[i], want_logprobs[i], 0);
 }
 
 }  // namespace pmc::fuzz

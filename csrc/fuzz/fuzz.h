@@ -89,8 +89,10 @@ struct Logits {
     int64_t rows, vocab, stride;
     HeadTransform head;
     Numbers z;
+    std::vector<float> bias = {};  // [vocab], added to z first, or empty
 
-    static Logits random(Random& random);
+    // At least one row in ten is longer than `long_row`.
+    static Logits random(Random& random, int64_t long_row = 0);
 
     // The logits of a row after the head's transform: to the bit without a softcap, else within error().
     std::vector<double> transformed(int64_t row) const;

@@ -47,8 +47,7 @@ inline void check_scores(const Case& c, const Logits& logits, const std::vector<
                          const std::vector<float>& nll, const Numbers& z) {
     for (int64_t r = 0; r < logits.rows; ++r) {
         const ExpectedScore& e = expected[r];
-        if (e.usable == Usable::kYes)
-            c.check_near("nll", r, 0, nll[r], static_cast<float>(e.nll), e.nll_tolerance);
+        if (e.usable == Usable::kYes) c.check_near("nll", r, 0, nll[r], static_cast<float>(e.nll), e.nll_tolerance);
         for (int64_t i = 0; i < logits.stride && (r + 1 < logits.rows || i < logits.vocab); ++i) {
             const int64_t at = r * logits.stride + i;
             if (!weighted || i >= logits.vocab) {

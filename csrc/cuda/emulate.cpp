@@ -1,5 +1,4 @@
 // Fibers that stand in for a GPU's threads.
-#include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -10,9 +9,16 @@
 
 #include "cuda/device.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#else
+#define __sanitizer_start_switch_fiber(...) static_cast<void>(0)
+#define __sanitizer_finish_switch_fiber(...) static_cast<void>(0)
+#endif
+
 namespace pmc::cuda::emulated {
 
-Device device{};
+Device device{1, 64, 64 << 10, 128 << 10, true};
 uint64_t order = 0;
 Index thread{}, block{}, block_size{};
 
@@ -47,6 +53,7 @@ struct Warp {
 struct Block {
     unsigned index;
     int rank;
+    int running;  // threads
     std::vector<unsigned char> shared;
     std::vector<Warp> warps;
     Barrier barrier;
@@ -127,7 +134,10 @@ void run_cluster(size_t count) {
             fiber.waits_for = nullptr;
             enter(&fiber);
             moved = true;
-            left -= fiber.done;
+            if (!fiber.done) continue;
+            --left;
+            Block& its_block = *fiber.block;  // when it ends, its memory is another's
+            if (--its_block.running == 0) std::fill(its_block.shared.begin(), its_block.shared.end(), 0xFF);
         }
         if (!moved) {
             std::fprintf(stderr, "emulated GPU: threads wait for others that never come\n");
@@ -172,6 +182,7 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
             Block& b = blocks[rank];
             b.index = static_cast<unsigned>(first) + static_cast<unsigned>(rank);
             b.rank = static_cast<int>(rank);
+            b.running = grid.threads;
             b.shared.assign(static_cast<size_t>(grid.shared_bytes), 0xFF);
             b.barrier.expected = grid.threads;
             b.warps.resize(threads / kWarp);
