@@ -21,11 +21,16 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
-def emulated_module(tmp_path_factory):
+def cmake() -> Path:
+    """That of this environment, which need not be activated."""
+    return Path(sysconfig.get_path("scripts")) / "cmake"
+
+
+@pytest.fixture(scope="session")
+def emulated_module(cmake, tmp_path_factory):
     """pmc_fast._cuda, its kernels compiled for an emulated GPU."""
     pybind11 = pytest.importorskip("pybind11")
     build = tmp_path_factory.mktemp("emulated")
-    cmake = Path(sysconfig.get_path("scripts")) / "cmake"  # of this environment, which need not be activated
     configure = [cmake, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DPMC_FAST_CUDA=EMULATED"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     for command in (configure, [cmake, "--build", build, "--target", "_cuda", "--parallel", "2"]):
@@ -34,6 +39,7 @@ def emulated_module(tmp_path_factory):
     spec = spec_from_file_location("pmc_fast._cuda", next(build.glob("_cuda*.so")))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.modules.pop(spec.name, None)  # where the module that was installed belongs
     return module
 
 

@@ -24,7 +24,7 @@ Index thread{}, block{}, block_size{};
 
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 32 << 10;
 
 // Threads that wait for one another.
 struct Barrier {
@@ -121,28 +121,45 @@ bool can_run(const Fiber& fiber) {
     return !fiber.done && (!fiber.waits_for || fiber.waits_for->generation != fiber.generation);
 }
 
+uint64_t next_random() { return (order = order * 0x5851F42D4C957F2D + 0x14057B7EF767814F) >> 33; }
+
+// Some warps that follow one another, which run only when no others can.
+struct Slow {
+    size_t first = 0, count = 0;
+
+    explicit Slow(size_t warps) : first(next_random() % warps), count(next_random() % (warps + 1)) {}
+    bool has(size_t fiber) const { return fiber / kWarp - first < count; }
+};
+
+// Lets each thread run that can and is slow or not; returns whether any could.
+bool turn(size_t count, const Slow& slow, bool slow_ones, size_t* left) {
+    const size_t first = next_random() % count;
+    const bool backwards = next_random() % 2;
+    bool moved = false;
+    for (size_t i = 0; i < count; ++i) {
+        const size_t at = (first + (backwards ? count - i : i)) % count;
+        Fiber& fiber = *fibers[at];
+        if (slow.has(at) != slow_ones || !can_run(fiber)) continue;
+        fiber.waits_for = nullptr;
+        enter(&fiber);
+        moved = true;
+        if (!fiber.done) continue;
+        --*left;
+        Block& its_block = *fiber.block;  // when it ends, its memory is another's
+        if (--its_block.running == 0) std::fill(its_block.shared.begin(), its_block.shared.end(), 0xFF);
+    }
+    return moved;
+}
+
 void run_cluster(size_t count) {
     size_t left = count;
     while (left > 0) {
-        order = order * 0x5851F42D4C957F2D + 0x14057B7EF767814F;
-        const size_t first = (order >> 33) % count;
-        const bool backwards = order >> 32 & 1;
+        const Slow slow(count / kWarp);
         bool moved = false;
-        for (size_t i = 0; i < count; ++i) {
-            Fiber& fiber = *fibers[(first + (backwards ? count - i : i)) % count];
-            if (!can_run(fiber)) continue;
-            fiber.waits_for = nullptr;
-            enter(&fiber);
-            moved = true;
-            if (!fiber.done) continue;
-            --left;
-            Block& its_block = *fiber.block;  // when it ends, its memory is another's
-            if (--its_block.running == 0) std::fill(its_block.shared.begin(), its_block.shared.end(), 0xFF);
-        }
-        if (!moved) {
-            std::fprintf(stderr, "emulated GPU: threads wait for others that never come\n");
-            std::abort();
-        }
+        while (turn(count, slow, false, &left)) moved = true;
+        if (turn(count, slow, true, &left) || moved) continue;
+        std::fprintf(stderr, "emulated GPU: threads wait for others that never come\n");
+        std::abort();
     }
 }
 

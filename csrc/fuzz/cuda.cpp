@@ -12,9 +12,10 @@ namespace {
 
 void some_gpu(Case* c) {
     Random& random = c->random;
-    const int most = random.pick({40 << 10, 64 << 10, 163 << 10});
-    cuda::emulated::device = {1, random.pick({32, 32, 64, 128}), most, random.pick({1, 2, 2, 2}) * most,
-                              random.one_in(2)};
+    // The less an SM has, the more blocks share a row; the less a block may have, the more of it is read again.
+    const int block = random.pick({30 << 10, 40 << 10, 163 << 10});
+    const int sm = 2 * static_cast<int>(random.between(10 << 10, 60 << 10));
+    cuda::emulated::device = {1, random.pick({32, 32, 32, 64, 128}), block, sm, random.one_in(2)};
     cuda::emulated::order = random.bits();
     c->isa = "an emulated GPU";
 }

@@ -22,8 +22,6 @@ def linear_sample(
             logits = padded_rows(piece.stop - piece.start, vocab, torch.float32, hidden.device)
             write_product(logits, hidden[piece], weight.T)
         with phase("sample"):
-            draws = sample(
-                logits, sequence=sequence[piece], position=position[piece], op="linear_sample", **options
-            )
+            draws = sample(logits, sequence=sequence[piece], position=position[piece], op="linear_sample", **options)
         drawn.append(draws)
     return drawn[0] if len(drawn) == 1 else tuple(torch.cat(column) for column in zip(*drawn, strict=True))
