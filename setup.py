@@ -12,16 +12,18 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Configure and build CMakeLists.txt, leaving the module where setuptools expects it. Needs no torch."""
+    """Configure and build CMakeLists.txt, leaving the modules where setuptools expects them. Needs no torch."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != "pmc_fast._C":
+            return  # one run of CMake builds both
         import pybind11  # a build requirement: present in the isolated build environment
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
-        for earlier in target.parent.glob("_cuda.*"):  # of a build with CUDA, which this one may not be
-            if earlier.suffix in (".so", ".pyd"):
+        for folder in {target.parent, ROOT / "pmc_fast"}:  # this build may be the first without CUDA
+            for earlier in folder.glob("_cuda.*.so"):
                 earlier.unlink()
         configure = [
             "cmake",
@@ -39,4 +41,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[Extension("pmc_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("pmc_fast._C", sources=[]), Extension("pmc_fast._cuda", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 20
+SECONDS = 15
 
 
 def run(*command: str | Path, **environment: str) -> str:

@@ -14,7 +14,7 @@ constexpr int kHeadsAtOnce = 4;
 
 template <class T>
 void to_floats(const T* from, int64_t size, float scale, float* to) {
-    for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]) * scale;
+    for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]) * scale;
 }
 
 // scores[h * score_stride + t] = query[h] . key[t], h < Heads.
@@ -30,7 +30,7 @@ void dot_products(const float* query, int64_t dim, const T* key, int64_t key_str
         }
         for (int h = 0; h < Heads; ++h) {
             float sum = horizontal_sum_float(sums[h]);
-            for (int64_t rest = i; rest < dim; ++rest) sum += query[h * dim + rest] * to_float(key[rest]);
+            for (int64_t rest = i; rest < dim; ++rest) sum += query[h * dim + rest] * widen(key[rest]);
             scores[h * score_stride + t] = sum;
         }
     }
@@ -83,7 +83,7 @@ void weighted_sum(const float* probability, int64_t stride, const T* value, int6
         for (int h = 0; h < Heads; ++h) {
             float sum = 0;
             for (int64_t t = 0; t < positions; ++t)
-                sum += probability[h * stride + t] * to_float(value[t * value_stride + i]);
+                sum += probability[h * stride + t] * widen(value[t * value_stride + i]);
             from_float(out + h * dim + i, sum);
         }
     }

@@ -14,7 +14,7 @@ T* pointer(uintptr_t address) {
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
+PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
     using release = py::call_guard<py::gil_scoped_release>;
 
     m.attr("FLOAT32") = static_cast<int>(pmc::cuda::Dtype::kFloat32);

@@ -1,7 +1,6 @@
 // Fibers that stand in for a GPU's threads.
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -145,8 +144,7 @@ bool turn(size_t count, const Slow& slow, bool slow_ones, size_t* left) {
         moved = true;
         if (!fiber.done) continue;
         --*left;
-        Block& its_block = *fiber.block;  // when it ends, its memory is another's
-        if (--its_block.running == 0) std::fill(its_block.shared.begin(), its_block.shared.end(), 0xFF);
+        if (--fiber.block->running == 0) fiber.block->shared = {};  // nobody may read it any more
     }
     return moved;
 }

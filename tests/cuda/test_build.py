@@ -31,7 +31,7 @@ def cuobjdump():
 
 
 @pytest.fixture(scope="module")
-def targets(cuobjdump):
+def targets(cuobjdump):  # asks for the module only where it is
     return library().TARGETS.split(", ")
 
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("value", "succeeds", "says"),
     [
-        ("1", False, "PMC_FAST_CUDA=1 asks for the CUDA kernels, but no nvcc was found"),
-        ("AUTO", True, "without CUDA kernels, no nvcc was found"),
+        ("1", False, "PMC_FAST_CUDA=1 asks for the CUDA kernels, but no nvcc was found on PATH or in CUDACXX"),
+        ("AUTO", True, "without CUDA kernels, no nvcc was found on PATH or in CUDACXX"),
         ("yes", False, "PMC_FAST_CUDA: got 'yes', expected 0, 1, AUTO or EMULATED"),
     ],
 )
