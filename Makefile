@@ -4,8 +4,8 @@ VENV := .venv
 # A test file stays with one worker, which sets up once what its tests share; files with the slowest tests come first.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell find pmc_fast kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') setup.py pyproject.toml \
-	CMakeLists.txt constraints.txt
+SOURCES := $(shell find pmc_fast kernels csrc cmake -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' \
+	-o -name '*.cmake') setup.py pyproject.toml CMakeLists.txt constraints.txt
 
 .PHONY: demo test lint clean
 
@@ -18,7 +18,7 @@ test: $(VENV)/.editable
 lint: $(VENV)/.editable
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 # bin/pip, since a machine without ensurepip leaves a bin/python that cannot install anything.
 $(VENV)/bin/pip:

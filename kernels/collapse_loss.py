@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmc_fast.kernels.cross_entropy import cross_entropy, labelled_rows
+from pmc_fast.gpu.cross_entropy import labelled_rows
+from pmc_fast.kernels.cross_entropy import cross_entropy
 
 
 def collapse_loss(

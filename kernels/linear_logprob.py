@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmc_fast.kernels.checks import no_bad_row, report
-from pmc_fast.kernels.cross_entropy import Gradients, chunk_rows, cross_entropy, labelled_rows
+from pmc_fast.gpu.checks import no_bad_row, report
+from pmc_fast.gpu.cross_entropy import Gradients, chunk_rows, labelled_rows
+from pmc_fast.gpu.gemm import row_major
+from pmc_fast.kernels.cross_entropy import cross_entropy
 from pmc_fast.kernels.device import device_of, dot_precision
-from pmc_fast.kernels.gemm import row_major
 from pmc_fast.kernels.interpreted import dot
 from pmc_fast.kernels.logits import INFINITY, LOWEST, tempered_logits
 from pmc_fast.kernels.sliced_backward import sliced_backward

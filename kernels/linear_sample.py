@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmc_fast.gpu.gemm import even_pieces, padded_rows, row_major, write_product
 from pmc_fast.kernels.device import device_of, dot_precision
 from pmc_fast.kernels.draw import PARTS, Parts, draw_from_tile, finish_draw, store_part
-from pmc_fast.kernels.gemm import even_pieces, padded_rows, row_major, write_product
 from pmc_fast.kernels.interpreted import dot
 from pmc_fast.kernels.logits import Head, head_logit
 from pmc_fast.kernels.philox import block_words

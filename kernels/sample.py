@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pmc_fast.gpu.gemm import row_major
 from pmc_fast.kernels.draw import draw_from_all
-from pmc_fast.kernels.gemm import row_major
 from pmc_fast.kernels.logits import Head
 from pmc_fast.kernels.sampling import Draws, Sampling
 from pmc_fast.kernels.truncate import draw_truncated

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmc_fast.kernels.checks import no_bad_row, report
+from pmc_fast.gpu.checks import no_bad_row, report
 from pmc_fast.kernels.philox import halves
 from pmc_fast.kernels.variant import MODELS, absent, present
 

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmc_fast.kernels.cross_entropy import Gradients, finished, gradient_scale, magnification, product_gradient
-from pmc_fast.kernels.gemm import add_product, even_pieces, padded_rows, write_product
+from pmc_fast.gpu.cross_entropy import Gradients, finished, magnification
+from pmc_fast.gpu.gemm import add_product, even_pieces, padded_rows, write_product
+from pmc_fast.kernels.cross_entropy import gradient_scale, product_gradient
 from pmc_fast.kernels.interpreted import rounded
 from pmc_fast.kernels.logits import tempered_logits
 from pmc_fast.kernels.variant import MODELS, Variant, absent, present

@@ -19,17 +19,24 @@ PACKAGES = {
     "reference": "pmc_fast.reference",
 }
 
-# Fastest first; native is for CPUs, triton for GPUs.
+# Fastest first; native is for CPUs, triton and cuda for GPUs.
 IMPLEMENTATIONS = {
-    "collapse_loss": ("native", "triton", "reference"),
+    "collapse_loss": ("native", "triton", "cuda", "reference"),
     "decode_attention": ("native", "reference"),
-    "linear_logprob": ("native", "triton", "reference"),
-    "linear_sample": ("native", "triton", "reference"),
+    "linear_logprob": ("native", "triton", "cuda", "reference"),
+    "linear_sample": ("native", "triton", "cuda", "reference"),
     "rouge_l_recall": ("native", "reference"),
-    "sample": ("native", "triton", "reference"),
+    "sample": ("native", "triton", "cuda", "reference"),
 }
 
-DTYPES = {"native": ("float32", "bfloat16"), "triton": ("float32", "bfloat16", "float16")}
+DTYPES = {
+    "native": ("float32", "bfloat16"),
+    "triton": ("float32", "bfloat16", "float16"),
+    "cuda": ("float32", "bfloat16"),
+}
+
+# Not yet run on a GPU: for those who ask for it.
+ONLY_IF_NAMED = ("cuda",)
 
 
 def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) -> str | None:
@@ -42,6 +49,8 @@ def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) 
         if device_type != "cpu":
             return f"the native implementation runs on the CPU, the tensors are on {device_type}"
     if impl == "triton" and (reason := _why_not_triton(device_type)):
+        return reason
+    if impl == "cuda" and (reason := _why_not_cuda(device_type)):
         return reason
     if impl in DTYPES and dtype is not None and (name := str(dtype).removeprefix("torch.")) not in DTYPES[impl]:
         return f"the {impl} implementation takes {', '.join(DTYPES[impl])}, not {name}"
@@ -59,6 +68,17 @@ def _why_not_triton(device_type: str) -> str | None:
     )
 
 
+def _why_not_cuda(device_type: str) -> str | None:
+    cuda = import_module("pmc_fast.cuda")
+    try:
+        targets = cuda.library().TARGETS
+    except BackendUnavailable as error:
+        return str(error)
+    if device_type != "cuda":
+        return f"the CUDA kernels run on GPUs (built for {targets}), the tensors are on {device_type}"
+    return cuda.too_old()
+
+
 def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = None) -> str:
     """The implementation to use: the one named, or the fastest that can run these inputs.
 
@@ -68,8 +88,8 @@ def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = 
     """
     if impl is None:
         for name in IMPLEMENTATIONS[op]:
-            if name == "triton" and device_type == "cpu":
-                continue  # the interpreter is for those who ask for it
+            if name in ONLY_IF_NAMED or (name == "triton" and device_type == "cpu"):
+                continue  # and the interpreter is for those who ask for it
             reason = why_not(op, name, device_type, dtype)
             if reason is None:
                 return name

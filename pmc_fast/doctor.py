@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pmc_fast import backend
+from pmc_fast.errors import BackendUnavailable
 
 _PACKAGES = ("pmc_fast", "torch", "transformers", "tokenizers", "numpy", "nltk", "triton")
 
@@ -56,6 +57,7 @@ def doctor(options: argparse.Namespace) -> int:
         print(f"GPU           {', '.join(names)} (CUDA {torch.version.cuda})")
     else:
         print(f"GPU           none that torch sees (torch built for {torch.version.cuda or 'the CPU'})")
+    print(f"CUDA kernels  {_cuda_kernels()}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         print(f"\nimplementations on {device}")
@@ -71,6 +73,18 @@ def _library() -> Any:
     from pmc_fast import native
 
     return native.library()
+
+
+def _cuda_kernels() -> str:
+    from pmc_fast import cuda
+
+    try:
+        built = f"built for {cuda.library().TARGETS}"
+    except BackendUnavailable as error:
+        return f"none: {error}"
+    if reason := cuda.too_old():
+        return f"{built}; no: {reason}"
+    return f"{built}; not yet run on a GPU, so an op uses them only with impl='cuda'"
 
 
 def _version(name: str) -> str | None:

@@ -2,7 +2,11 @@
 
 import os
 import secrets
+import subprocess
 import sys
+import sysconfig
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `benchmarks`; last, so an installed pmc_fast wins
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for `benchmarks`; last, so an installed pmc_fast wins
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
 
 
@@ -22,6 +27,41 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_thr
 def threads(request):
     """Two for ops, whose kernels divide rows among threads; no test inherits --threads, which holds for a process."""
     torch.set_num_threads(2 if "ops" in request.path.parts else THREADS)
+
+
+@pytest.fixture(scope="session")
+def cmake() -> Path:
+    """That of this environment, which need not be activated."""
+    return Path(sysconfig.get_path("scripts")) / "cmake"
+
+
+@pytest.fixture(scope="session")
+def emulated_module(cmake, tmp_path_factory):
+    """pmc_fast._cuda, its kernels compiled for an emulated GPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    build = tmp_path_factory.mktemp("emulated")
+    configure = [cmake, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DPMC_FAST_CUDA=EMULATED"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    for command in (configure, [cmake, "--build", build, "--target", "_cuda_emulated", "--parallel", "2"]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+    spec = spec_from_file_location("_cuda_emulated", next(build.glob("*.so")))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def emulated_gpu(emulated_module, monkeypatch):
+    """The CUDA implementations take tensors on the CPU."""
+    from pmc_fast import backend, cuda
+
+    monkeypatch.setattr(backend, "_why_not_cuda", lambda device_type: None)
+    monkeypatch.setattr(cuda, "library", lambda: emulated_module)  # for what the package itself asks
+    for name in ("append_token", "cross_entropy", "sample"):
+        module = import_module(f"pmc_fast.cuda.{name}")
+        monkeypatch.setattr(module, "library", lambda: emulated_module)
+        monkeypatch.setattr(module, "queue", lambda tensor: (0, 0))
 
 
 @pytest.fixture
@@ -35,10 +75,16 @@ def rng_seed() -> int:
 
 @pytest.fixture(autouse=True)
 def on_the_gpu_if_there_is_one(request):
-    """Tests of Triton's kernels make their tensors on the GPU; without one the kernels run in the interpreter."""
+    """Tests of kernels for GPUs make their tensors there; without one the kernels run in Triton's interpreter or, as C++, on
+    an emulated GPU."""
     parameters = getattr(request.node, "callspec", None)
-    triton = "kernels" in request.path.parts or (parameters and parameters.params.get("impl") == "triton")
-    if not (triton and torch.cuda.is_available()):
+    impl = parameters and parameters.params.get("impl")
+    if not torch.cuda.is_available():
+        if impl == "cuda":
+            request.getfixturevalue("emulated_gpu")
+        yield
+        return
+    if "kernels" not in request.path.parts and impl not in ("triton", "cuda"):
         yield
         return
     if request.node.get_closest_marker("refuses_values"):

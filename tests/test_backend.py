@@ -2,11 +2,12 @@
 
 import builtins
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pmc_fast import backend, native
+from pmc_fast import backend, cuda, native
 from pmc_fast.backend import IMPLEMENTATIONS, choose, load, why_not
 from pmc_fast.errors import BackendUnavailable
 
@@ -66,10 +67,54 @@ def test_the_one_named_or_an_error(op):
         choose(op, "native", "cpu", torch.float16)
     with pytest.raises(BackendUnavailable, match="the tensors are on cuda"):
         choose(op, "native", "cuda", torch.float32)
-    with pytest.raises(BackendUnavailable, match=f"no cuda implementation of {op}"):
-        choose(op, "cuda")
     with pytest.raises(ValueError, match=r"impl: got 'Native', expected None or one of 'cuda', 'triton', 'native'"):
         choose(op, "Native")
+
+
+@pytest.fixture(params=["built with CUDA", "built without CUDA"])
+def cuda_module(request, monkeypatch):
+    """The compiled module for GPUs, or what happens where there is none."""
+
+    def library():
+        if request.param == "built without CUDA":
+            raise BackendUnavailable("pmc_fast was built without its CUDA kernels")
+        return SimpleNamespace(TARGETS="sm_80, sm_90a")
+
+    monkeypatch.setattr(cuda, "library", library)
+    return request.param
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_cuda_runs_on_gpus_and_only_if_named(op, cuda_module):
+    assert choose(op, None, "cuda", torch.bfloat16) != "cuda"
+    if "cuda" not in IMPLEMENTATIONS[op]:
+        reason = f"no cuda implementation of {op}"
+    elif cuda_module == "built with CUDA":
+        reason = r"run on GPUs \(built for sm_80, sm_90a\), the tensors are on cpu"
+        if not torch.cuda.is_available():
+            assert choose(op, "cuda", "cuda", torch.bfloat16) == "cuda"
+        with pytest.raises(BackendUnavailable, match="takes float32, bfloat16, not float16"):
+            choose(op, "cuda", "cuda", torch.float16)
+    else:
+        reason = "built without its CUDA kernels"
+    with pytest.raises(BackendUnavailable, match=reason):
+        choose(op, "cuda")
+
+
+def test_a_gpu_too_old_for_the_kernels(cuda_module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, old in (((7, 5), True), ((8, 0), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        reason = why_not("sample", "cuda", "cuda", torch.float32)
+        if cuda_module == "built with CUDA":
+            assert reason == (
+                "the CUDA kernels (built for sm_80, sm_90a) need a GPU of compute capability 8.0 or later, Tesla T4 has 7.5"
+                if old
+                else None
+            )
+        else:
+            assert "built without" in reason
 
 
 def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):

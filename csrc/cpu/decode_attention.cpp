@@ -23,7 +23,7 @@ struct Segment {
 
 template <class T>
 void to_floats(const T* from, int64_t size, float scale, float* to) {
-    for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]) * scale;
+    for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]) * scale;
 }
 
 // scores[t] = query . key[t].
@@ -40,7 +40,7 @@ void dot_products(const float* query, int64_t dim, const T* key, int64_t key_str
         }
         for (int p = 0; p < kPositionsAtOnce; p += 4) horizontal_sums(sums[p / 4], scores + t + p);
         for (; i < dim; ++i)
-            for (int p = 0; p < kPositionsAtOnce; ++p) scores[t + p] += query[i] * to_float(keys[p * key_stride + i]);
+            for (int p = 0; p < kPositionsAtOnce; ++p) scores[t + p] += query[i] * widen(keys[p * key_stride + i]);
     }
     for (; t < positions; ++t) {
         Floats sums{};
@@ -48,7 +48,7 @@ void dot_products(const float* query, int64_t dim, const T* key, int64_t key_str
         int64_t i = 0;
         for (; i + kLanes <= dim; i += kLanes) sums += load(query + i) * load(k + i);
         float sum = horizontal_sum_float(sums);
-        for (; i < dim; ++i) sum += query[i] * to_float(k[i]);
+        for (; i < dim; ++i) sum += query[i] * widen(k[i]);
         scores[t] = sum;
     }
 }
@@ -108,7 +108,7 @@ void weighted_sum(const float* probability, int64_t stride, const Segment<T> (&s
             const float* p = probability + h * stride;
             for (const Segment<T>& segment : segments)
                 for (int64_t t = 0; t < segment.positions; ++t)
-                    sum += *p++ * to_float(segment.value[t * segment.value_stride + i]);
+                    sum += *p++ * widen(segment.value[t * segment.value_stride + i]);
             from_float(out + h * dim + i, sum);
         }
     }

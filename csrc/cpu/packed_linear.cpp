@@ -117,7 +117,7 @@ void pack_panel(const PackWeightArgs& args, int64_t panel) {
     const T* weight = static_cast<const T*>(args.weight) + begin * args.row_stride;
     float* to = args.packed + begin * args.in_features;
     for (int64_t k = 0; k < args.in_features; ++k)
-        for (int64_t c = 0; c < kPanel; ++c) *to++ = c < columns ? to_float(weight[c * args.row_stride + k]) : 0.0f;
+        for (int64_t c = 0; c < kPanel; ++c) *to++ = c < columns ? widen(weight[c * args.row_stride + k]) : 0.0f;
 }
 
 int64_t panels(int64_t out_features) { return (out_features + kPanel - 1) / kPanel; }

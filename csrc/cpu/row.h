@@ -38,7 +38,7 @@ inline const float* as_logits(const float* row, int64_t size, const HeadTransfor
 inline const float* as_logits(const uint16_t* row, int64_t size, const HeadTransform& head, float* scratch) {
     int64_t i = 0;
     for (; i + kLanes <= size; i += kLanes) store(scratch + i, transform(load(row + i), head));
-    for (; i < size; ++i) scratch[i] = transform(to_float(row[i]), head);
+    for (; i < size; ++i) scratch[i] = transform(widen(row[i]), head);
     return scratch;
 }
 

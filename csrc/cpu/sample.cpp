@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/order.h"
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 #include "cpu/noise.h"
@@ -19,7 +20,7 @@ struct Candidate {
 // More probable first, then the lower token id: the order that every truncation cuts.
 struct Better {
     bool operator()(const Candidate& a, const Candidate& b) const {
-        return a.scaled > b.scaled || (a.scaled == b.scaled && a.token < b.token);
+        return comes_first(a.scaled, a.token, b.scaled, b.token);
     }
 };
 
@@ -30,7 +31,7 @@ struct Winner {
 
     void offer(float candidate_scaled, int64_t candidate, uint32_t word) {
         const float offered = candidate_scaled + gumbel_from_word(word);
-        if (offered > score || (offered == score && candidate < token)) {
+        if (comes_first(offered, candidate, score, token)) {
             score = offered;
             scaled = candidate_scaled;
             token = candidate;

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/host_device.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -41,19 +43,8 @@ inline void store(uint16_t* to, Floats v) {  // to nearest, ties to even; the ca
     std::memcpy(to, &h, sizeof h);
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
 inline void from_float(float* to, float x) { *to = x; }
-inline void from_float(uint16_t* to, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    *to = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
+inline void from_float(uint16_t* to, float x) { *to = narrow(x); }
 
 // Bit i is set where lane i of a comparison's result is true.
 inline uint32_t lanes_true(Ints mask) {

@@ -37,6 +37,9 @@ Fuzzer fuzzers[] = {
     {"elementwise", pmc::fuzz::fuzz_elementwise},
     {"gumbel", pmc::fuzz::fuzz_gumbel},
     {"rouge_l_recall", pmc::fuzz::fuzz_rouge_l_recall},
+    {"cuda_sample", pmc::fuzz::fuzz_cuda_sample},
+    {"cuda_cross_entropy", pmc::fuzz::fuzz_cuda_cross_entropy},
+    {"cuda_append_token", pmc::fuzz::fuzz_cuda_append_token},
 };
 constexpr int64_t kFuzzers = sizeof fuzzers / sizeof *fuzzers;
 
@@ -52,8 +55,9 @@ void report_case(int signal) {
     std::raise(signal);
 }
 
-void run(uint64_t seed, int64_t number) {
+void run(uint64_t seed, int64_t number, const char* kernel) {
     Fuzzer& fuzzer = fuzzers[number % kFuzzers];
+    if (kernel && std::strcmp(kernel, fuzzer.kernel)) return;
     Case c{fuzzer.kernel, seed, number, pmc::fuzz::Random(seed * 0x9E3779B97F4A7C15 + static_cast<uint64_t>(number))};
     running = &c;
     fuzzer.run(c);
@@ -64,6 +68,7 @@ void run(uint64_t seed, int64_t number) {
 
 int main(int argc, char** argv) {
     uint64_t seed = 1;
+    const char* kernel = nullptr;
     int64_t only = -1, cases = INT64_MAX;
     double seconds = 10;
     for (int i = 1; i < argc; i += 2) {
@@ -77,8 +82,10 @@ int main(int argc, char** argv) {
             seconds = 1e9;
         } else if (value && !std::strcmp(argv[i], "--case")) {
             only = std::strtoll(value, nullptr, 10);
+        } else if (value && !std::strcmp(argv[i], "--kernel")) {
+            kernel = value;
         } else {
-            std::fprintf(stderr, "usage: fuzz [--seed N] [--seconds S | --cases N | --case NUMBER]\n");
+            std::fprintf(stderr, "usage: fuzz [--seed N] [--kernel NAME] [--seconds S | --cases N | --case NUMBER]\n");
             return 2;
         }
     }
@@ -89,9 +96,9 @@ int main(int argc, char** argv) {
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
     if (only >= 0)
-        run(seed, only);
+        run(seed, only, nullptr);
     else
-        for (int64_t number = 0; number < cases && elapsed() < seconds; ++number) run(seed, number);
+        for (int64_t number = 0; number < cases && elapsed() < seconds; ++number) run(seed, number, kernel);
 
     std::printf("fuzz: no findings with --seed %llu on", static_cast<unsigned long long>(seed));
     for (const std::string& name : pmc::usable_instruction_sets()) std::printf(" %s", name.c_str());

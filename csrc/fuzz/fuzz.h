@@ -89,8 +89,10 @@ struct Logits {
     int64_t rows, vocab, stride;
     HeadTransform head;
     Numbers z;
+    std::vector<float> bias = {};  // [vocab], added to z first, or empty
 
-    static Logits random(Random& random);
+    // At least one row in ten is longer than `long_row`.
+    static Logits random(Random& random, int64_t long_row = 0);
 
     // The logits of a row after the head's transform: to the bit without a softcap, else within error().
     std::vector<double> transformed(int64_t row) const;
@@ -114,5 +116,8 @@ void fuzz_decode_attention(Case& c);
 void fuzz_packed_linear(Case& c);
 void fuzz_elementwise(Case& c);
 void fuzz_rouge_l_recall(Case& c);
+void fuzz_cuda_sample(Case& c);
+void fuzz_cuda_cross_entropy(Case& c);
+void fuzz_cuda_append_token(Case& c);
 
 }  // namespace pmc::fuzz

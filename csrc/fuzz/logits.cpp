@@ -55,10 +55,10 @@ void fill_row(Random& random, Numbers* z, int64_t begin, int64_t vocab) {
 
 }  // namespace
 
-Logits Logits::random(Random& random) {
+Logits Logits::random(Random& random, int64_t long_row) {
     const int64_t rows = random.one_in(20) ? 0 : random.between(1, 4);
     int64_t vocab = random.size();
-    if (random.one_in(10)) vocab = random.between(1, 5000);
+    if (random.one_in(10)) vocab = random.between(long_row + 1, long_row + 5000);
     if (random.one_in(300)) vocab = random.between(100000, 300000);
     const int64_t stride = vocab + (random.one_in(2) ? 0 : random.between(1, 70));
     HeadTransform head{1, 0};
@@ -75,7 +75,8 @@ Logits Logits::random(Random& random) {
 std::vector<double> Logits::transformed(int64_t row) const {
     std::vector<double> y(static_cast<size_t>(vocab));
     for (int64_t i = 0; i < vocab; ++i) {
-        const float scaled = z.get(row * stride + i) * head.logit_scale;
+        const float biased = bias.empty() ? z.get(row * stride + i) : z.get(row * stride + i) + bias[i];
+        const float scaled = biased * head.logit_scale;
         y[i] = scaled;
         if (head.softcap > 0) y[i] = head.softcap * std::tanh(y[i] / head.softcap);
     }

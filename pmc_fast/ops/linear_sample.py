@@ -36,7 +36,7 @@ def linear_sample(
         softcap: bounds the logits smoothly (Gemma), or None.
         logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
         temperature, top_k, top_p, min_p, seed, sequence, position: as in ``sample``.
-        impl: None, "reference", "native" or "triton".
+        impl: None, "reference", "native", "triton" or "cuda".
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or range; logits that are NaN or +inf.

@@ -52,7 +52,7 @@ def sample(
         seed: integer in [0, 2^63).
         sequence: int64 [N] in [0, 2^32), which text each row belongs to; default 0, 1, ..., N - 1.
         position: int64 [N] in [0, 2^32), which token of its text each row draws; default 0.
-        impl: None, "reference", "native" or "triton".
+        impl: None, "reference", "native", "triton" or "cuda".
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or range; a row with NaN or +inf, or only -inf.

@@ -7,8 +7,9 @@ import torch
 from head_cases import DEVICE, DTYPES, IGNORED, assert_as_good_as_torch, by_torch, make
 
 pytest.importorskip("triton")
+from pmc_fast.gpu import cross_entropy
 from pmc_fast.kernels import collapse_loss as kernels
-from pmc_fast.kernels import cross_entropy
+from pmc_fast.kernels.cross_entropy import row_launch
 
 
 def run(hidden, weight, bias, target, token_weight, needs=(True, True, True), ignore_index=IGNORED, **head):
@@ -62,7 +63,7 @@ def test_shapes_that_no_block_fits(rows, size, vocab, dtype, chunks, poisoned, r
 def test_rows_longer_than_a_block(element_bytes, rng_seed):
     """Production's blocks are longer than the interpreter's rows, so one row of many blocks stands for them."""
     vocab = 70001
-    block, _ = cross_entropy.row_launch(vocab, element_bytes, softcap=False)
+    block, _ = row_launch(vocab, element_bytes, softcap=False)
     assert vocab > 2 * block
     hidden, weight, bias, target = make(
         1, 16, vocab, {2: torch.bfloat16, 4: torch.float32}[element_bytes], ignored=False

@@ -7,7 +7,8 @@ import torch
 from head_cases import DEVICE, DTYPES, IGNORED, assert_as_good_as_torch, by_torch, make
 
 pytest.importorskip("triton")
-from pmc_fast.kernels import cross_entropy, device, gemm, sliced_backward
+from pmc_fast.gpu import cross_entropy, gemm
+from pmc_fast.kernels import device, sliced_backward
 from pmc_fast.kernels import linear_logprob as kernels
 
 

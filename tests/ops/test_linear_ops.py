@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pmc_fast import BackendUnavailable, collapse_loss, linear_logprob, linear_sample, sample
 from pmc_fast.native import cross_entropy, gemm, library
 
-IMPLS = ["reference", "native", "triton"]
+IMPLS = ["reference", "native", "triton", "cuda"]
 HEADS = [
     {"softcap": None, "logit_scale": 1.0},
     {"softcap": 4.0, "logit_scale": 1.0},
@@ -310,22 +310,22 @@ def test_bad_input(op, impl):
             call(hidden=hidden.half(), weight=weight.half())
 
 
-def test_opcheck(rng_seed):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl, rng_seed):
     hidden, weight, b, target = make(rows=7, size=5, vocab=21)
     token_weight, index = torch.rand(7), torch.arange(7)
-    for impl in IMPLS:
-        torch.library.opcheck(
-            import_module("pmc_fast.ops.linear_logprob")._linear_logprob,
-            (hidden, weight, target, b, None, 1.0, 0.9, IGNORED, impl),
-        )
-        torch.library.opcheck(
-            import_module("pmc_fast.ops.collapse_loss")._collapse_loss,
-            (hidden, weight, target, token_weight, b, 3.0, 1.0, IGNORED, [True, True, True], impl),
-        )
-        torch.library.opcheck(
-            import_module("pmc_fast.ops.linear_sample")._linear_sample,
-            (hidden.detach(), weight.detach(), None, None, 1.0, 0.9, None, 0.9, 0.0, 3, index, index, impl),
-        )
+    torch.library.opcheck(
+        import_module("pmc_fast.ops.linear_logprob")._linear_logprob,
+        (hidden, weight, target, b, None, 1.0, 0.9, IGNORED, impl),
+    )
+    torch.library.opcheck(
+        import_module("pmc_fast.ops.collapse_loss")._collapse_loss,
+        (hidden, weight, target, token_weight, b, 3.0, 1.0, IGNORED, [True, True, True], impl),
+    )
+    torch.library.opcheck(
+        import_module("pmc_fast.ops.linear_sample")._linear_sample,
+        (hidden.detach(), weight.detach(), None, None, 1.0, 0.9, None, 0.9, 0.0, 3, index, index, impl),
+    )
 
 
 def test_compiles_without_a_graph_break(rng_seed):

@@ -9,12 +9,12 @@ import torch
 from pmc_fast import BackendUnavailable, sample
 from pmc_fast.native import library
 
-IMPLS = ["reference", "native", "triton"]
+IMPLS = ["reference", "native", "triton", "cuda"]
 
 
 def rows_for(impl, many, few=4):
-    """As many, or few where the kernels run in Triton's interpreter, which takes a third of a second for a row."""
-    return min(many, few) if impl == "triton" and not torch.cuda.is_available() else many
+    """As many, or few in Triton's interpreter, which takes a third of a second for a row, or some on an emulated GPU."""
+    return many if torch.cuda.is_available() else min(many, {"triton": few, "cuda": 40}.get(impl, many))
 
 
 OPTIONS = [
@@ -69,6 +69,23 @@ def test_draws_follow_the_exact_distribution(options, impl, rng_seed):
     torch.testing.assert_close(drawn.sampling_logprob, expected[0].log()[drawn.token].float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(drawn.logprob, logits[0].log_softmax(-1)[drawn.token], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(drawn.kept_mass, mass.float().expand(draws), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 2, 31, 257, 1003, 4099])
+def test_cuda_draws_the_same_tokens(vocab, dtype, impl, rng_seed):
+    rows = 9
+    logits = (torch.randn(rows, vocab + 3) * 3).to(dtype)[:, 3:]  # an offset view
+    sequence, position = torch.randint(0, 2**32, (rows,)), torch.randint(0, 2**20, (rows,))
+    for options in OPTIONS:
+        got, want = (
+            sample(logits, seed=rng_seed, sequence=sequence, position=position, impl=each, **options)
+            for each in (impl, "reference")
+        )
+        assert torch.equal(got.token, want.token), options
+        for a, b in zip(got[1:], want[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("isa", library().instruction_sets())
@@ -163,7 +180,6 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(top, imp
         ({"position": torch.zeros(3)}, TypeError, "position: got dtype torch.float32"),
         ({"sequence": torch.tensor([0, -1, 0])}, ValueError, "sequence: got -1 at row 1"),
         ({"impl": "fast"}, ValueError, "impl: got 'fast'"),
-        ({"impl": "cuda"}, BackendUnavailable, "no cuda implementation of sample"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -180,18 +196,22 @@ def test_a_named_implementation_never_falls_back():
     assert sample(logits).token.shape == (2,)
 
 
-def test_opcheck_and_compile(rng_seed):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl, rng_seed):
     op = import_module("pmc_fast.ops.sample")._sample
     logits, index = torch.randn(5, 33), torch.arange(5)
-    for impl in IMPLS:
-        torch.library.opcheck(op, (logits, 0.9, 10, 0.9, 0.0, 3, index, index, impl))
+    torch.library.opcheck(op, (logits, 0.9, 10, 0.9, 0.0, 3, index, index, impl))
+
+
+def test_compile(rng_seed):
+    logits = torch.randn(5, 33)
     compiled = torch.compile(
         lambda x: sample(x, temperature=0.8, top_p=0.9, seed=5), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(logits).token, sample(logits, temperature=0.8, top_p=0.9, seed=5).token)
 
 
-@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("impl", ["native", "reference", "cuda"])
 def test_min_p_at_the_largest_logits(impl):
     """Divided by a temperature and multiplied again, the largest float may become infinite."""
     top = torch.finfo(torch.float32).max
