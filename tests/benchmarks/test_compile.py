@@ -69,30 +69,22 @@ def variants(capability):
 """
 
 
-def start(*arguments, kernels=None, first="", **environment):
+def run(*arguments, kernels=None, **environment):
     """`python -m benchmarks compile` in a process that does not interpret kernels; `kernels` is a folder of more."""
     program = (
         "import sys, pmc_fast.kernels\n"
         f"pmc_fast.kernels.__path__.extend({[str(kernels)] if kernels else []})\n"
         "from benchmarks.__main__ import main\n"
-        f"{first}\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.Popen(
+    return subprocess.run(
         [sys.executable, "-c", program, "compile", *arguments],
         env={**inherited, **environment},
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
-
-
-def end(process):
-    """Wait for the process; returns its exit code and what it printed."""
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def launched_kernels():
@@ -107,27 +99,10 @@ def test_every_launched_kernel_has_variants():
     assert launched_kernels() <= {variant.kernel.fn.__name__ for variant in found}
 
 
-@pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
-    """By capability: the process that compiles every kernel for it, and where its result will be; all run at once.
-
-    One thread each: Triton holds Python's lock for much of its time, and threads that wait for it cost more than they win.
-    """
-    folder, first = tmp_path_factory.mktemp("compiled"), "import benchmarks.compile as c; c._cores = lambda: 1"
-    started = {}
-    for capability in compile.MOST_SHARED_BYTES:
-        out = folder / f"{capability}.json"
-        started[capability] = start("--capability", str(capability), "--json", str(out), first=first), out
-    yield started
-    for process, _ in started.values():
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("capability", compile.MOST_SHARED_BYTES)
-def test_every_kernel_keeps_the_limits(capability, compilations):
-    process, out = compilations[capability]
-    done = end(process)
+def test_every_kernel_keeps_the_limits(capability, tmp_path):
+    out = tmp_path / "out.json"
+    done = run("--capability", str(capability), "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(out.read_text())
     assert content["schema"] == compile.SCHEMA
@@ -148,7 +123,7 @@ def broken(tmp_path_factory):
     (folder / "broken.py").write_text(BROKEN)
     out = folder / "out.json"
     arguments = ["--op", "broken", "--capability", "90", "--json", str(out)]
-    done = end(start(*arguments, kernels=folder, TRITON_CACHE_DIR=str(folder / "cache")))
+    done = run(*arguments, kernels=folder, TRITON_CACHE_DIR=str(folder / "cache"))
     assert out.exists(), done.stderr
     return done, {row["kernel"]: row for row in json.loads(out.read_text())["rows"]}
 
@@ -223,7 +198,7 @@ def test_a_missing_triton_is_named(monkeypatch, capsys):
 
 
 def test_unknown_names_are_refused_with_the_known(tmp_path):
-    done = end(start("--op", "softmax"))
+    done = run("--op", "softmax")
     assert done.returncode == 2 and "--op: got softmax, want some of " in done.stderr
     with pytest.raises(SystemExit):
         main(["compile", "--capability", "70"])
