@@ -187,7 +187,8 @@ def _read_run(stem: str, link: str, content: Content) -> Duel:
     config = content["config"]
     about = (
         f"A whole run, {config['epochs']} epochs over {config['forget_rows']} questions in micro-batches of "
-        f"{config['batch_size']} x {config['num_samples']} samples, a model of {amount(config['parameters'])} parameters:"
+        f"{config['batch_size']} x {config['num_samples']} samples, a model of {amount(config['parameters'])} parameters; "
+        f"qualities of at most {config['evaluation_rows']} rows of each set:"
     )
     rows = {"time": _versus(content, "seconds", clock, _times_less(content, "seconds"))}
     for measure, title in (("unlearn_quality", "unlearn quality"), ("utility", "utility")):

@@ -71,6 +71,17 @@ def test_draws_follow_the_exact_distribution(options, impl, rng_seed):
     torch.testing.assert_close(drawn.kept_mass, mass.float().expand(draws), rtol=1e-4, atol=1e-5)
 
 
+def assert_same(got, want, logits, options):
+    """What came with the tokens. Rows whose mass reaches top_p but for rounding may keep one token more or fewer."""
+    kept = (logits.double() / options.get("temperature", 1)).softmax(-1).sort(descending=True).values
+    kept = kept[:, : options.get("top_k")]
+    mass = (kept / kept.sum(1, keepdim=True)).cumsum(1)
+    sure = ((mass - options.get("top_p", 1)).abs() > 2e-6).all(1) | ("top_p" not in options)
+    assert sure.sum() >= len(sure) - 2
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a[sure], b[sure], rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("impl", ["cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1, 2, 31, 257, 1003, 4099])
@@ -84,8 +95,7 @@ def test_cuda_draws_the_same_tokens(vocab, dtype, impl, rng_seed):
             for each in (impl, "reference")
         )
         assert torch.equal(got.token, want.token), options
-        for a, b in zip(got[1:], want[1:], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+        assert_same(got, want, logits, options)
 
 
 @pytest.mark.parametrize("isa", library().instruction_sets())
@@ -103,8 +113,7 @@ def test_native_draws_the_same_tokens(vocab, dtype, isa, rng_seed):
                 for impl in ("reference", "native")
             ]
             assert torch.equal(both[0].token, both[1].token), options
-            for a, b in zip(both[0][1:], both[1][1:], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+            assert_same(both[1], both[0], logits, options)
     finally:
         lib.use_instruction_set(before)
 
