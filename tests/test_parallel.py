@@ -66,24 +66,10 @@ def _losses(rank, ranks):
         close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
         parallel.head.CHUNK, default = chunk, parallel.head.CHUNK
 
-        def gradients(leaves):
-            got, found = [t.grad for t in leaves], []
-            for t in leaves:
-                t.grad = None
-            return found + got
-
-        def compare(values, wanted):
-            torch.testing.assert_close(values.detach(), wanted.detach(), **close)
-            (values * upstream[: values.numel()].view_as(values)).sum().backward()
-            (wanted * upstream[: wanted.numel()].view_as(wanted)).sum().backward()
-            mine, theirs = gradients(part), gradients(whole)
-            torch.testing.assert_close(mine[0], theirs[0], **close)
-            for got, want in zip(mine[1:], theirs[1:], strict=True):
-                torch.testing.assert_close(got, _share(rank, ranks, want), **close)
-
-        compare(
+        _compare(
             parallel.linear_logprob(part[0], part[1], target, shards=shards, bias=part[2], **options),
             pmc_fast.linear_logprob(whole[0], whole[1], target, bias=whole[2], impl="reference", **options),
+            *(upstream, part, whole, close),
         )
         options.pop("temperature", None)
         token_weight = torch.rand(ROWS, dtype=dtype)
@@ -92,8 +78,18 @@ def _losses(rank, ranks):
             whole[0], whole[1], target, token_weight, bias=whole[2], impl="reference", **options
         )
         torch.testing.assert_close(got.token_nll, want.token_nll, **close)
-        compare(got.loss, want.loss)
+        _compare(got.loss, want.loss, upstream[0], part, whole, close)
         parallel.head.CHUNK = default
+
+
+def _compare(got, want, upstream, part, whole, close):
+    """Values, and the gradients of hidden, weight and bias that they lead to."""
+    torch.testing.assert_close(got.detach(), want.detach(), **close)
+    mine = torch.autograd.grad(got, part, upstream)
+    hidden, *sharded = torch.autograd.grad(want, whole, upstream)
+    wanted = [hidden, *(_share(dist.get_rank(), dist.get_world_size(), t) for t in sharded)]
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other, **close)
 
 
 def _samples(rank, ranks):
