@@ -22,6 +22,7 @@ class Ledger:
         self.initial_answers = initial_answers
         self.entries: dict[int, Entry] = {}
         self.visits = [0] * len(questions)
+        self.merged_visits = list(self.visits)  # those that all ranks know of
 
     def is_final(self, question: int) -> bool:
         """Whether the question needs no more samples: its answer has a score of exactly 0."""
@@ -49,6 +50,7 @@ class Ledger:
     def from_state_dict(cls, state: dict) -> Ledger:
         ledger = cls(list(state["questions"]), list(state["initial_answers"]))
         ledger.visits = list(state["visits"])
+        ledger.merged_visits = list(ledger.visits)
         ledger.entries = {
             int(question): Entry(entry["text"], tuple(entry["tokens"]), entry["score"])
             for question, entry in state["entries"].items()

@@ -38,7 +38,9 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tu
     return c0, c1, c2, c3
 
 
-def gumbel(seed: int, sequence: Tensor, position: Tensor, vocab: int, stream: int = SAMPLE_STREAM) -> Tensor:
+def gumbel(
+    seed: int, sequence: Tensor, position: Tensor, vocab: int, stream: int = SAMPLE_STREAM, begin: int = 0
+) -> Tensor:
     """The Gumbel noise of every token of every row; it depends on nothing but its coordinates.
 
     Equivalent to ``-log(-log1p(-u))`` with ``u = (word + 0.5) * 2**-32``, ``word`` being word ``token % 4`` of Philox
@@ -50,14 +52,18 @@ def gumbel(seed: int, sequence: Tensor, position: Tensor, vocab: int, stream: in
         position: int64 [N], in [0, 2^32): which token of that text is drawn.
         vocab: the number of tokens, V.
         stream: separates uses of one seed.
+        begin: the first token's id.
 
     Returns:
         float32 [N, V].
     """
-    rows, blocks = sequence.numel(), (vocab + 3) // 4
-    block = torch.arange(blocks, device=sequence.device).expand(rows, blocks)
+    first, rows = begin // 4, sequence.numel()
+    blocks = (begin + vocab + 3) // 4 - first
+    block = torch.arange(first, first + blocks, device=sequence.device).expand(rows, blocks)
     zero = torch.zeros((), dtype=torch.int64, device=sequence.device)
     words = philox_4x32((block, position[:, None] + zero, sequence[:, None] + zero, zero + stream), seed)
-    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(rows, 4 * blocks)[:, :vocab]
+    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(rows, 4 * blocks)[:, begin - 4 * first :][
+        :, :vocab
+    ]
     u = (word.double() + 0.5) * 2.0**-32
     return (-torch.log(-torch.log1p(-u))).float()

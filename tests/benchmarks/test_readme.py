@@ -20,7 +20,15 @@ WHERE = {
     "versions": {"torch": "2.13.0"},
     "started": "2026-01-02T00:00:00+00:00",
 }
-CONFIG = {"batch_size": 8, "num_samples": 20, "parameters": 135e6, "dtype": "bfloat16", "epochs": 3, "forget_rows": 40}
+CONFIG = {
+    "batch_size": 8,
+    "num_samples": 20,
+    "parameters": 135e6,
+    "dtype": "bfloat16",
+    "epochs": 3,
+    "forget_rows": 40,
+    "evaluation_rows": 24,
+}
 PUBLISHED = {"sample_s": 6.0, "train_s": 3.0, "total_s": 9.5, "peak_bytes": 7 * 10**9}
 OURS = {"sample_s": 2.0, "train_s": 1.0, "total_s": 3.5, "peak_bytes": None}
 STEP = {

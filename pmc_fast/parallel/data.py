@@ -1,0 +1,74 @@
+"""Data-parallel PMC: every rank has the whole model and a part of the forget set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pmc_fast.data import QA
+from pmc_fast.errors import UserError
+from pmc_fast.ledger import Ledger
+from pmc_fast.pmc import PMC
+
+
+class LossModule(nn.Module):
+    """``PMC.loss`` as a module's forward, for wrappers that work on forward: ``DistributedDataParallel(LossModule(pmc))``.
+
+    Args:
+        pmc: the model it holds is this module's only submodule.
+    """
+
+    def __init__(self, pmc: PMC) -> None:
+        super().__init__()
+        self.model = pmc.lm.model
+        self.pmc = pmc
+
+    def forward(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
+        return self.pmc.loss(forget, retain)
+
+
+def merge_ledgers(pmc: PMC, group: dist.ProcessGroup | None = None) -> None:
+    """Give every rank what all ranks found since the last merge: each question's best answer, and all visits.
+
+    All ranks of the group call it. Of equally good answers, those of ranks that visited the question since the last merge
+    come first, then the lower rank's. If no question was visited by two ranks, the result is the ledger of one process.
+
+    Args:
+        pmc: initialised with the same questions on every rank.
+        group: the process group; None is the default one.
+
+    Raises:
+        UserError: a ledger that is empty on some rank, or ledgers that did not start from the same one.
+    """
+    states: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(states, pmc.ledger, group=group)
+    if any(ledger is None for ledger in states):
+        raise UserError(
+            "pmc: the ledger is empty on some rank; call initialise(forget_questions) or load it on every rank"
+        )
+    pmc.ledger = _merged(states)
+
+
+def _merged(ledgers: list[Ledger]) -> Ledger:
+    first = ledgers[0]
+    for rank, ledger in enumerate(ledgers):
+        for name in ("questions", "initial_answers", "merged_visits"):
+            if getattr(ledger, name) != getattr(first, name):
+                raise UserError(
+                    f"pmc: the ledger's {name} on rank {rank} differ from rank 0's; start every rank from the same questions "
+                    "and the same state, saved after merge_ledgers"
+                )
+    merged = Ledger(first.questions, first.initial_answers)
+    for question, before in enumerate(first.merged_visits):
+        added = [ledger.visits[question] - before for ledger in ledgers]
+        merged.visits[question] = merged.merged_visits[question] = before + sum(added)
+        held = [
+            (ledger.entries[question].score, not added[rank], rank)
+            for rank, ledger in enumerate(ledgers)
+            if question in ledger.entries
+        ]
+        if held:
+            merged.entries[question] = ledgers[min(held)[2]].entries[question]
+    return merged

@@ -1,0 +1,178 @@
+"""`linear_logprob` and `collapse_loss` with a head whose vocabulary is shared out among ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pmc_fast.errors import not_finite
+from pmc_fast.ops import CollapseLoss, _checks
+from pmc_fast.parallel.shards import VocabShards, shards_of
+from pmc_fast.reference import head
+
+# Logits that are held at a time, of all rows and a rank's share of the vocabulary.
+CHUNK = 2**25
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    shards: VocabShards | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+) -> Tensor:
+    """Log-probability of each target token under an output head of which each rank holds a part.
+
+    Equivalent to ``pmc_fast.linear_logprob(hidden, torch.cat(weights of all ranks), target, ...)``; no rank holds logits
+    of tokens other than its own. All ranks of the group call it with the same arguments but for weight and bias.
+
+    Differentiable in hidden, weight and bias, provided that all ranks run the backward pass with the same upstream
+    gradient: hidden's gradient is the sum over the ranks, the same on each; weight's and bias's are those of the rank's part.
+
+    Args:
+        hidden: float32, bfloat16, float16 or float64 [N, D], the same on every rank.
+        weight: this rank's rows of the head, [V_r, D], dtype of hidden; or a DTensor [V, D] sharded on dimension 0.
+        target: int64 [N], token ids in [0, V) or ignore_index, the same on every rank.
+        shards: which rows these are, ``VocabShards.of(weight, group)``; may be left out for a DTensor.
+        bias: this rank's part [V_r], or a DTensor [V] sharded like weight, dtype of hidden; or None.
+        softcap, logit_scale, temperature, ignore_index: as in ``pmc_fast.linear_logprob``.
+
+    Returns:
+        float32 [N] (float64 for float64 inputs), nats; the same on every rank.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; logits that are NaN or +inf, on any rank.
+
+    Source: arXiv 2507.04219, equation 1 (log p(x|q)); Megatron-LM, arXiv 1909.08053, section 3 (parallel embedding).
+    """
+    shards = shards_of(weight, shards)
+    weight, bias = local_head(shards, hidden, weight, bias, softcap, logit_scale)
+    _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.temperature(temperature, allow_zero=False)
+    _checks.targets(target, shards.vocab, ignore_index)
+    rows = slice(None) if ignore_index is None else (target != ignore_index).nonzero()[:, 0]
+    picked = _LogProb.apply(hidden[rows], weight, bias, target[rows], shards, softcap, logit_scale, temperature)
+    return picked.new_zeros(len(target)).index_put((torch.arange(len(target), device=target.device)[rows],), picked)
+
+
+def collapse_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor,
+    *,
+    shards: VocabShards | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+) -> CollapseLoss:
+    """Weighted sum of the targets' negative log-likelihoods, under an output head of which each rank holds a part.
+
+    Equivalent to ``pmc_fast.collapse_loss(hidden, torch.cat(weights of all ranks), target, token_weight, ...)``. Unlike it,
+    this computes the logits again in the backward pass: no gradient is known before all ranks' masses are.
+
+    Args:
+        token_weight: float32 (float64 if hidden is) [N], the same on every rank.
+        The others: as in ``pmc_fast.parallel.linear_logprob``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; weights or logits that are not finite.
+
+    Source: arXiv 2507.04219, equation 1.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    _checks.vector("token_weight", token_weight, hidden.shape[0], wide, hidden)
+    _checks.finite("token_weight", token_weight)
+    token_nll = -linear_logprob(
+        hidden,
+        weight,
+        target,
+        shards=shards,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+    )
+    return CollapseLoss((token_weight * token_nll).sum(), token_nll.detach())
+
+
+def local_head(
+    shards: VocabShards, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """This rank's weight and bias; checks the arguments of a head."""
+    weight = shards.local("weight", weight)
+    bias = None if bias is None else shards.local("bias", bias)
+    _checks.head(hidden, weight, bias, softcap, logit_scale)
+    return weight, bias
+
+
+def check_finite(name: str, top: Tensor) -> None:
+    """Raises on every rank if a row's maximum or log-sum-exp over all ranks is no number."""
+    if top.device.type != "cpu":
+        _checks.finite(f"{name}: the logits", top)
+    elif not torch.isfinite(top).all():
+        raise not_finite(name, int((~torch.isfinite(top)).nonzero()[0]))
+
+
+class _LogProb(torch.autograd.Function):
+    """Log-probabilities of targets; chunks of rows, whose logits the backward pass computes again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, shards, softcap, logit_scale, temperature):
+        mine = (target >= shards.begin) & (target < shards.end)
+        local_target = torch.where(mine, target - shards.begin, 0)
+        masses, picked = [], []
+        for part in _chunks(hidden, weight):
+            scaled = head.logits(hidden[part], weight, bias, softcap, logit_scale) / temperature
+            masses.append(scaled.logsumexp(-1))
+            picked.append(scaled.gather(1, local_target[part, None])[:, 0])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        local_mass = torch.cat(masses) if masses else hidden.new_empty(0, dtype=wide)
+        local_logit = torch.cat(picked) if picked else hidden.new_empty(0, dtype=wide)
+        masses, logits = shards.gather(torch.stack([local_mass, torch.where(mine, local_logit, 0)])).unbind(1)
+        mass = masses.logsumexp(0)
+        check_finite("linear_logprob", mass)
+        ctx.save_for_backward(hidden, weight, bias, local_target, mine, mass)
+        ctx.options = shards, softcap, logit_scale, temperature
+        return logits.sum(0) - mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        hidden, weight, bias, local_target, mine, mass = ctx.saved_tensors
+        shards, softcap, logit_scale, temperature = ctx.options
+        d_hidden = torch.zeros_like(hidden, dtype=mass.dtype)
+        d_weight = torch.zeros_like(weight, dtype=mass.dtype)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=mass.dtype)
+        for part in _chunks(hidden, weight):
+            logits = head.logits(hidden[part], weight, bias, softcap, logit_scale)
+            grad_logits = -(logits / temperature - mass[part, None]).exp()
+            grad_logits.scatter_add_(1, local_target[part, None], mine[part, None].to(mass.dtype))
+            grad_logits *= upstream[part, None] / temperature
+            d_hidden[part], weight_part, bias_part = head.gradients(
+                grad_logits, logits, hidden[part], weight, bias, softcap, logit_scale
+            )
+            d_weight += weight_part
+            if bias is not None:
+                d_bias += bias_part
+        if ctx.needs_input_grad[0]:
+            dist.all_reduce(d_hidden, group=shards.group)
+        gradients = (
+            d_hidden.to(hidden.dtype),
+            d_weight.to(weight.dtype),
+            None if bias is None else d_bias.to(bias.dtype),
+        )
+        return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), *[None] * 5
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, CHUNK // len(weight))
+    return [slice(begin, begin + size) for begin in range(0, len(hidden), size)]

@@ -1,0 +1,223 @@
+"""Two and three gloo processes against one: sharded heads, ledgers, gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import make_model, make_tokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import pmc_fast
+from pmc_fast import PMC, PMCConfig, UserError, parallel
+from pmc_fast.data import QA
+from pmc_fast.ledger import Entry
+from pmc_fast.parallel import VocabShards
+
+VOCAB, WIDTH, ROWS = 83, 19, 9  # odd: no rank's share begins at a multiple of 4
+IGNORED = -100
+QUESTIONS = [f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")]
+RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old tree")]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_agree_with_one_process(ranks, rng_seed, tmp_path):
+    torch.multiprocessing.spawn(_rank, (ranks, rng_seed, str(tmp_path / "store")), nprocs=ranks)
+
+
+def _rank(rank, ranks, seed, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.manual_seed(seed)
+    try:
+        for check in (_losses, _samples, _ties_and_bad_rows, _dtensors, _bad_shards, _merging, _data_parallel):
+            check(rank, ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+def _share(rank, ranks, tensor):
+    return tensor.tensor_split(ranks)[rank].clone()
+
+
+def _head(dtype=torch.float64):
+    hidden, weight, bias = torch.randn(ROWS, WIDTH), torch.randn(VOCAB, WIDTH), torch.randn(VOCAB)
+    target = torch.randint(0, VOCAB, (ROWS,))
+    target[::4] = IGNORED
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), target
+
+
+def _losses(rank, ranks):
+    """Values and gradients, in float64 against the reference and in float32."""
+    for dtype, options, chunk in (
+        (torch.float64, {"softcap": 3.0, "temperature": 0.7}, 2 * VOCAB),
+        (torch.float32, {"logit_scale": 0.5}, parallel.head.CHUNK),
+        (torch.float64, {"ignore_index": None}, 1),
+    ):
+        hidden, weight, bias, target = _head(dtype)
+        if "ignore_index" in options:
+            target = target.abs() % VOCAB
+        upstream = torch.randn(ROWS, dtype=dtype)
+        whole = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        part = [t.requires_grad_() for t in (hidden.clone(), *(_share(rank, ranks, t) for t in (weight, bias)))]
+        shards = VocabShards.of(part[1], vocab=VOCAB)
+        close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+        parallel.head.CHUNK, default = chunk, parallel.head.CHUNK
+
+        _compare(
+            parallel.linear_logprob(part[0], part[1], target, shards=shards, bias=part[2], **options),
+            pmc_fast.linear_logprob(whole[0], whole[1], target, bias=whole[2], impl="reference", **options),
+            *(upstream, part, whole, close),
+        )
+        options.pop("temperature", None)
+        token_weight = torch.rand(ROWS, dtype=dtype)
+        got = parallel.collapse_loss(part[0], part[1], target, token_weight, shards=shards, bias=part[2], **options)
+        want = pmc_fast.collapse_loss(
+            whole[0], whole[1], target, token_weight, bias=whole[2], impl="reference", **options
+        )
+        torch.testing.assert_close(got.token_nll, want.token_nll, **close)
+        _compare(got.loss, want.loss, upstream[0], part, whole, close)
+        parallel.head.CHUNK = default
+
+
+def _compare(got, want, upstream, part, whole, close):
+    """Values, and the gradients of hidden, weight and bias that they lead to."""
+    torch.testing.assert_close(got.detach(), want.detach(), **close)
+    mine = torch.autograd.grad(got, part, upstream)
+    hidden, *sharded = torch.autograd.grad(want, whole, upstream)
+    wanted = [hidden, *(_share(dist.get_rank(), dist.get_world_size(), t) for t in sharded)]
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other, **close)
+
+
+def _samples(rank, ranks):
+    """The tokens of the whole head, whatever the truncation."""
+    hidden, weight, bias, _ = _head(torch.float32)
+    weight[7] = weight[60]  # equal logits on two ranks
+    bias[7] = bias[60]
+    bias[11] = -torch.inf
+    shard, shard_bias = _share(rank, ranks, weight), _share(rank, ranks, bias)
+    shards = VocabShards.of(shard)
+    sequence, position = torch.randint(0, 2**32, (ROWS,)), torch.randint(0, 2**32, (ROWS,))
+    for truncation in (
+        {},
+        {"temperature": 0.0},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 5, "temperature": 4.0},
+        {"top_k": 1000},
+        {"top_p": 0.9, "temperature": 4.0},
+        {"top_p": 0.3, "temperature": 9.0},
+        {"min_p": 0.2, "temperature": 5.0},
+        {"top_k": 20, "top_p": 0.7, "min_p": 0.1, "temperature": 6.0},
+    ):
+        options = {"seed": 12345, "sequence": sequence, "position": position, "softcap": 20.0} | truncation
+        got = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **options)
+        want = pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **options)
+        assert torch.equal(got.token, want.token), truncation
+        for name in ("logprob", "sampling_logprob", "kept_mass"):
+            torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def _ties_and_bad_rows(rank, ranks):
+    """All logits equal: the edge of the kept set cuts through ties that lie on several ranks. No number: all raise."""
+    hidden, weight = torch.zeros(ROWS, WIDTH), torch.randn(VOCAB, WIDTH)
+    shard = _share(rank, ranks, weight)
+    shards = VocabShards.of(shard)
+    for truncation in ({"temperature": 0.0}, {"top_k": 60}, {"top_p": 0.505}, {"top_k": 50, "top_p": 0.81}):
+        got = parallel.linear_sample(hidden, shard, shards=shards, **truncation)
+        want = pmc_fast.linear_sample(hidden, weight, impl="reference", **truncation)
+        assert torch.equal(got.token, want.token), truncation
+        torch.testing.assert_close(got.kept_mass, want.kept_mass)
+    if rank == 0:
+        shard[3] = torch.nan
+    hidden[2] = 1
+    with pytest.raises(ValueError, match="linear_sample: the logits of row"):
+        parallel.linear_sample(hidden, shard, shards=shards)
+    with pytest.raises(ValueError, match="linear_logprob: the logits of row"):
+        parallel.linear_logprob(hidden, shard, torch.zeros(ROWS, dtype=torch.int64), shards=shards)
+
+
+def _dtensors(rank, ranks):
+    mesh = init_device_mesh("cpu", (ranks,))
+    hidden, weight, _, target = _head()
+    whole = weight.clone().requires_grad_()
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    got, want = parallel.linear_logprob(hidden, sharded, target), pmc_fast.linear_logprob(hidden, whole, target)
+    torch.testing.assert_close(got, want)
+    got.sum().backward(), want.sum().backward()
+    torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
+    token = parallel.linear_sample(hidden.float(), sharded.detach().float()).token
+    assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
+    with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(0\),\)"):
+        parallel.linear_sample(hidden, distribute_tensor(weight, mesh, [Shard(1)]))
+
+
+def _bad_shards(rank, ranks):
+    hidden, weight, _, target = _head()
+    shard = _share(rank, ranks, weight)
+    with pytest.raises(UserError, match=f"expected at least one row on each, one width and {VOCAB + 1} rows in all"):
+        VocabShards.of(shard, vocab=VOCAB + 1)
+    with pytest.raises(UserError, match="expected at least one row on each"):
+        VocabShards.of(shard if rank else shard[:0])
+    with pytest.raises(UserError, match="shards: got None with a plain weight"):
+        parallel.linear_logprob(hidden, shard, target)
+    with pytest.raises(ValueError, match=f"weight: got {VOCAB} rows, expected"):
+        parallel.linear_logprob(hidden, weight, target, shards=VocabShards.of(shard))
+    with pytest.raises(ValueError, match=f"target: got {VOCAB} at row 0"):
+        parallel.linear_logprob(hidden, shard, torch.full_like(target, VOCAB), shards=VocabShards.of(shard))
+
+
+def _make_pmc():
+    config = PMCConfig(num_samples=3, max_new_tokens=5, max_length=None, retain_weight=0.5, seed=3)
+    return PMC(make_model(), make_tokenizer(), config)
+
+
+def _merging(rank, ranks):
+    pmc = _make_pmc()
+    with pytest.raises(UserError, match="the ledger is empty on some rank"):
+        parallel.merge_ledgers(pmc)
+    pmc.initialise(QUESTIONS)
+    ledger = pmc.ledger
+    ledger.offer(0, Entry("tie", (rank,), 0.5))
+    ledger.offer(1, Entry("best", (rank,), 1.0 - 0.1 * rank))
+    ledger.visits[0] += rank
+    parallel.merge_ledgers(pmc)
+    assert pmc.ledger.entries[0].tokens == (1,)  # rank 0 did not visit the question
+    assert pmc.ledger.entries[1].tokens == (ranks - 1,)
+    assert pmc.ledger.visits == [ranks * (ranks - 1) // 2, 0, 0, 0, 0, 0]
+    parallel.merge_ledgers(pmc)
+    assert pmc.ledger.visits[0] == ranks * (ranks - 1) // 2
+    pmc.ledger.merged_visits[2] += rank
+    with pytest.raises(UserError, match="the ledger's merged_visits on rank 1 differ from rank 0's"):
+        parallel.merge_ledgers(pmc)
+
+
+def _data_parallel(rank, ranks):
+    """DDP over a split forget set ends as one process that accumulates the same micro-batches."""
+    single, mine = _make_pmc(), _make_pmc()
+    for pmc in (single, mine):
+        pmc.initialise(QUESTIONS)
+    start = copy.deepcopy(single.lm.model.state_dict())
+    ddp = DistributedDataParallel(parallel.LossModule(mine))
+    optimizers = [torch.optim.SGD(pmc.lm.model.parameters(), lr=0.05) for pmc in (single, mine)]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4]):  # each rank meets other questions in the second epoch
+        batches = torch.tensor(order).tensor_split(ranks)
+        for batch in batches:
+            (single.loss(batch.tolist(), RETAIN) / ranks).backward()
+        ddp(batches[rank].tolist(), RETAIN).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        parallel.merge_ledgers(mine)
+        assert mine.ledger.visits == single.ledger.visits
+        assert {q: (e.text, e.tokens) for q, e in mine.ledger.entries.items()} == {
+            q: (e.text, e.tokens) for q, e in single.ledger.entries.items()
+        }
+    moved = 0.0
+    for name, value in single.lm.model.state_dict().items():
+        torch.testing.assert_close(mine.lm.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+        moved += float((value - start[name]).abs().sum())
+    assert moved > 0.1
