@@ -4,7 +4,7 @@ VENV := .venv
 # A test file stays with one worker, which sets up once what its tests share; files with the slowest tests come first.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell find pmc_fast kernels csrc cmake -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' \
+SOURCES := $(shell find pmc_fast kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' \
 	-o -name '*.cmake') setup.py pyproject.toml CMakeLists.txt constraints.txt
 
 .PHONY: demo test lint clean
