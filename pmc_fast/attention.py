@@ -135,9 +135,7 @@ def _forward(
         calls.append(AttentionCall(layer, key.data_ptr(), same_shape, key.shape[3], scaling, softcap, sliding_window))
     if (rows := _decoding.get()) is not None:
         held = rows.cache.layers[module.layer_idx]
-        first = rows.first
-        if sliding_window is not None:
-            first = first.clamp(min=held.get_seq_length() - sliding_window)
+        first = held.first_seen(rows.first, sliding_window)
         prefix = {
             "prefix_key": held.prefix_keys,
             "prefix_value": held.prefix_values,

@@ -69,6 +69,10 @@ class _Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
+    def first_seen(self, first: Tensor, window: int | None) -> Tensor:
+        """The first position that each row's last token sees: `first` [rows], or the window's begin if that is later."""
+        return first if window is None else first.clamp(min=self.get_seq_length() - window)
+
     def get_seq_length(self) -> int:
         return self.length + (0 if self.prefix_keys is None else self.prefix_keys.shape[2])
 

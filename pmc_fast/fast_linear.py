@@ -54,15 +54,15 @@ def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iter
     for layer in layers if _has_onednn() else []:
         if not _gains(layer.weight):
             continue
-        needed = _packed_bytes(layer.weight)
-        if needed > room:
-            multiply = _widen(layer.weight)
-        elif _multiplies_packed():
+        if (needed := _packed_bytes(layer.weight)) > room:
+            layer.forward = partial(_forward, layer, _widen(layer.weight))
+            continue
+        room -= needed
+        if _multiplies_packed():
             held[_identity(layer.weight)] = panels = packed_linear.pack(layer.weight)
             multiply = partial(_multiply_panels, panels)
         else:
             multiply = _reorder(layer.weight, rows)
-        room -= needed if needed <= room else 0
         layer.forward = partial(_forward, layer, multiply)
     if head is not None and _gains(head) and _multiplies_packed() and _packed_bytes(head) <= room:
         held[_identity(head)] = packed_linear.pack(head)

@@ -107,7 +107,7 @@ class FusedDecoder:
             attended = decode_attention(
                 turned,
                 *held.filled(),
-                first if call.window is None else first.clamp(min=held.get_seq_length() - call.window),
+                held.first_seen(first, call.window),
                 scale=self._head_dim**-0.5 if call.scaling is None else call.scaling,
                 softcap=call.softcap,
                 prefix_key=held.prefix_keys,

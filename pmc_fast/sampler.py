@@ -71,7 +71,10 @@ class Sampler:
         self.lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
 
     def cache_bytes(self, rows: int, positions: int) -> int:
-        """Bytes of keys and values for that many rows of that many tokens each, prompt and answer together."""
+        """Bytes of keys and values for that many rows of that many tokens each, prompt and answer together.
+
+        Where rows share their prompts, a call holds less.
+        """
         return rows * positions * cache_bytes_per_row(self.lm.model)
 
     @torch.no_grad()

@@ -3,18 +3,13 @@
 
 #include <cstdint>
 
-namespace pmc {
+#include "common/rows.h"
 
-enum class Dtype { kFloat32 = 0, kBFloat16 = 1 };
+namespace pmc {
 
 // Every kernel returns the first row it cannot use (NaN, +inf, nothing but -inf, or a largest logit that overflows when
 // divided by the temperature), or kAllRowsFinite.
 constexpr int64_t kAllRowsFinite = -1;
-
-struct HeadTransform {
-    float logit_scale;  // logits = logit_scale * z, then
-    float softcap;      // softcap * tanh(logits / softcap); 0 leaves them
-};
 
 struct SampleArgs {
     const void* logits;  // [rows, vocab], row_stride elements apart

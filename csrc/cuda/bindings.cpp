@@ -17,8 +17,8 @@ T* pointer(uintptr_t address) {
 PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
     using release = py::call_guard<py::gil_scoped_release>;
 
-    m.attr("FLOAT32") = static_cast<int>(pmc::cuda::Dtype::kFloat32);
-    m.attr("BFLOAT16") = static_cast<int>(pmc::cuda::Dtype::kBFloat16);
+    m.attr("FLOAT32") = static_cast<int>(pmc::Dtype::kFloat32);
+    m.attr("BFLOAT16") = static_cast<int>(pmc::Dtype::kBFloat16);
     m.attr("MOST_VOCAB") = pmc::cuda::kMostVocab;
     m.attr("TARGETS") = PMC_CUDA_TARGETS;
 
@@ -47,7 +47,7 @@ PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
                                pointer<float>(kept_mass),
                                pointer<int32_t>(bad),
                                0},
-                              static_cast<pmc::cuda::Dtype>(dtype), {device, pointer<void>(stream)});
+                              static_cast<pmc::Dtype>(dtype), {device, pointer<void>(stream)});
         },
         release());
 
@@ -69,7 +69,7 @@ PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
                                       pointer<float>(nll),
                                       pointer<int32_t>(bad),
                                       0},
-                                     static_cast<pmc::cuda::Dtype>(dtype), {device, pointer<void>(stream)});
+                                     static_cast<pmc::Dtype>(dtype), {device, pointer<void>(stream)});
         },
         release());
 

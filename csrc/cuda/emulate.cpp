@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -53,7 +54,7 @@ struct Block {
     unsigned index;
     int rank;
     int running;  // threads
-    std::vector<unsigned char> shared;
+    std::unique_ptr<unsigned char[]> shared;
     std::vector<Warp> warps;
     Barrier barrier;
 };
@@ -144,7 +145,7 @@ bool turn(size_t count, const Slow& slow, bool slow_ones, size_t* left) {
         moved = true;
         if (!fiber.done) continue;
         --*left;
-        if (--fiber.block->running == 0) fiber.block->shared = {};  // nobody may read it any more
+        if (--fiber.block->running == 0) fiber.block->shared.reset();  // nobody may read it any more
     }
     return moved;
 }
@@ -163,10 +164,10 @@ void run_cluster(size_t count) {
 
 }  // namespace
 
-unsigned char* shared_memory() { return running->block->shared.data(); }
+unsigned char* shared_memory() { return running->block->shared.get(); }
 
 void* peer(void* mine, int rank) {
-    return blocks[static_cast<size_t>(rank)].shared.data() + (static_cast<unsigned char*>(mine) - shared_memory());
+    return blocks[static_cast<size_t>(rank)].shared.get() + (static_cast<unsigned char*>(mine) - shared_memory());
 }
 
 int cluster_rank() { return running->block->rank; }
@@ -191,14 +192,16 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
     block_size.x = static_cast<unsigned>(grid.threads);
     while (fibers.size() < threads * cluster) fibers.push_back(std::make_unique<Fiber>());
     for (int64_t first = 0; first < grid.blocks; first += grid.cluster) {
-        blocks.assign(cluster, Block{});
+        blocks.clear();
+        blocks.resize(cluster);
         cluster_barrier = {static_cast<int64_t>(threads * cluster), 0, 0};
         for (size_t rank = 0; rank < cluster; ++rank) {
             Block& b = blocks[rank];
             b.index = static_cast<unsigned>(first) + static_cast<unsigned>(rank);
             b.rank = static_cast<int>(rank);
             b.running = grid.threads;
-            b.shared.assign(static_cast<size_t>(grid.shared_bytes), 0xFF);
+            b.shared.reset(new unsigned char[static_cast<size_t>(grid.shared_bytes)]);
+            std::memset(b.shared.get(), 0xFF, static_cast<size_t>(grid.shared_bytes));
             b.barrier.expected = grid.threads;
             b.warps.resize(threads / kWarp);
             for (Warp& warp : b.warps) warp.barrier.expected = kWarp;

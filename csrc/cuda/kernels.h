@@ -4,25 +4,20 @@
 
 #include <cstdint>
 
-namespace pmc::cuda {
+#include "common/rows.h"
 
-enum class Dtype { kFloat32 = 0, kBFloat16 = 1 };
+namespace pmc::cuda {
 
 struct Queue {
     int device;
     void* stream;
 };
 
-struct Head {
-    float logit_scale;  // logits = logit_scale * z, then
-    float softcap;      // softcap * tanh(logits / softcap); 0 leaves them
-};
-
 struct SampleArgs {
     const void* logits;  // [rows, vocab], row_stride elements apart
     int64_t rows, vocab, row_stride;
     const float* bias;  // [vocab], added to the logits before `head`; null for none
-    Head head;
+    HeadTransform head;
     float temperature;  // 0 is greedy
     int64_t top_k;      // 0 is off
     double top_p;       // 1 is off
@@ -41,7 +36,7 @@ struct SampleArgs {
 struct CrossEntropyArgs {
     void* logits;  // [rows, vocab], row_stride elements apart; the gradient is written over them
     int64_t rows, vocab, row_stride;
-    Head head;
+    HeadTransform head;
     float temperature;
     const int64_t* row;     // [rows], what the caller calls these rows: where the following hold what belongs to them
     int64_t first_row;      // without `row` (null) they count from here

@@ -8,7 +8,7 @@
 namespace pmc::cuda {
 
 // logits from products with the head; any NaN stays NaN.
-inline __device__ float transformed(float z, const Head& head) {
+inline __device__ float transformed(float z, const HeadTransform& head) {
     z *= head.logit_scale;
     return head.softcap > 0 ? head.softcap * tanhf(z / head.softcap) : z;
 }

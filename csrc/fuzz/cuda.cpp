@@ -20,12 +20,6 @@ void some_gpu(Case* c) {
     c->isa = "an emulated GPU";
 }
 
-cuda::Dtype dtype_of(const Logits& logits) {
-    return logits.z.dtype() == Dtype::kFloat32 ? cuda::Dtype::kFloat32 : cuda::Dtype::kBFloat16;
-}
-
-cuda::Head head_of(const Logits& logits) { return {logits.head.logit_scale, logits.head.softcap}; }
-
 constexpr int64_t kLong = 3000;  // rows of more equal tokens than a block's list of candidates holds
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -52,10 +46,10 @@ void fuzz_cuda_sample(Case& c) {
     }
     auto bad = static_cast<int32_t>(rows);
     cuda::sample({logits.z.data(), logits.rows, logits.vocab, logits.stride,
-                  logits.bias.empty() ? nullptr : logits.bias.data(), head_of(logits), options.temperature,
-                  options.top_k, options.top_p, options.log_min_p, options.seed, sequence.data(), position.data(),
-                  token.data(), logprob.data(), sampling_logprob.data(), kept_mass.data(), &bad, 0},
-                 dtype_of(logits), {});
+                  logits.bias.empty() ? nullptr : logits.bias.data(), logits.head, options.temperature, options.top_k,
+                  options.top_p, options.log_min_p, options.seed, sequence.data(), position.data(), token.data(),
+                  logprob.data(), sampling_logprob.data(), kept_mass.data(), &bad, 0},
+                 logits.z.dtype(), {});
     check_first_bad(c, usable, bad == static_cast<int32_t>(rows) ? kAllRowsFinite : bad);
     for (size_t r = 0; r < rows; ++r)
         if (usable[r] == Usable::kYes) expected[r].check(c, r, token[r], logprob[r], sampling_logprob[r], kept_mass[r]);
@@ -90,10 +84,10 @@ void fuzz_cuda_cross_entropy(Case& c) {
     for (size_t r = 0; r < rows; ++r) its_target[number[r]] = target[r], its_weight[number[r]] = weight[r];
     Numbers z = logits.z;
     auto bad = static_cast<int32_t>(all);
-    cuda::cross_entropy({z.data(), logits.rows, logits.vocab, logits.stride, head_of(logits), temperature,
+    cuda::cross_entropy({z.data(), logits.rows, logits.vocab, logits.stride, logits.head, temperature,
                          numbered ? number.data() : nullptr, numbered ? -1 : first, its_target.data(),
                          weighted ? its_weight.data() : nullptr, its_nll.data(), &bad, 0},
-                        dtype_of(logits), {});
+                        logits.z.dtype(), {});
     if (numbered) std::reverse(usable.begin(), usable.end());
     check_first_bad(c, usable, bad == static_cast<int32_t>(all) ? kAllRowsFinite : bad - first);
     for (size_t r = 0; r < rows; ++r) nll[r] = its_nll[number[r]];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,23 +15,25 @@ from pmc_fast.models import evaluating
 from pmc_fast.sampler import Samples, answer_limits
 
 
-class GenerateSampler:
-    """Draws answers with ``model.generate``, for models that ``Sampler`` cannot run.
+@dataclass(frozen=True)
+class _Request:
+    """What is drawn: `copies` answers to each prompt; top_k 0 is off."""
 
-    Two calls with the same arguments give the same answers; unlike ``Sampler``'s, these depend on what else is in the
-    batch. Answers are not pruned, and their log-probabilities, which PMC has no use for, are nan.
+    input_ids: Tensor
+    attention_mask: Tensor
+    copies: int
+    limits: list[int]  # tokens per answer at most, for each prompt
+    ends: tuple[int, ...]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    sequences: list[int]
 
-    Args:
-        model: the transformers causal language model that is trained.
 
-    Raises:
-        UserError: it cannot generate.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        if not callable(getattr(model, "generate", None)):
-            raise UserError(f"model: got {type(model).__name__}, expected a transformers model with generate")
-        self.model = model
+class _EngineSampler:
+    """``Sampler.sample`` for engines that draw whole answers; a subclass says how, in ``_draw``."""
 
     @torch.no_grad()
     def sample(
@@ -51,41 +54,76 @@ class GenerateSampler:
         prune: object = None,
     ) -> Samples:
         """As ``Sampler.sample``; ``prune`` is not used."""
+        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length).tolist()
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        copies = num_samples if temperature else 1  # greedy answers are all the same
+        ends, sequences = _ends(eos_token_id), _sequences(sequence_ids, len(input_ids))
+        drawn = self._draw(
+            _Request(input_ids, mask, copies, limits, ends, temperature, top_k or 0, top_p, min_p, seed, sequences)
+        )
+        return _samples([answers * (num_samples // copies) for answers in drawn], limits, ends, input_ids.device)
+
+    def _draw(self, request: _Request) -> list[list[list[int]]]:
+        """The tokens of `copies` answers to each prompt; what follows an end token or exceeds the limit is cut off."""
+        raise NotImplementedError
+
+
+class GenerateSampler(_EngineSampler):
+    """Draws answers with ``model.generate``, for models that ``Sampler`` cannot run.
+
+    Two calls with the same arguments give the same answers; unlike ``Sampler``'s, these depend on what else is in the
+    batch. Answers are not pruned, and their log-probabilities, which PMC has no use for, are nan.
+
+    Args:
+        model: the transformers causal language model that is trained.
+
+    Raises:
+        UserError: it cannot generate.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not callable(getattr(model, "generate", None)):
+            raise UserError(f"model: got {type(model).__name__}, expected a transformers model with generate")
+        self.model = model
+
+    def _draw(self, request: _Request) -> list[list[list[int]]]:
         from transformers import GenerationConfig
 
-        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
-        ends = _ends(eos_token_id)
-        greedy = {"do_sample": False}
-        draw = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p}
-        draw |= {"min_p": min_p} if min_p else {}
+        draw = {"do_sample": False}
+        if request.temperature:
+            draw = {
+                "do_sample": True,
+                "temperature": request.temperature,
+                "top_k": request.top_k,
+                "top_p": request.top_p,
+            }
+            draw |= {"min_p": request.min_p} if request.min_p else {}
         wanted = GenerationConfig(
-            max_new_tokens=int(limits.max()),
-            eos_token_id=list(ends),
-            pad_token_id=ends[0],
-            **(draw if temperature else greedy),
+            max_new_tokens=max(request.limits),
+            eos_token_id=list(request.ends),
+            pad_token_id=request.ends[0],
+            **draw,
         )
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        copies = num_samples if temperature else 1
+        input_ids, copies = request.input_ids, request.copies
         devices = [input_ids.device] if input_ids.device.type == "cuda" else []
         theirs = self.model.generation_config
         with torch.random.fork_rng(devices=devices), evaluating(self.model):
-            torch.manual_seed(_seed(seed, *_sequences(sequence_ids, len(input_ids))))
+            torch.manual_seed(_seed(request.seed, *request.sequences))
             # What the wanted configuration leaves open, such as a repetition penalty, generate takes from the model's.
             self.model.generation_config = GenerationConfig()
             try:
                 rows = self.model.generate(
                     input_ids=input_ids.repeat_interleave(copies, dim=0),
-                    attention_mask=mask.repeat_interleave(copies, dim=0),
+                    attention_mask=request.attention_mask.repeat_interleave(copies, dim=0),
                     generation_config=wanted,
                     use_cache=True,
                 )
             finally:
                 self.model.generation_config = theirs
-        drawn = rows[:, input_ids.shape[1] :].view(len(input_ids), copies, -1).tolist()
-        return _samples([answers * (num_samples // copies) for answers in drawn], limits, ends, input_ids.device)
+        return rows[:, input_ids.shape[1] :].view(len(input_ids), copies, -1).tolist()
 
 
-class VLLMSampler:
+class VLLMSampler(_EngineSampler):
     """Draws answers with a vLLM engine that shares the training process, and gives it the trained weights at each call.
 
     The same seed, prompt and sequence id ask the engine for the same random numbers; whether it then gives the same
@@ -113,53 +151,31 @@ class VLLMSampler:
         self.llm, self.model = llm, model
         self._load_weights = load_weights or _loader_of(llm)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        num_samples: int = 1,
-        max_new_tokens: int | Tensor | None = None,
-        max_length: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        eos_token_id: int | Sequence[int],
-        seed: int = 0,
-        sequence_ids: Tensor | None = None,
-        prune: object = None,
-    ) -> Samples:
-        """As ``Sampler.sample``; ``prune`` is not used."""
+    def _draw(self, request: _Request) -> list[list[list[int]]]:
         from vllm import SamplingParams
 
-        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
-        ends = _ends(eos_token_id)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
+        prompts = [
+            ids[keep.bool()].tolist() for ids, keep in zip(request.input_ids, request.attention_mask, strict=True)
+        ]
         parameters = [
             SamplingParams(
-                n=num_samples if temperature else 1,
-                temperature=temperature,
-                top_k=-1 if top_k is None else top_k,
-                top_p=top_p,
-                min_p=min_p,
+                n=request.copies,
+                temperature=request.temperature,
+                top_k=request.top_k or -1,
+                top_p=request.top_p,
+                min_p=request.min_p,
                 max_tokens=limit,
-                seed=_seed(seed, sequence),
-                stop_token_ids=list(ends),
+                seed=_seed(request.seed, sequence),
+                stop_token_ids=list(request.ends),
                 ignore_eos=True,  # none but these tokens end an answer
                 detokenize=False,
             )
-            for limit, sequence in zip(limits.tolist(), _sequences(sequence_ids, len(prompts)), strict=True)
+            for limit, sequence in zip(request.limits, request.sequences, strict=True)
         ]
         self._load_weights((name, parameter.detach()) for name, parameter in self.model.named_parameters())
         self.llm.reset_prefix_cache()  # it holds keys and values of the weights before
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(requests, parameters, use_tqdm=False)
-        drawn = [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
-        copies = 1 if temperature else num_samples
-        return _samples([answers * copies for answers in drawn], limits, ends, input_ids.device)
+        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+        return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
 
 
 def _loader_of(llm: Any) -> Callable[[Iterable[tuple[str, Tensor]]], object]:
@@ -192,10 +208,10 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 2)
 
 
-def _samples(drawn: list[list[list[int]]], limits: Tensor, ends: tuple[int, ...], device: torch.device) -> Samples:
+def _samples(drawn: list[list[list[int]]], limits: list[int], ends: tuple[int, ...], device: torch.device) -> Samples:
     """Answers to each prompt, cut behind their first end token and at the prompt's limit."""
     answers = []
-    for limit, row in zip(limits.tolist(), drawn, strict=True):
+    for limit, row in zip(limits, drawn, strict=True):
         for ids in row:
             ids = ids[:limit]
             length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
