@@ -9,20 +9,12 @@ from torch import Tensor, nn
 
 from pmc_fast.attention import AttentionCall
 from pmc_fast.cache import SampleCache
+from pmc_fast.decoder_layers import NormParts, Unknown, read_layers
 from pmc_fast.fast_linear import packed
 from pmc_fast.models import LanguageModel
 from pmc_fast.native.decode_attention import decode_attention
 from pmc_fast.native.elementwise import activate, normalize, rotate
 from pmc_fast.native.packed_linear import PackedWeight, packed_linear
-
-# Layers of this form in transformers: h += attention(norm(h)), then h += down(silu(gate(norm(h))) * up(norm(h))).
-GATED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-# h += attention(norm(h)) + fc2(gelu(fc1(norm(h)))).
-PARALLEL = ("PhiDecoderLayer",)
-
-
-class _Unknown(Exception):
-    """A part of the model is not what this module computes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +23,11 @@ class _Norm:
     bias: Tensor | None
     epsilon: float
     centered: bool
+
+    @classmethod
+    def of(cls, parts: NormParts) -> _Norm:
+        bias = None if parts.bias is None else parts.bias.float()
+        return cls(parts.weight.float(), bias, parts.epsilon, parts.centered)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return normalize(x, self.weight, self.bias, self.epsilon, centered=self.centered, out=out)
@@ -41,6 +38,12 @@ class _Linear:
     weight: PackedWeight
     bias: Tensor | None
 
+    @classmethod
+    def of(cls, module: nn.Linear) -> _Linear:
+        if (weight := packed(module.weight)) is None:
+            raise Unknown
+        return cls(weight, None if module.bias is None else module.bias.detach().float())
+
     def __call__(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.weight, self.bias)
 
@@ -48,38 +51,15 @@ class _Linear:
         packed_linear(x, self.weight, self.bias, total, accumulate=True)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The parts of one layer; `mlp_norm` and `gate` are None in a parallel layer without a gate."""
-
-    norm: _Norm
-    query: _Linear
-    key: _Linear
-    value: _Linear
-    query_norm: _Norm | None
-    key_norm: _Norm | None
-    output: _Linear
-    mlp_norm: _Norm | None
-    gate: _Linear | None
-    up: _Linear
-    down: _Linear
-    attention: AttentionCall
-
-
 class FusedDecoder:
     """The layers of a model, read once for the time of a sampling call. See `fused_decoder`."""
 
     def __init__(self, lm: LanguageModel, calls: list[AttentionCall]) -> None:
-        backbone = lm.backbone
-        if lm.device.type != "cpu" or _is_hooked(lm.model):
-            raise _Unknown
-        self._embed, self._rotary = backbone.embed_tokens, backbone.rotary_emb
-        self._final = _norm(backbone.norm if hasattr(backbone, "norm") else backbone.final_layernorm)
-        self._dtype, self._head_dim = self._embed.weight.dtype, calls[0].head_dim
-        if type(self._embed) is not nn.Embedding:
-            raise _Unknown
-        layers = backbone.layers[: lm.model.config.num_hidden_layers]
-        self._layers = [_layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
+        if lm.device.type != "cpu":
+            raise Unknown
+        read = read_layers(lm, calls, _Norm.of, _Linear.of)
+        self._embed, self._rotary, self._layers, self._final = read.embed, read.rotary, read.layers, read.final
+        self._dtype, self._head_dim = read.embed.weight.dtype, read.head_dim
 
     def step(self, token: Tensor, position: Tensor, cache: SampleCache, first: Tensor, prefix_row: Tensor) -> Tensor:
         """The last hidden states [N, D] of one more token per row, whose keys and values join the cache.
@@ -136,58 +116,5 @@ def fused_decoder(lm: LanguageModel, calls: list[AttentionCall]) -> FusedDecoder
     """
     try:
         return FusedDecoder(lm, calls)
-    except (_Unknown, AttributeError, ValueError):  # a part is missing, or there is not one call per layer
+    except Unknown:
         return None
-
-
-def _is_hooked(model: nn.Module) -> bool:
-    """Whether somebody watches or replaces what modules do; `fast_linear` replaces that of nn.Linear."""
-    return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or ("forward" in vars(module) and type(module) is not nn.Linear)
-        for module in model.modules()
-    )
-
-
-def _layer(layer: nn.Module, call: AttentionCall) -> _Layer:
-    kind, attention, mlp = type(layer).__name__, layer.self_attn, layer.mlp
-    if not type(layer).__module__.startswith("transformers.models.") or kind not in GATED + PARALLEL:
-        raise _Unknown
-    gated = kind in GATED
-    if getattr(attention, "qk_layernorm", False):
-        raise _Unknown
-    if type(mlp.act_fn if gated else mlp.activation_fn).__name__ != (
-        "SiLUActivation" if gated else "NewGELUActivation"
-    ):
-        raise _Unknown
-    return _Layer(
-        norm=_norm(layer.input_layernorm),
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        output=_linear(attention.o_proj if gated else attention.dense),
-        mlp_norm=_norm(layer.post_attention_layernorm) if gated else None,
-        gate=_linear(mlp.gate_proj) if gated else None,
-        up=_linear(mlp.up_proj if gated else mlp.fc1),
-        down=_linear(mlp.down_proj if gated else mlp.fc2),
-        attention=call,
-    )
-
-
-def _linear(module: nn.Linear) -> _Linear:
-    weight = packed(module.weight) if type(module) is nn.Linear else None
-    if weight is None:
-        raise _Unknown
-    return _Linear(weight, None if module.bias is None else module.bias.detach().float())
-
-
-def _norm(module: nn.Module) -> _Norm:
-    weight = module.weight.detach().float()
-    if type(module) is nn.LayerNorm:
-        return _Norm(weight, None if module.bias is None else module.bias.detach().float(), module.eps, True)
-    if not type(module).__name__.endswith("RMSNorm"):
-        raise _Unknown
-    return _Norm(weight, None, module.variance_epsilon, False)

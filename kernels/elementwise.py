@@ -1,0 +1,262 @@
+"""What a decoder layer does to its rows between the products, on a GPU: one launch for all that lies between two of them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmc_fast.kernels.interpreted import rounded
+from pmc_fast.kernels.logits import tanh
+from pmc_fast.kernels.variant import Variant, absent, present
+
+ELEMENTS = 1024  # of an activation, per program
+
+
+@triton.jit
+def normalize_kernel(
+    x,  # [rows, size]
+    x_stride,
+    added,  # [rows, size] or None
+    added_stride,
+    weight,  # [size]
+    bias,  # [size] or None
+    out,  # [rows, size]
+    out_stride,
+    size,
+    epsilon,
+    CENTERED: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SIZE)
+    inside = column < size
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    if added is not None:
+        value += tl.load(added + row * added_stride + column, mask=inside, other=0).to(tl.float32)
+        tl.store(x + row * x_stride + column, value, mask=inside)
+    if CENTERED:
+        value -= tl.sum(value, 0) / size
+        value = tl.where(inside, value, 0)
+    value *= 1 / tl.sqrt_rn(tl.sum(value * value, 0) / size + epsilon)
+    value *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * out_stride + column, rounded(value, out.dtype.element_ty), mask=inside)
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    *,
+    centered: bool,
+    added: Tensor | None = None,
+    out: Tensor,
+) -> Tensor:
+    """out = (x - mean) / sqrt(variance + epsilon) * weight + bias over the last dimension, after x += added.
+
+    Args:
+        x: [N, D], float32 where something is added; may be out.
+        weight, bias: [D].
+        centered: whether the mean is taken away: a layer norm, else an RMS norm.
+        added: [N, D] or None.
+        out: [N, D], of any floating dtype.
+    """
+    rows, size = x.shape
+    block = triton.next_power_of_2(size)
+    normalize_kernel[(rows,)](
+        x,
+        x.stride(0),
+        added,
+        0 if added is None else added.stride(0),
+        weight,
+        bias,
+        out,
+        out.stride(0),
+        size,
+        epsilon,
+        CENTERED=centered,
+        SIZE=block,
+        num_warps=_warps(block),
+    )
+    return out
+
+
+@triton.jit
+def activate_kernel(
+    x,  # [count], contiguous
+    up,  # [count] or None
+    count,
+    GELU: tl.constexpr,  # its approximation by tanh, else SiLU
+    ELEMENTS: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = index < count
+    value = tl.load(x + index, mask=inside, other=0).to(tl.float32)
+    if GELU:
+        value *= 0.5 * (1 + tanh(0.7978845608 * (value + 0.044715 * value * value * value)))
+    else:
+        value *= tl.sigmoid(value)
+    if up is not None:
+        value *= tl.load(up + index, mask=inside, other=0).to(tl.float32)
+    tl.store(x + index, rounded(value, x.dtype.element_ty), mask=inside)
+
+
+def activate(x: Tensor, activation: str, up: Tensor | None = None) -> Tensor:
+    """x = activation(x) * up in place, for contiguous [N, D]; activation is "silu" or "gelu_tanh"."""
+    activate_kernel[(triton.cdiv(x.numel(), ELEMENTS),)](
+        x, up, x.numel(), GELU=activation == "gelu_tanh", ELEMENTS=ELEMENTS, num_warps=4
+    )
+    return x
+
+
+@triton.jit(do_not_specialize=["key_row", "key_head"])
+def rotate_kernel(
+    query,  # [rows, HEADS * DIM]
+    key,  # [rows, KV_HEADS * DIM]
+    value,
+    cosine,  # [positions, ROTATED]
+    sine,
+    position,  # [rows]
+    length,  # [rows]
+    turned,  # [rows, HEADS * DIM], contiguous
+    keys,  # [rows, KV_HEADS, capacity, DIM]
+    values,
+    key_row,  # strides of keys and values
+    key_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, COLUMNS)
+    inside = column < DIM
+    slot = row * key_row + (tl.load(length + row) - 1) * DIM
+    if head >= HEADS + KV_HEADS:
+        head -= HEADS + KV_HEADS
+        held = tl.load(value + (row * KV_HEADS + head) * DIM + column, mask=inside, other=0)
+        tl.store(values + slot + head * key_head.to(tl.int64) + column, held, mask=inside)
+    else:
+        source, target = query + (row * HEADS + head) * DIM, turned + (row * HEADS + head) * DIM
+        if head >= HEADS:
+            head -= HEADS
+            source, target = key + (row * KV_HEADS + head) * DIM, keys + slot + head * key_head.to(tl.int64)
+        x = tl.load(source + column, mask=inside, other=0).to(tl.float32)
+        turns = column < ROTATED
+        angle = tl.load(position + row) * ROTATED + column
+        first = column < ROTATED // 2
+        other = tl.load(source + tl.where(first, column + ROTATED // 2, column - ROTATED // 2), mask=turns, other=0)
+        other = tl.where(first, -other.to(tl.float32), other.to(tl.float32))
+        x *= tl.load(cosine + angle, mask=turns, other=1)
+        x += other * tl.load(sine + angle, mask=turns, other=0)
+        tl.store(target + column, rounded(x, turned.dtype.element_ty), mask=inside)
+
+
+def rotate_and_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    position: Tensor,
+    length: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Rotary position embedding, and one more position of keys and values in the cache; the rotated query [N, H, D].
+
+    Equivalent, for row n with p = position[n], to ``turned[n] = query[n] * cosine[p] + rotate_half(query[n]) * sine[p]`` on
+    the first R elements of each head, the same of key in ``keys[n, :, length[n] - 1]``, and value in ``values`` there.
+
+    Args:
+        query: contiguous [N, H, D].
+        key, value: contiguous [N, K, D], dtype of query.
+        cosine, sine: float32, contiguous [positions, R], R even and at most D.
+        position: int64 [N].
+        length: int64 [N], positions held, the new one included.
+        keys, values: [N, K, T, D], dtype of query, each head contiguous, with the same strides.
+    """
+    rows, heads, dim = query.shape
+    kv_heads = key.shape[1]
+    turned = torch.empty_like(query)
+    rotate_kernel[(rows, heads + 2 * kv_heads)](
+        query,
+        key,
+        value,
+        cosine,
+        sine,
+        position,
+        length,
+        turned,
+        keys,
+        values,
+        keys.stride(0),
+        keys.stride(1),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        ROTATED=cosine.shape[1],
+        COLUMNS=triton.next_power_of_2(dim),
+        num_warps=1,
+    )
+    return turned
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def variants(capability: int) -> list[Variant]:
+    """The kernels at the layers of Llama-3.2-3B and Phi-1.5; none of them depends on the GPU."""
+    listed = []
+    for name, size, kind, bias in (("Llama-3.2-3B", 3072, "*bf16", None), ("Phi-1.5", 2048, "*fp16", "*fp16")):
+        optional = {"bias": bias, "added": kind}
+        signature = {"x": "*fp32", "weight": kind, "out": kind, "size": "i32", "epsilon": "fp32"}
+        signature |= dict.fromkeys(("x_stride", "added_stride", "out_stride"), "i32")
+        block = triton.next_power_of_2(size)
+        listed.append(
+            Variant(
+                name=f"normalize, {name}",
+                kernel=normalize_kernel,
+                signature=signature | present(optional),
+                constants=absent(optional) | {"CENTERED": bias is not None, "SIZE": block},
+                num_warps=_warps(block),
+                num_stages=3,
+                aligned=("x", "added", "weight", "out", "x_stride", "added_stride", "out_stride", "size")
+                + (("bias",) if bias else ()),
+            )
+        )
+    for name, gelu, up in (("silu times up", False, "*bf16"), ("gelu", True, None)):
+        listed.append(
+            Variant(
+                name=f"activate, {name}",
+                kernel=activate_kernel,
+                signature={"x": "*bf16", "count": "i32"} | present({"up": up}),
+                constants=absent({"up": up}) | {"GELU": gelu, "ELEMENTS": ELEMENTS},
+                num_warps=4,
+                num_stages=3,
+                aligned=("x", "count") + (("up",) if up else ()),
+            )
+        )
+    for name, heads, kv_heads, dim, rotated in (("Llama-3.2-3B", 24, 8, 128, 128), ("Phi-1.5", 32, 32, 64, 32)):
+        signature = dict.fromkeys(("query", "key", "value", "turned", "keys", "values"), "*bf16")
+        signature |= {"cosine": "*fp32", "sine": "*fp32", "position": "*i64", "length": "*i64"}
+        constants = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "ROTATED": rotated}
+        listed.append(
+            Variant(
+                name=f"rotate, {name}",
+                kernel=rotate_kernel,
+                signature=signature | {"key_row": "i32", "key_head": "i32"},
+                constants=constants | {"COLUMNS": triton.next_power_of_2(dim)},
+                num_warps=1,
+                num_stages=3,
+                aligned=("query", "key", "value", "turned", "keys", "values", "cosine", "sine"),
+            )
+        )
+    return listed

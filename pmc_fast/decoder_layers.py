@@ -1,0 +1,154 @@
+"""Reads a model of a known kind as the norms and products that its layers are made of, for decoders of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+from pmc_fast.attention import AttentionCall
+from pmc_fast.models import LanguageModel
+
+# Layers of this form in transformers: h += attention(norm(h)), then h += down(silu(gate(norm(h))) * up(norm(h))).
+GATED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+# h += attention(norm(h)) + fc2(gelu(fc1(norm(h)))).
+PARALLEL = ("PhiDecoderLayer",)
+
+Norm, Linear = TypeVar("Norm"), TypeVar("Linear")
+
+
+class Unknown(Exception):
+    """A part of the model is not what this module reads."""
+
+
+@dataclass(frozen=True)
+class NormParts:
+    """(x - mean) / sqrt(variance + epsilon) * weight + bias; the mean is 0 unless `centered`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+    centered: bool
+
+
+@dataclass(frozen=True)
+class Layer(Generic[Norm, Linear]):
+    """The parts of one layer; `mlp_norm` and `gate` are None in a parallel layer without a gate."""
+
+    norm: Norm
+    query: Linear
+    key: Linear
+    value: Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    output: Linear
+    mlp_norm: Norm | None
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    attention: AttentionCall
+
+
+@dataclass(frozen=True)
+class Layers(Generic[Norm, Linear]):
+    """A whole backbone."""
+
+    embed: nn.Embedding
+    rotary: nn.Module
+    layers: list[Layer[Norm, Linear]]
+    final: Norm
+    head_dim: int
+
+
+def read_layers(
+    lm: LanguageModel,
+    calls: list[AttentionCall],
+    norm: Callable[[NormParts], Norm],
+    linear: Callable[[nn.Linear], Linear],
+) -> Layers[Norm, Linear]:
+    """The parts of the model's backbone.
+
+    Args:
+        calls: the attention calls of a pass through the model.
+        norm, linear: make what a decoder calls of a norm's and of a product's parts.
+
+    Raises:
+        Unknown: one of the parts is of no known kind, or somebody watches or replaces it.
+    """
+    try:
+        return _read_layers(lm, calls, norm, linear)
+    except (AttributeError, ValueError) as error:  # a part is missing, or there is not one call per layer
+        raise Unknown from error
+
+
+def _read_layers(lm, calls, norm, linear) -> Layers:
+    if _is_hooked(lm.model):
+        raise Unknown
+    backbone = lm.backbone
+    if type(backbone.embed_tokens) is not nn.Embedding:
+        raise Unknown
+
+    def plain(module: nn.Module) -> Linear:
+        if type(module) is not nn.Linear:
+            raise Unknown
+        return linear(module)
+
+    layers = backbone.layers[: lm.model.config.num_hidden_layers]
+    return Layers(
+        embed=backbone.embed_tokens,
+        rotary=backbone.rotary_emb,
+        layers=[
+            _layer(layer, call, lambda part: norm(_norm(part)), plain)
+            for layer, call in zip(layers, calls, strict=True)
+        ],
+        final=norm(_norm(backbone.norm if hasattr(backbone, "norm") else backbone.final_layernorm)),
+        head_dim=calls[0].head_dim,
+    )
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    """Whether somebody watches or replaces what modules do; `fast_linear` replaces that of nn.Linear."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or ("forward" in vars(module) and type(module) is not nn.Linear)
+        for module in model.modules()
+    )
+
+
+def _layer(layer: nn.Module, call: AttentionCall, norm: Callable, linear: Callable) -> Layer:
+    kind, attention, mlp = type(layer).__name__, layer.self_attn, layer.mlp
+    if not type(layer).__module__.startswith("transformers.models.") or kind not in GATED + PARALLEL:
+        raise Unknown
+    gated = kind in GATED
+    if getattr(attention, "qk_layernorm", False):
+        raise Unknown
+    if type(mlp.act_fn if gated else mlp.activation_fn).__name__ != (
+        "SiLUActivation" if gated else "NewGELUActivation"
+    ):
+        raise Unknown
+    return Layer(
+        norm=norm(layer.input_layernorm),
+        query=linear(attention.q_proj),
+        key=linear(attention.k_proj),
+        value=linear(attention.v_proj),
+        query_norm=norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        output=linear(attention.o_proj if gated else attention.dense),
+        mlp_norm=norm(layer.post_attention_layernorm) if gated else None,
+        gate=linear(mlp.gate_proj) if gated else None,
+        up=linear(mlp.up_proj if gated else mlp.fc1),
+        down=linear(mlp.down_proj if gated else mlp.fc2),
+        attention=call,
+    )
+
+
+def _norm(module: nn.Module) -> NormParts:
+    weight = module.weight.detach()
+    if type(module) is nn.LayerNorm:
+        return NormParts(weight, None if module.bias is None else module.bias.detach(), module.eps, True)
+    if not type(module).__name__.endswith("RMSNorm"):
+        raise Unknown
+    return NormParts(weight, None, module.variance_epsilon, False)
