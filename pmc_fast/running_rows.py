@@ -8,64 +8,36 @@ import torch
 from torch import Tensor
 
 from pmc_fast import attention, backend
-from pmc_fast.cache import SampleCache, layers_of, move_rows, retired
-from pmc_fast.errors import UserError
+from pmc_fast.cache import move_rows, retired
 from pmc_fast.fused_decoder import FusedDecoder, fused_decoder
 from pmc_fast.models import LanguageModel
 from pmc_fast.phases import phase
+from pmc_fast.prefill import Prefill
 
 
 class RunningRows:
     """The rows still running: their next hidden state, their place in the output, their cache."""
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        num_samples: int,
-        steps: int,
-        sequence_ids: Tensor,
-    ) -> None:
-        prompts, width = input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        self._lm = lm
-        self._cache = SampleCache(layers_of(lm.model.config), width)
-        prefill = {} if bool(mask.all()) else {"attention_mask": mask}
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        with attention.watching() as calls:
-            hidden = lm.hidden(input_ids, position_ids=position, past_key_values=self._cache, use_cache=True, **prefill)
-        if self._cache.get_seq_length() != width:
-            raise UserError("model: it does not fill the key/value cache it is given, so it cannot be sampled from")
-        hidden = hidden[:, -1]
-        copies = torch.arange(num_samples, device=input_ids.device)
-        self.hidden = hidden.repeat_interleave(num_samples, dim=0)
-        self.slot = torch.arange(prompts * num_samples, device=input_ids.device)
-        self.sequence = (sequence_ids[:, None] * num_samples + copies).flatten()
-        self._position = (position[:, -1] + 1).repeat_interleave(num_samples)
+    def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int, sequence_ids: Tensor) -> None:
+        prompts, device = len(filled.hidden), filled.hidden.device
+        self._lm, self._cache = lm, filled.cache
+        self.hidden = filled.hidden.repeat_interleave(num_samples, dim=0)
+        self.slot = torch.arange(prompts * num_samples, device=device)
+        self.sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=device)).flatten()
+        self._position = (filled.position + 1).repeat_interleave(num_samples)
         self._generated = 0
         self._mask: Tensor | None = None
         self._first: Tensor | None = None
         self._prefix_row: Tensor | None = None
         self._decoder: FusedDecoder | None = None
-        if self._shares_prompts(calls):
+        if filled.suits_decode_attention and self._uses_native():
             self._cache.share(num_samples, steps)
-            self._first = (mask == 0).sum(1).repeat_interleave(num_samples)
-            self._prefix_row = torch.arange(prompts, device=input_ids.device).repeat_interleave(num_samples)
-            self._decoder = fused_decoder(lm, calls)
+            self._first = filled.padding.repeat_interleave(num_samples)
+            self._prefix_row = torch.arange(prompts, device=device).repeat_interleave(num_samples)
+            self._decoder = fused_decoder(lm, filled.calls)
         else:
             self._cache.fan_out(num_samples, steps)
-            self._mask = mask.repeat_interleave(num_samples, dim=0) if prefill else None
-
-    def _shares_prompts(self, calls: list[attention.AttentionCall]) -> bool:
-        """Whether `decode_attention` could have done the prefill's attention calls, and is fast here."""
-        layers = self._cache.layers
-        return (
-            [call.layer for call in calls] == list(range(len(layers)))
-            and all(call.same_shape for call in calls)
-            and all(call.keys_at == layer.keys.data_ptr() for call, layer in zip(calls, layers, strict=True))
-            and self._uses_native()
-        )
+            self._mask = filled.mask.repeat_interleave(num_samples, dim=0) if filled.padded else None
 
     def _uses_native(self) -> bool:
         return backend.choose("decode_attention", None, self.hidden.device.type, self.hidden.dtype) == "native"

@@ -15,13 +15,18 @@ from pmc_fast.fast_linear import fast_linear
 from pmc_fast.memory import cache_bytes_per_row, free_bytes
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.phases import phase
+from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
+from pmc_fast.static_decoder import Sizes, static_decoder
 
 if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner
 
 # Of the memory that is free when a call starts, how much its cache may take if nobody says.
 CACHE_SHARE = 0.5
+
+# Of some prompts' answers: tokens [rows, T], lengths, logprobs [rows, T], finished, pruned.
+Wave = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -153,18 +158,32 @@ class Sampler:
             for begin in range(0, max(1, prompts), at_once):
                 part = slice(begin, begin + at_once)
                 with phase("prefill"):
-                    rows = RunningRows(
-                        self.lm,
-                        input_ids[part],
-                        None if attention_mask is None else attention_mask[part],
-                        num_samples,
-                        int(limits[part].max()) if prompts else 1,
-                        sequence_ids[part],
-                    )
-                pruner = None if prune is None else prune.part(begin, min(begin + at_once, prompts))
+                    mask = None if attention_mask is None else attention_mask[part]
+                    filled = prefill(self.lm, input_ids[part], mask)
                 limit = limits[part].to(device).repeat_interleave(num_samples)
-                waves.append(_run(self.lm, rows, limit, ends.to(device), draw, pruner, progress))
+                pruner = None if prune is None else prune.part(begin, min(begin + at_once, prompts))
+                wave = (filled, num_samples, sequence_ids[part], limit, ends.to(device), draw, pruner, progress)
+                waves.append(self._sample_wave(*wave))
         return _join(waves, prompts, num_samples, ends[0])
+
+    def _sample_wave(
+        self,
+        filled: Prefill,
+        num_samples: int,
+        sequence_ids: Tensor,
+        limit: Tensor,
+        ends: Tensor,
+        draw: dict[str, Any],
+        prune: Pruner | None,
+        progress: Callable[[int], object] | None,
+    ) -> Wave:
+        steps = int(limit.max()) if len(limit) else 1
+        sizes = Sizes.holding(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
+        if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw)) is not None:
+            sequence = sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)
+            return decoder.sample(filled, sequence.flatten(), limit, prune, progress)
+        rows = RunningRows(self.lm, filled, num_samples, steps, sequence_ids)
+        return _run(self.lm, rows, limit, ends, draw, prune, progress)
 
     def _prompts_at_once(self, input_ids: Tensor, limits: Tensor, num_samples: int, cache_budget: int | None) -> int:
         """How many prompts' answers fit into the budget together."""
@@ -190,7 +209,7 @@ def _run(
     draw: dict[str, Any],
     prune: Pruner | None,
     progress: Callable[[int], object] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Wave:
     """Decode until no row is left: tokens [rows, T], lengths, logprobs [rows, T], finished, pruned."""
     total, device = len(limit), limit.device
     steps = int(limit.max()) if total else 0
@@ -224,7 +243,7 @@ def _run(
     return tokens[:, :longest], lengths, logprobs[:, :longest], finished, pruned
 
 
-def _join(waves: list[tuple[Tensor, ...]], prompts: int, num_samples: int, end: Tensor) -> Samples:
+def _join(waves: list[Wave], prompts: int, num_samples: int, end: Tensor) -> Samples:
     """One result of the waves' results, as wide as the longest answer."""
     longest = max(wave[0].shape[1] for wave in waves)
     shape = (prompts, num_samples)
