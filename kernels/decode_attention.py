@@ -18,7 +18,7 @@ from torch import Tensor
 from pmc_fast.kernels.device import device_of, dot_precision
 from pmc_fast.kernels.interpreted import dot, rounded
 from pmc_fast.kernels.logits import INFINITY, tanh
-from pmc_fast.kernels.variant import Variant
+from pmc_fast.kernels.variant import Variant, absent, present
 
 LEAST_POSITIONS = 256  # of a split: fewer are read before a second kernel has started
 MOST_SPLITS = 32
@@ -121,7 +121,7 @@ def attend_kernel(
         tl.store(tops + index, top, mask=head < GROUP)
         tl.store(masses + index, mass, mask=head < GROUP)
     else:
-        _report(bad, row, tl.where(head < GROUP, mass, 1.0))
+        _report(bad, row, tl.max(((mass != mass) & (head < GROUP)).to(tl.int32), 0) > 0)
         total = total / mass[None, :]
     result = rounded(tl.trans(total), out.dtype.element_ty)
     tl.store(out + index[:, None] * DIM + depth[None, :], result, mask=real)
@@ -149,18 +149,16 @@ def join_kernel(
     mass = tl.sum(weight * tl.load(masses + part, mask=split < splits, other=0), 0)
     there = (split < splits)[:, None] & (depth < DIM)[None, :]
     total = tl.load(totals + part[:, None] * DIM + depth[None, :], mask=there, other=0)
-    _report(bad, index // heads, mass)
+    _report(bad, index // heads, mass != mass)
     result = rounded(tl.sum(total * weight[:, None], 0) / mass, out.dtype.element_ty)
     tl.store(out + index * DIM + depth, result, mask=depth < DIM)
 
 
 @triton.jit
-def _report(bad, row, mass):
-    """A score of NaN or +inf, or nothing but -inf, makes the mass NaN."""
+def _report(bad, row, wrong):
+    """wrong: whether a mass is NaN, as a score of NaN or +inf, or nothing but -inf, makes it."""
     if bad is not None:
-        wrong = (mass != mass).to(tl.int32)
-        if (tl.max(wrong, 0) if len(mass.shape) > 0 else wrong) > 0:
-            tl.atomic_min(bad, row.to(tl.int32))
+        tl.atomic_min(bad, row.to(tl.int32), mask=wrong)
 
 
 class Tiles(NamedTuple):
@@ -174,10 +172,10 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(group: int, dim: int, element_bytes: int) -> Tiles:
-    """64 positions are what a warp group multiplies at once."""
+    """16 KiB of keys at a time, so that several programs fit, and no more than a warp group multiplies at once."""
     depth = max(16, triton.next_power_of_2(dim))
     positions = max(16, min(64, (1 << 14) // (depth * element_bytes)))
-    return Tiles(positions, max(16, triton.next_power_of_2(group)), depth, 4, 2)
+    return Tiles(positions, max(16, triton.next_power_of_2(group)), depth, 8 if depth * element_bytes >= 1024 else 4, 2)
 
 
 def splits_for(programs: int, positions: int, processors: int) -> int:
@@ -209,7 +207,7 @@ def decode_attention(
     prefix = [None, 0, 0, 0] * 2
     prefix_positions = 0
     if prefix_key is not None:
-        prefix_key, prefix_value, prefix_row = _within_heads(prefix_key), _within_heads(prefix_value), prefix_row
+        prefix_key, prefix_value = _within_heads(prefix_key), _within_heads(prefix_value)
         prefix = [prefix_key, *prefix_key.stride()[:3], prefix_value, *prefix_value.stride()[:3]]
         prefix_positions = prefix_key.shape[2]
     out = torch.empty(rows, heads, dim, dtype=query.dtype, device=query.device)
@@ -278,19 +276,25 @@ class Shape(NamedTuple):
     dim: int
 
 
-SHAPES = (Shape("SmolLM2-135M", 9, 3, 64), Shape("Phi-1.5", 32, 32, 64), Shape("Llama-3.2-3B", 24, 8, 128))
+SHAPES = (
+    Shape("SmolLM2-135M", 9, 3, 64),
+    Shape("Phi-1.5", 32, 32, 64),
+    Shape("Gemma-3-12B", 16, 8, 256),
+    Shape("Llama-3.2-3B", 24, 8, 128),
+)
 
 
 def variants(capability: int) -> list[Variant]:
-    """The kernels as the sampler runs them: with a shared prefix, and lengths that are read on the device."""
-    listed = [_attend_variant(f"{shape.model}, bf16", shape, "bf16", splits=1) for shape in SHAPES]
-    listed.append(_attend_variant("Llama-3.2-3B, fp32", SHAPES[-1], "fp32", splits=1))
-    listed.append(_attend_variant("Llama-3.2-3B, bf16, 8 splits", SHAPES[-1], "bf16", splits=8))
-    listed.append(_join_variant("join 8 splits, Llama-3.2-3B, bf16", SHAPES[-1], "bf16", splits=8))
+    """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two."""
+    llama = SHAPES[-1]
+    listed = [_attend_variant(shape, "bf16") for shape in SHAPES]
+    listed += [_attend_variant(llama, "fp16"), _attend_variant(llama, "fp32"), _attend_variant(llama, "bf16", splits=8)]
+    listed.append(_attend_variant(llama, "bf16", plain=True))
+    listed.append(_join_variant(llama, "bf16", splits=8))
     return listed
 
 
-def _attend_variant(name: str, shape: Shape, dtype: str, splits: int) -> Variant:
+def _attend_variant(shape: Shape, dtype: str, splits: int = 1, plain: bool = False) -> Variant:
     tiles = tiles_for(shape.heads // shape.kv_heads, shape.dim, 4 if dtype == "fp32" else 2)
     tensors = ("query", "key", "value", "prefix_key", "prefix_value")
     strides = ["query_row_stride", "query_head_stride"]
@@ -298,25 +302,29 @@ def _attend_variant(name: str, shape: Shape, dtype: str, splits: int) -> Variant
     signature = dict.fromkeys(tensors, "*" + dtype) | dict.fromkeys(strides, "i32")
     signature |= dict.fromkeys(("prefix_row", "first", "length"), "*i64")
     signature |= dict.fromkeys(("positions", "prefix_positions", "heads"), "i32") | {"scale": "fp32"}
-    constants = {"softcap": None, "bad": None, "GROUP": shape.heads // shape.kv_heads, "DIM": shape.dim}
-    constants |= {"SPLITS": splits, "POSITIONS": tiles.POSITIONS, "HEADS": tiles.HEADS, "DEPTH": tiles.DEPTH}
+    constants = {"GROUP": shape.heads // shape.kv_heads, "DIM": shape.dim, "SPLITS": splits, "PRECISION": "ieee"}
+    constants |= {"POSITIONS": tiles.POSITIONS, "HEADS": tiles.HEADS, "DEPTH": tiles.DEPTH}
     signature["out"] = "*" + dtype if splits == 1 else "*fp32"
-    parts = ("tops", "masses")
+    optional = dict.fromkeys(("tops", "masses"), "*fp32" if splits > 1 else None)
+    optional |= {"bad": "*i32", "softcap": "fp32"} if plain else dict.fromkeys(("bad", "softcap"))
+    if plain:
+        optional |= dict.fromkeys(("prefix_key", "prefix_value", "prefix_row", "length"))
+    name = f"{shape.model}, {dtype}" + (f", {splits} splits" if splits > 1 else "") + (", soft-capped" if plain else "")
     return Variant(
         name=name,
         kernel=attend_kernel,
-        signature=signature | (dict.fromkeys(parts, "*fp32") if splits > 1 else {}),
-        constants=constants | ({} if splits > 1 else dict.fromkeys(parts)) | {"PRECISION": "ieee"},
+        signature=present({**signature, **optional}),
+        constants=constants | absent({**signature, **optional}),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         matmul=True,
-        aligned=(*tensors, *strides, "out"),
+        aligned=tuple(argument for argument in (*tensors, *strides, "out") if argument not in optional),
     )
 
 
-def _join_variant(name: str, shape: Shape, dtype: str, splits: int) -> Variant:
+def _join_variant(shape: Shape, dtype: str, splits: int) -> Variant:
     return Variant(
-        name=name,
+        name=f"join {splits} splits, {shape.model}, {dtype}",
         kernel=join_kernel,
         signature=dict.fromkeys(("totals", "tops", "masses"), "*fp32")
         | {"splits": "i32", "heads": "i32", "out": "*" + dtype},
