@@ -10,22 +10,34 @@ import torch.nn.functional as F
 
 from benchmarks.bench import Bench, Verdict, each_implementation, judge_errors, relative_error
 from benchmarks.compiled import COMPILED, compiled
-from benchmarks.shapes import DECODE_ROWS, LARGE_DECODE_ROWS, LLAMA_3B_HEADS, SMOLLM2_HEADS, AttentionHeads
+from benchmarks.shapes import (
+    DECODE_ROWS,
+    DECODE_SAMPLES,
+    LARGE_DECODE_ROWS,
+    LLAMA_3B_HEADS,
+    SMOLLM2_HEADS,
+    AttentionHeads,
+)
 
 
 class CacheInputs(NamedTuple):
-    """query [N, H, D], key and value [N, K, T, D], which are views into a longer cache, first [N]."""
+    """query [N, H, D], key and value [N, K, T, D], which are views into a longer cache, first [N].
+
+    `held` is what pmc_fast gets in place of key and value: them, or a prefix that rows share, and a cache that the rows
+    are still filling.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     first: torch.Tensor
+    held: dict[str, torch.Tensor]
 
 
 def ours(x: CacheInputs, impl: str | None = None) -> torch.Tensor:
     from pmc_fast.ops.decode_attention import decode_attention
 
-    return decode_attention(*x, impl=impl)
+    return decode_attention(x.query, first=x.first, **x.held, impl=impl)
 
 
 def seen(x: CacheInputs) -> torch.Tensor:
@@ -49,34 +61,54 @@ def eager(x: CacheInputs) -> torch.Tensor:
 
 
 class DecodeAttentionBench(Bench):
-    """`rows` answers, `length` tokens into the sequence, one layer."""
+    """`rows` answers, `length` tokens into the sequence, of which the first `prefix` are held once a prompt; one layer."""
 
     op = "decode_attention"
     yardstick = "torch eager"
 
     def __init__(
-        self, rows: int, heads: AttentionHeads, length: int, dtype: torch.dtype = torch.float32, large: bool = False
+        self,
+        rows: int,
+        heads: AttentionHeads,
+        length: int,
+        dtype: torch.dtype = torch.float32,
+        prefix: int = 0,
+        large: bool = False,
     ) -> None:
         self.rows, self.heads, self.length, self.dtype, self.large = rows, heads, length, dtype, large
+        self.prefix, self.prompts = prefix, max(1, rows // DECODE_SAMPLES)
         self.flops = 4 * rows * heads.queries * length * heads.dim
-        self.moved_bytes = 2 * rows * heads.keys * length * heads.dim * dtype.itemsize
+        positions = rows * (length - prefix) + self.prompts * prefix
+        self.moved_bytes = 2 * positions * heads.keys * heads.dim * dtype.itemsize
         self.title = f"{rows} x {heads.queries} heads ({heads.keys} of keys) x {length} x {heads.dim}"
+        if prefix:
+            self.title += f", {prefix} of them shared"
 
     def make_inputs(self, seed: int, device: torch.device) -> CacheInputs:
         generator = torch.Generator(device).manual_seed(seed)
         heads, capacity = self.heads, self.length + 64
         query = torch.randn(self.rows, heads.queries, heads.dim, generator=generator, device=device)
         cache = torch.randn(2, self.rows, heads.keys, capacity, heads.dim, generator=generator, device=device)
-        key, value = cache.to(self.dtype)[..., : self.length, :]
+        cache = cache.to(self.dtype)
         first = torch.randint(0, self.length // 4, (self.rows,), generator=generator, device=device)
-        return CacheInputs(query.to(self.dtype), key, value, first)
+        key, value = cache[..., : self.length, :]
+        if not self.prefix:
+            return CacheInputs(query.to(self.dtype), key, value, first, {"key": key, "value": value})
+        prompt = torch.arange(self.rows, device=device) * self.prompts // self.rows
+        prompt_first_row = torch.searchsorted(prompt, torch.arange(self.prompts, device=device))
+        shared = cache[:, prompt_first_row, :, : self.prefix]
+        cache[..., : self.prefix, :] = shared[:, prompt]
+        own = cache[..., self.prefix :, :].clone()
+        held = {"key": own[0], "value": own[1], "prefix_key": shared[0], "prefix_value": shared[1]}
+        held |= {"prefix_row": prompt, "length": torch.full_like(first, self.length - self.prefix)}
+        return CacheInputs(query.to(self.dtype), key, value, first, held)
 
     def contestants(self) -> Mapping[str, Callable[[CacheInputs], Any]]:
         runs = {**each_implementation(self.op, ours), self.yardstick: eager, "torch sdpa": sdpa}
         return {**runs, COMPILED: compiled(eager)}
 
     def oracle(self, inputs: CacheInputs) -> torch.Tensor:
-        return eager(CacheInputs(*(x.double() for x in inputs[:3]), inputs.first))
+        return eager(CacheInputs(*(x.double() for x in inputs[:3]), inputs.first, {}))
 
     def judge(self, run, result: torch.Tensor, inputs, oracle: torch.Tensor, budget) -> Verdict:
         return judge_errors({"out": relative_error(result, oracle)}, self.dtype, budget)
@@ -86,7 +118,10 @@ BENCHES = [
     DecodeAttentionBench(DECODE_ROWS, SMOLLM2_HEADS, 100),
     DecodeAttentionBench(DECODE_ROWS, LLAMA_3B_HEADS, 100),
     DecodeAttentionBench(DECODE_ROWS, SMOLLM2_HEADS, 100, torch.bfloat16),
+    DecodeAttentionBench(DECODE_ROWS, LLAMA_3B_HEADS, 192, torch.bfloat16, prefix=64),
     DecodeAttentionBench(LARGE_DECODE_ROWS, LLAMA_3B_HEADS, 160, torch.bfloat16, large=True),
+    DecodeAttentionBench(LARGE_DECODE_ROWS, LLAMA_3B_HEADS, 192, torch.bfloat16, prefix=64, large=True),
+    DecodeAttentionBench(8, LLAMA_3B_HEADS, 8192, torch.bfloat16, large=True),
 ]
 
 

@@ -33,6 +33,7 @@ class AttentionHeads:
 SMOLLM2_HEADS = AttentionHeads(9, 3, 64)
 LLAMA_3B_HEADS = AttentionHeads(24, 8, 128)
 
+DECODE_SAMPLES = 20  # of a question
 DECODE_ROWS = 160  # 8 questions x 20 samples
 LABEL_ROWS = 557  # answer tokens of 16 training sequences
 MANY_LABEL_ROWS = 2048  # a larger batch, or another method's

@@ -101,12 +101,13 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "decode_attention",
         [](uintptr_t query, int dtype, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, const Positions& own,
-           const Positions& prefix, uintptr_t prefix_row, uintptr_t first, float scale, float softcap, uintptr_t out,
-           uintptr_t workspace, int threads) {
-            return pmc::kernels().decode_attention(
-                {pointer<const void>(query), static_cast<pmc::Dtype>(dtype), rows, heads, kv_heads, dim, positions(own),
-                 positions(prefix), pointer<const int64_t>(prefix_row), pointer<const int64_t>(first), scale, softcap,
-                 pointer<void>(out), pointer<void>(workspace), threads});
+           const Positions& prefix, uintptr_t prefix_row, uintptr_t first, uintptr_t length, float scale, float softcap,
+           uintptr_t out, uintptr_t workspace, int threads) {
+            return pmc::kernels().decode_attention({pointer<const void>(query), static_cast<pmc::Dtype>(dtype), rows,
+                                                    heads, kv_heads, dim, positions(own), positions(prefix),
+                                                    pointer<const int64_t>(prefix_row), pointer<const int64_t>(first),
+                                                    pointer<const int64_t>(length), scale, softcap, pointer<void>(out),
+                                                    pointer<void>(workspace), threads});
         },
         release());
 

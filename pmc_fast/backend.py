@@ -22,7 +22,7 @@ PACKAGES = {
 # Fastest first; native is for CPUs, triton and cuda for GPUs.
 IMPLEMENTATIONS = {
     "collapse_loss": ("native", "triton", "cuda", "reference"),
-    "decode_attention": ("native", "reference"),
+    "decode_attention": ("native", "triton", "reference"),
     "linear_logprob": ("native", "triton", "cuda", "reference"),
     "linear_sample": ("native", "triton", "cuda", "reference"),
     "rouge_l_recall": ("native", "reference"),

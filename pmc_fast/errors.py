@@ -21,6 +21,10 @@ def not_finite(name: str, row: int) -> ValueError:
     return ValueError(f"{name}: the logits of row {row} {NO_DISTRIBUTION}")
 
 
+# What is wrong with scores of `decode_attention` that it refuses.
+NO_SCORES = "hold NaN or infinities; expected finite numbers"
+
+
 def scores_not_finite(row: int) -> ValueError:
     """What `decode_attention` raises when a row's scores are no numbers."""
-    return ValueError(f"decode_attention: the scores of row {row} hold NaN or infinities; expected finite numbers")
+    return ValueError(f"decode_attention: the scores of row {row} {NO_SCORES}")

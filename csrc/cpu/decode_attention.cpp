@@ -132,23 +132,24 @@ bool attend(const DecodeAttentionArgs& args, const T* query, const Segment<T> (&
     return true;
 }
 
-// What is left of some positions for one row and head if the first `skipped` are not looked at.
+// Positions [skipped, length) of one row and head.
 template <class T>
-Segment<T> segment(const CachedPositions& from, int64_t row, int64_t kv_head, int64_t skipped) {
+Segment<T> segment(const CachedPositions& from, int64_t row, int64_t kv_head, int64_t skipped, int64_t length) {
     const auto at = [&](const void* base, const CacheStrides& stride) {
         return static_cast<const T*>(base) + row * stride.row + kv_head * stride.head + skipped * stride.position;
     };
-    if (skipped >= from.length) return {nullptr, nullptr, 0, 0, 0};
+    if (skipped >= length) return {nullptr, nullptr, 0, 0, 0};
     return {at(from.key, from.key_stride), at(from.value, from.value_stride), from.key_stride.position,
-            from.value_stride.position, from.length - skipped};
+            from.value_stride.position, length - skipped};
 }
 
 template <class T>
 bool decode_attention_heads(const DecodeAttentionArgs& args, int64_t row, int64_t kv_head, float* scratch) {
     const int64_t group = args.heads / args.kv_heads, first = args.first[row];
     const Segment<T> segments[2] = {
-        segment<T>(args.prefix, args.prefix_row ? args.prefix_row[row] : 0, kv_head, first),
-        segment<T>(args.own, row, kv_head, std::max<int64_t>(0, first - args.prefix.length))};
+        segment<T>(args.prefix, args.prefix_row ? args.prefix_row[row] : 0, kv_head, first, args.prefix.length),
+        segment<T>(args.own, row, kv_head, std::max<int64_t>(0, first - args.prefix.length),
+                   args.length ? args.length[row] : args.own.length)};
     const int64_t begin = (row * args.heads + kv_head * group) * args.dim;
     const T* query = static_cast<const T*>(args.query) + begin;
     T* out = static_cast<T*>(args.out) + begin;

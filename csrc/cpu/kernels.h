@@ -72,11 +72,12 @@ struct DecodeAttentionArgs {
     CachedPositions own;                 // those of each row, which come after
     CachedPositions prefix;              // those that rows share: row r has prefix row prefix_row[r]
     const int64_t* prefix_row;           // [rows], or null if prefix.length is 0
-    const int64_t* first;  // [rows], each in [0, prefix.length + own.length): the positions before it are left out
-    float scale;           // scores = scale * query . key, then
-    float softcap;         // softcap * tanh(scores / softcap); 0 leaves them
-    void* out;             // [rows, heads, dim]
-    void* workspace;       // threads * decode_attention_workspace_floats(prefix.length + own.length, dim) floats
+    const int64_t* first;   // [rows], each in [0, prefix.length + length): the positions before it are left out
+    const int64_t* length;  // [rows], each in [1, own.length], how many of its own a row has; null: own.length
+    float scale;            // scores = scale * query . key, then
+    float softcap;          // softcap * tanh(scores / softcap); 0 leaves them
+    void* out;              // [rows, heads, dim]
+    void* workspace;        // threads * decode_attention_workspace_floats(prefix.length + own.length, dim) floats
     int threads;
 };
 

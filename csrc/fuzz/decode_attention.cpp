@@ -21,7 +21,7 @@ struct Positions {
     Numbers x;
 
     static Positions random(Random& random, const Shape& s, int64_t rows, int64_t length, Dtype dtype, float spread,
-                            const std::vector<int64_t>& first) {
+                            const std::vector<int64_t>& first, const std::vector<int64_t>& end) {
         CacheStrides stride;
         const int64_t gap = random.one_in(2) ? 0 : random.between(1, 5);
         if (random.one_in(2)) {  // heads outside, positions inside
@@ -37,7 +37,7 @@ struct Positions {
         Positions made{stride, Numbers(dtype, rows && length ? last + s.dim : 0, kNaN)};
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t h = 0; h < s.kv_heads; ++h)
-                for (int64_t t = first[r]; t < length; ++t)
+                for (int64_t t = first[r]; t < end[r]; ++t)
                     for (int64_t i = 0; i < s.dim; ++i) made.x.set(made.at(r, h, t) + i, random.normal() * spread);
         return made;
     }
@@ -54,15 +54,16 @@ struct Cache {
     Positions prefix, own;
 
     static Cache random(Random& random, const Shape& s, Dtype dtype, float spread, const std::vector<int64_t>& first,
-                        const std::vector<int64_t>& prefix_row) {
+                        const std::vector<int64_t>& length, const std::vector<int64_t>& prefix_row) {
         std::vector<int64_t> in_prefix(s.prefixes, s.prefix_length), in_own(s.rows);  // what no row looks at is NaN
         for (int64_t r = 0; r < s.rows; ++r) {
             in_own[r] = std::max<int64_t>(0, first[r] - s.prefix_length);
             if (s.prefixes) in_prefix[prefix_row[r]] = std::min(in_prefix[prefix_row[r]], first[r]);
         }
         return {prefix_row, s.prefix_length,
-                Positions::random(random, s, s.prefixes, s.prefix_length, dtype, spread, in_prefix),
-                Positions::random(random, s, s.rows, s.length, dtype, spread, in_own)};
+                Positions::random(random, s, s.prefixes, s.prefix_length, dtype, spread, in_prefix,
+                                  std::vector<int64_t>(s.prefixes, s.prefix_length)),
+                Positions::random(random, s, s.rows, s.length, dtype, spread, in_own, length)};
     }
 
     float get(int64_t row, int64_t head, int64_t position, int64_t i) const {
@@ -72,12 +73,12 @@ struct Cache {
 };
 
 // One head's output, and how far a kernel's may be from it. Returns false if the scores cannot be used.
-bool attend(const Shape& s, int64_t row, int64_t head, int64_t first, const Numbers& query, const Cache& key,
-            const Cache& value, float scale, float softcap, double* out, double* tolerance) {
+bool attend(const Shape& s, int64_t row, int64_t head, int64_t first, int64_t end, const Numbers& query,
+            const Cache& key, const Cache& value, float scale, float softcap, double* out, double* tolerance) {
     const int64_t kv_head = head * s.kv_heads / s.heads, q = (row * s.heads + head) * s.dim;
     std::vector<double> scores;
     double error = 0, largest = 0, mass = 0;
-    for (int64_t t = first; t < s.prefix_length + s.length; ++t) {
+    for (int64_t t = first; t < end; ++t) {
         double score = 0, magnitude = 0;
         for (int64_t i = 0; i < s.dim; ++i) {
             const double product = static_cast<double>(query.get(q + i)) * scale * key.get(row, kv_head, t, i);
@@ -95,7 +96,7 @@ bool attend(const Shape& s, int64_t row, int64_t head, int64_t first, const Numb
     error += softcap * 1e-6 + 1e-6 + 0x1p-23 * static_cast<double>(scores.size());
     for (double& score : scores) mass += score = std::exp(score - top);
     std::fill_n(out, s.dim, 0.0);
-    for (int64_t t = first; t < s.prefix_length + s.length; ++t)
+    for (int64_t t = first; t < end; ++t)
         for (int64_t i = 0; i < s.dim; ++i) {
             const double v = value.get(row, kv_head, t, i);
             out[i] += scores[t - first] / mass * v;
@@ -119,8 +120,14 @@ void fuzz_decode_attention(Case& c) {
     s.prefix_length = s.prefixes ? random.between(1, 40) : 0;
     const int64_t positions = s.prefix_length + s.length;
     const Dtype dtype = random.one_in(2) ? Dtype::kFloat32 : Dtype::kBFloat16;
-    std::vector<int64_t> first(s.rows), prefix_row(s.rows);
-    for (int64_t& f : first) f = random.pick<int64_t>({0, positions - 1, random.between(0, positions - 1)});
+    std::vector<int64_t> first(s.rows), length(s.rows, s.length), prefix_row(s.rows);
+    const bool filled = random.one_in(2);
+    for (int64_t& l : length)
+        if (!filled) l = random.between(1, s.length);
+    for (int64_t r = 0; r < s.rows; ++r) {
+        const int64_t last = s.prefix_length + length[r] - 1;
+        first[r] = random.pick<int64_t>({0, last, random.between(0, last)});
+    }
     for (int64_t& p : prefix_row) p = random.between(0, std::max<int64_t>(0, s.prefixes - 1));
     const float scale = random.pick({1.0f, 0.1f, -2.0f, 1 / std::sqrt(static_cast<float>(s.dim))});
     const float softcap = random.pick({0.0f, 0.0f, 1.5f, 50.0f});
@@ -129,12 +136,12 @@ void fuzz_decode_attention(Case& c) {
     Numbers query(dtype, s.rows * s.heads * s.dim, 0);
     const float spread = random.pick({0.0f, 1e-39f, 0.3f, 1.0f, 5.0f});
     for (int64_t i = 0; i < s.rows * s.heads * s.dim; ++i) query.set(i, random.normal() * spread);
-    Cache key = Cache::random(random, s, dtype, random.pick({0.0f, 1.0f, 4.0f}), first, prefix_row);
-    Cache value = Cache::random(random, s, dtype, random.pick({1.0f, 1e-30f, 1e30f}), first, prefix_row);
+    Cache key = Cache::random(random, s, dtype, random.pick({0.0f, 1.0f, 4.0f}), first, length, prefix_row);
+    Cache value = Cache::random(random, s, dtype, random.pick({1.0f, 1e-30f, 1e30f}), first, length, prefix_row);
     if (s.rows && random.one_in(5)) {
         const int64_t row = random.between(0, s.rows - 1);
         const int64_t skipped = std::max<int64_t>(0, first[row] - s.prefix_length);
-        const int64_t at = key.own.at(row, random.between(0, s.kv_heads - 1), random.between(skipped, s.length - 1));
+        const int64_t at = key.own.at(row, random.between(0, s.kv_heads - 1), random.between(skipped, length[row] - 1));
         key.own.x.set(at + random.between(0, s.dim - 1),
                       random.pick({INFINITY, -INFINITY, random.nan(), random.nan()}));
     }
@@ -144,8 +151,8 @@ void fuzz_decode_attention(Case& c) {
     for (int64_t r = 0; r < s.rows; ++r)
         for (int64_t h = 0; h < s.heads; ++h) {
             const int64_t head = r * s.heads + h;
-            if (!attend(s, r, h, first[r], query, key, value, scale, softcap, &expected[head * s.dim],
-                        &tolerance[head]))
+            if (!attend(s, r, h, first[r], s.prefix_length + length[r], query, key, value, scale, softcap,
+                        &expected[head * s.dim], &tolerance[head]))
                 usable[r] = Usable::kNo;
         }
     c.for_each_isa([&] {
@@ -157,7 +164,7 @@ void fuzz_decode_attention(Case& c) {
         const int64_t bad = kernels().decode_attention(
             {query.data(), dtype, s.rows, s.heads, s.kv_heads, s.dim, cached(key.own, value.own, s.length),
              cached(key.prefix, value.prefix, s.prefix_length), s.prefixes ? prefix_row.data() : nullptr, first.data(),
-             scale, softcap, out.data(), workspace.data(), threads});
+             filled ? nullptr : length.data(), scale, softcap, out.data(), workspace.data(), threads});
         check_first_bad(c, usable, bad);
         for (int64_t i = 0; i < s.rows * s.heads * s.dim; ++i) {
             const int64_t head = i / s.dim;

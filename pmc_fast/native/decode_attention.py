@@ -22,18 +22,21 @@ def decode_attention(
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
     prefix_row: Tensor | None = None,
+    length: Tensor | None = None,
 ) -> Tensor:
     lib, threads = library(), torch.get_num_threads()
     query, first = query.contiguous(), first.contiguous()
     key, value = (_within_heads(x) for x in (key, value))
-    prefix, length = _NO_POSITIONS, key.shape[2]
+    prefix, positions = _NO_POSITIONS, key.shape[2]
+    if length is not None:
+        length = length.contiguous()
     if prefix_key is not None:
         prefix_key, prefix_value = (_within_heads(x) for x in (prefix_key, prefix_value))
         prefix_row = prefix_row.contiguous()
-        prefix, length = _positions(prefix_key, prefix_value), length + prefix_key.shape[2]
+        prefix, positions = _positions(prefix_key, prefix_value), positions + prefix_key.shape[2]
     rows, heads, dim = query.shape
     out = torch.empty_like(query)
-    workspace = torch.empty(threads * lib.decode_attention_workspace_floats(length, dim), dtype=torch.float32)
+    workspace = torch.empty(threads * lib.decode_attention_workspace_floats(positions, dim), dtype=torch.float32)
     bad = lib.decode_attention(
         query.data_ptr(),
         dtype_code(query.dtype),
@@ -45,6 +48,7 @@ def decode_attention(
         prefix,
         0 if prefix_row is None else prefix_row.data_ptr(),
         first.data_ptr(),
+        0 if length is None else length.data_ptr(),
         scale,
         softcap or 0.0,
         out.data_ptr(),

@@ -88,6 +88,13 @@ def within(name: str, values: Tensor, size: int) -> None:
     _none(name, (values < 0) | (values >= size), values, f"integers in [0, {size})")
 
 
+def length_and_first(length: Tensor, first: Tensor, positions: int, prefix: int) -> None:
+    """That of `positions` each row holds `length`, and begins within them and the prefix; reads values likewise."""
+    _none("length", (length < 1) | (length > positions), length, f"integers in [1, {positions}]")
+    ends = "S + length" if prefix else "length"
+    _none("first", (first < 0) | (first >= prefix + length), first, f"integers in [0, {ends})")
+
+
 def counters(name: str, values: Tensor) -> None:
     """The values of sequence or position; reads them, so only an op's body calls it."""
     _none(name, (values < 0) | (values >= 2**32), values, "integers in [0, 2^32)")

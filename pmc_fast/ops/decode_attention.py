@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast import backend
+from pmc_fast.gpu.checks import no_bad_row, report_scores
 from pmc_fast.ops import _checks
 
 
@@ -20,6 +21,7 @@ def decode_attention(
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
     prefix_row: Tensor | None = None,
+    length: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Attention of one new token per row, over the keys and values from each row's first position on; no gradients.
@@ -28,19 +30,22 @@ def decode_attention(
     enable_gqa=True)[:, :, 0]`` with ``mask = (arange(T) >= first[:, None])[:, None, None]``, each score passed through
     ``softcap * tanh(score / softcap)`` first where softcap is given. Heads that share keys and values read them once.
     With a prefix, key and value stand for ``cat([prefix_key[prefix_row], key], 2)`` and likewise: what many rows have in
-    common, such as a prompt, is held once.
+    common, such as a prompt, is held once. With lengths, ``mask`` also asks for ``arange(T) < length[:, None]``: a cache can
+    be given at its full capacity while it is being filled.
 
     Args:
         query: float32, bfloat16 or float16 [N, H, D] (float64 for the reference).
         key: [N, K, T, D], dtype of query; K divides H, and head h uses the keys of head h * K // H.
         value: [N, K, T, D], dtype of query.
         first: int64 [N] in [0, T), with a prefix in [0, S + T): the positions before it are left out (padding, or
-            outside a sliding window).
+            outside a sliding window). With lengths, below length, or S + length.
         scale: multiplies the scores; None is D ** -0.5.
         softcap: bounds the scores smoothly (Gemma 2), or None.
         prefix_key, prefix_value: [P, K, S, D], dtype of query, or both None.
         prefix_row: int64 [N] in [0, P), the prefix of each row; given exactly if prefix_key is.
-        impl: None, "reference" or "native".
+        length: int64 [N] in [1, T], how many of its own positions each row holds; the rest of key and value is not
+            looked at. None: T.
+        impl: None, "reference", "native" or "triton".
 
     Returns:
         [N, H, D], dtype of query.
@@ -68,12 +73,14 @@ def decode_attention(
         if prefix_key.shape[1] != key.shape[1]:
             raise ValueError(f"prefix_key: got {prefix_key.shape[1]} heads, expected {key.shape[1]}, those of key")
         _checks.vector("prefix_row", prefix_row, rows, torch.int64, query)
+    if length is not None:
+        _checks.vector("length", length, rows, torch.int64, query)
     scale = dim**-0.5 if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected None or a finite number")
     _checks.soft_cap(softcap)
     prefix = (prefix_key, prefix_value, prefix_row)
-    return _decode_attention(query, key, value, first, scale, softcap, *prefix, impl)
+    return _decode_attention(query, key, value, first, scale, softcap, *prefix, length, impl)
 
 
 def _positions(name: str, key: Tensor, value: Tensor, rows: str, query: Tensor) -> None:
@@ -105,16 +112,26 @@ def _decode_attention(
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     prefix_row: Tensor | None,
+    length: Tensor | None,
     impl: str | None,
 ) -> Tensor:
     name = backend.choose("decode_attention", impl, query.device.type, query.dtype)
-    length, prefix = key.shape[2], {}
+    prefix_positions, options = 0, {"scale": scale, "softcap": softcap, "length": length}
     if prefix_key is not None:
         _checks.within("prefix_row", prefix_row, len(prefix_key))
-        length += prefix_key.shape[2]
-        prefix = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": prefix_row}
-    _checks.within("first", first, length)
-    return backend.load("decode_attention", name)(query, key, value, first, scale=scale, softcap=softcap, **prefix)
+        prefix_positions = prefix_key.shape[2]
+        options |= {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": prefix_row}
+    if length is None:
+        _checks.within("first", first, prefix_positions + key.shape[2])
+    else:
+        _checks.length_and_first(length, first, key.shape[2], prefix_positions)
+    attend = backend.load("decode_attention", name)
+    if name != "triton":
+        return attend(query, key, value, first, **options)
+    bad = no_bad_row(len(query), query.device)
+    out = attend(query, key, value, first, **options, bad=bad)
+    report_scores(bad, len(query))
+    return out
 
 
 @_decode_attention.register_fake

@@ -21,17 +21,24 @@ def decode_attention(
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
     prefix_row: Tensor | None = None,
+    length: Tensor | None = None,
 ) -> Tensor:
+    prefix_positions = 0
     if prefix_key is not None:
+        prefix_positions = prefix_key.shape[2]
         key = torch.cat([prefix_key[prefix_row], key], dim=2)
         value = torch.cat([prefix_value[prefix_row], value], dim=2)
     rows, heads, dim = query.shape
-    kv_heads, length = key.shape[1:3]
+    kv_heads, positions = key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).view(rows, kv_heads, heads // kv_heads, dim)
     scores = scale * (grouped @ key.to(wide).transpose(2, 3))
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    left_out = (torch.arange(length, device=query.device) < first[:, None])[:, None, None]
+    position = torch.arange(positions, device=query.device)
+    left_out = position < first[:, None]
+    if length is not None:
+        left_out |= position >= prefix_positions + length[:, None]
+    left_out = left_out[:, None, None]
     scores = scores.masked_fill(left_out, -math.inf)
     bad = ~torch.isfinite(scores.masked_fill(left_out, 0)).flatten(1).all(1)
     if bad.any():

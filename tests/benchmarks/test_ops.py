@@ -95,6 +95,7 @@ BENCHES = [
     CollapseLossBench(37, SMALL, torch.bfloat16),
     DecodeAttentionBench(5, AttentionHeads(6, 2, 40), 23),
     DecodeAttentionBench(5, AttentionHeads(6, 2, 40), 23, torch.bfloat16),
+    DecodeAttentionBench(43, AttentionHeads(6, 2, 40), 23, prefix=9),
     bench_rouge_l_recall.RougeLRecallBench(9),
 ]
 

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pmc_fast import collapse_loss, linear_logprob, linear_sample, sample
+from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, sample
 
 
 def score(hidden, weight, target, token_weight):
@@ -75,3 +75,12 @@ def test_draws_on_a_gpu(cuts):
         for drawn in (linear_sample(hidden, weight, impl="triton", **cuts), sample(hidden, impl="triton", **cuts)):
             assert drawn.token.dtype == torch.int64
             assert all(column.shape == (7,) and column.device.type == "cuda" for column in drawn)
+
+
+def test_attention_on_a_gpu():
+    with FakeTensorMode(), torch.device("cuda"):
+        query, key, row = torch.empty(7, 6, 24), torch.empty(7, 2, 9, 24), torch.empty(7, dtype=torch.int64)
+        shared = {"prefix_key": key, "prefix_value": key, "prefix_row": row}
+        for options in ({}, {"length": row}, {"length": row, **shared}):
+            out = decode_attention(query, key, key, row, impl="triton", **options)
+            assert out.shape == query.shape and out.device.type == "cuda"

@@ -9,7 +9,8 @@ import torch
 from pmc_fast import BackendUnavailable, decode_attention
 from pmc_fast.native import library
 
-IMPLS = ["reference", "native"]
+IMPLS = ["reference", "native", "triton"]
+ON_CPUS = IMPLS[:2]
 
 
 def make(rows=5, heads=6, kv_heads=2, length=13, dim=40, dtype=torch.float32, capacity=None):
@@ -21,12 +22,13 @@ def make(rows=5, heads=6, kv_heads=2, length=13, dim=40, dtype=torch.float32, ca
     return query, key, value, torch.randint(0, length, (rows,))
 
 
-def oracle(query, key, value, first, scale=None, softcap=None):
+def oracle(query, key, value, first, scale=None, softcap=None, end=None):
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.double(), *(x.double().repeat_interleave(groups, 1) for x in (key, value))
     scores = torch.einsum("nhd,nhtd->nht", q, k) * (scale or query.shape[2] ** -0.5)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    seen = torch.arange(key.shape[2]) >= first[:, None]
+    position = torch.arange(key.shape[2])
+    seen = (position >= first[:, None]) & (position < (key.shape[2] if end is None else end[:, None]))
     return torch.einsum("nht,nhtd->nhd", scores.masked_fill(~seen[:, None], -math.inf).softmax(-1), v)
 
 
@@ -43,7 +45,7 @@ def assert_near(got, want, dtype):
 @pytest.mark.parametrize(
     "heads, kv_heads, length, dim", [(6, 2, 13, 40), (7, 1, 70, 64), (5, 5, 1, 3), (8, 4, 33, 129)]
 )
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPUS)
 def test_values(impl, heads, kv_heads, length, dim, options, dtype, isa, rng_seed):
     before = library().instruction_set()
     library().use_instruction_set(isa)
@@ -57,7 +59,7 @@ def test_values(impl, heads, kv_heads, length, dim, options, dtype, isa, rng_see
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prefix_length", [1, 7, 30])
 @pytest.mark.parametrize("isa", library().instruction_sets())
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ON_CPUS)
 def test_a_prefix_stands_before_each_rows_own_positions(impl, isa, prefix_length, dtype, rng_seed):
     query, key, value, _ = make(6, dtype=dtype)
     prefix = torch.full((2, 3, 2, prefix_length + 2, 40), math.nan)
@@ -76,6 +78,71 @@ def test_a_prefix_stands_before_each_rows_own_positions(impl, isa, prefix_length
     assert_near(got, oracle(query, *whole, first, softcap=4.0), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix_length", [0, 7])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_row_holds_positions_of_its_own_number(impl, prefix_length, dtype, rng_seed):
+    query, key, value, _ = make(6, dtype=dtype)
+    length = torch.tensor([1, 13, 5, 12, 2, 7])
+    first = torch.tensor([0, 0, prefix_length, prefix_length + 11, prefix_length // 2, prefix_length + 6])
+    row = torch.tensor([2, 0, 1, 1, 2, 0])
+    prefix_key, prefix_value = torch.randn(2, 3, 2, prefix_length, 40).to(dtype)
+    position = torch.arange(13)
+    unseen = (position >= length[:, None]) | (position + prefix_length < first[:, None])
+    poisoned = [x.masked_fill(unseen[:, None, :, None], math.nan) for x in (key, value)]
+    shared = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": row} if prefix_length else {}
+    got = decode_attention(query, *poisoned, first, length=length, impl=impl, **shared)
+    whole = [torch.cat([p[row], own], 2) for p, own in ((prefix_key, key), (prefix_value, value))]
+    assert_near(got, oracle(query, *whole, first, end=prefix_length + length), dtype)
+    assert_near(
+        decode_attention(query, key, value, first, length=torch.full((6,), 13), impl=impl, **shared),
+        decode_attention(query, key, value, first, impl=impl, **shared).double(),
+        dtype,
+    )
+
+
+@pytest.mark.refuses_values
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"length": torch.tensor([3, 0, 3, 3, 3])},
+            ValueError,
+            r"length: got 0 at row 1, expected integers in \[1, 13\]",
+        ),
+        (
+            {"length": torch.tensor([3, 3, 14, 3, 3])},
+            ValueError,
+            r"length: got 14 at row 2, expected integers in \[1, 13",
+        ),
+        ({"length": torch.ones(4, dtype=torch.int64)}, ValueError, r"length: got shape \[4\], expected \[5\]"),
+        ({"length": torch.ones(5, dtype=torch.int32)}, TypeError, "length: got dtype torch.int32"),
+        (
+            {"length": torch.full((5,), 4), "first": torch.tensor([3, 0, 0, 4, 0])},
+            ValueError,
+            r"first: got 4 at row 3, expected integers in \[0, length\)",
+        ),
+        (
+            {
+                "length": torch.full((5,), 4),
+                "first": torch.tensor([9, 0, 0, 10, 0]),
+                "prefix_key": torch.zeros(2, 2, 6, 40),
+                "prefix_value": torch.zeros(2, 2, 6, 40),
+                "prefix_row": torch.zeros(5, dtype=torch.int64),
+            },
+            ValueError,
+            r"first: got 10 at row 3, expected integers in \[0, S \+ length\)",
+        ),
+    ],
+)
+def test_bad_length(impl, change, error, message, rng_seed):
+    query, key, value, _ = make()
+    with pytest.raises(error, match=message):
+        decode_attention(query, key, value, **{"first": torch.zeros(5, dtype=torch.int64), **change}, impl=impl)
+
+
+@pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
@@ -125,16 +192,18 @@ def test_strides(impl, rng_seed):
         assert_near(decode_attention(*inputs, first, impl=impl), want, torch.float32)
 
 
+@pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
     query, key, value, first = make()
     key = key.clone()
-    key[3, 1, -1, 0] = math.nan
+    key[3:, 1, -1, 0] = math.nan
     with pytest.raises(ValueError, match="the scores of row 3"):
         decode_attention(query, key, value, first, impl=impl)
     assert decode_attention(*(x[:0] for x in (query, key, value, first)), impl=impl).shape == (0, 6, 40)
 
 
+@pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
@@ -162,12 +231,17 @@ def test_native_takes_no_float16():
         decode_attention(*make(dtype=torch.float16), impl="native")
 
 
-def test_opcheck_and_compile(rng_seed):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl, rng_seed):
     inputs = make()
-    for impl in IMPLS:
-        op = import_module("pmc_fast.ops.decode_attention")._decode_attention
-        for prefix in ((None, None, None), (inputs[1][:2], inputs[2][:2], torch.tensor([1, 0, 1, 0, 0]))):
-            arguments = (*inputs, 0.2, 5.0, *prefix, impl)
+    op = import_module("pmc_fast.ops.decode_attention")._decode_attention
+    for prefix in ((None, None, None), (inputs[1][:2], inputs[2][:2], torch.tensor([1, 0, 1, 0, 0]))):
+        for length in (None, torch.full((5,), 13)):
+            arguments = (*inputs, 0.2, 5.0, *prefix, length, impl)
             torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compile(rng_seed):
+    inputs = make()
     compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), decode_attention(*inputs))
