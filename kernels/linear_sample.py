@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pmc_fast.gpu.gemm import even_pieces, padded_rows, row_major, write_product
-from pmc_fast.kernels.device import device_of, dot_precision
-from pmc_fast.kernels.draw import PARTS, Parts, draw_from_tile, finish_draw, store_part
+from pmc_fast.kernels.device import dot_precision
+from pmc_fast.kernels.draw import PARTS, Parts, draw_from_all, draw_from_tile, finish_draw, store_part
 from pmc_fast.kernels.interpreted import dot
 from pmc_fast.kernels.logits import Head, head_logit
 from pmc_fast.kernels.philox import block_words
@@ -20,8 +20,10 @@ from pmc_fast.kernels.truncate import draw_truncated
 from pmc_fast.kernels.variant import MODELS, Model, Variant, absent, present
 from pmc_fast.phases import phase
 
-SCRATCH_BYTES = 1 << 29  # of logits, when truncation needs them in memory
-PART_ROWS = 4096  # rows whose winners are held at once
+SCRATCH_BYTES = 1 << 29  # of logits held at once
+# Up to so many rows the fused kernel is the faster one: on an H200 with Llama-3.2-3B's head it takes 211, 229, 303 and 707
+# us for 16, 32, 64 and 160 rows, torch's product and `draw_from_all` about 225, 236, 275 and 340.
+FUSED_ROWS = 32
 PIECE = tl.constexpr(16)  # rows that a program draws for together
 
 
@@ -45,29 +47,30 @@ def linear_sample(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, sequence, position)
     rows, vocab = len(hidden), len(weight)
     draws = Draws.empty(rows, hidden.device)
-    if sampling.truncates(vocab):
-        most, some = max(1, SCRATCH_BYTES // (4 * vocab)), _draw_truncated
+    if rows <= FUSED_ROWS and not sampling.truncates(vocab):
+        if rows:
+            _draw_fused(hidden, weight, head, sampling, draws)
     else:
-        most, some = PART_ROWS, _draw_from_all
-    for piece in even_pieces(rows, most):
-        some(hidden[piece], weight, head, sampling.rows(piece), draws.rows(piece))
+        for piece in even_pieces(rows, max(1, SCRATCH_BYTES // (4 * vocab))):
+            _draw_from_products(hidden[piece], weight, head, sampling.rows(piece), draws.rows(piece))
     return draws.checked("linear_sample")
 
 
-def _draw_truncated(hidden: Tensor, weight: Tensor, head: Head, sampling: Sampling, draws: Draws) -> None:
+def _draw_from_products(hidden: Tensor, weight: Tensor, head: Head, sampling: Sampling, draws: Draws) -> None:
     """The product goes to float32 scratch through torch; `sample`'s kernels read it, applying bias, scale and soft cap.
 
-    Another pass over the head would cost more than the 8 V bytes a row.
+    Where something is truncated, another pass over the head would cost more than the 8 V bytes a row.
     """
     with phase("head"):
         logits = padded_rows(len(hidden), len(weight), torch.float32, hidden.device)
         write_product(logits, hidden, weight.T)
+    draw = draw_truncated if sampling.truncates(len(weight)) else draw_from_all
     with phase("sample"):
-        draw_truncated(logits, head, sampling, draws)
+        draw(logits, head, sampling, draws)
 
 
-def _draw_from_all(hidden: Tensor, weight: Tensor, head: Head, sampling: Sampling, draws: Draws) -> None:
-    """Nothing truncated, or greedy.
+def _draw_fused(hidden: Tensor, weight: Tensor, head: Head, sampling: Sampling, draws: Draws) -> None:
+    """Few rows of which nothing is truncated, or greedy.
 
     `head_draw_kernel` multiplies a tile of the head by a tile of rows, turns the product into logits in registers and
     leaves of each row its maximum, masses and winner, 20 bytes for a tile of tokens; `sample`'s reduction finishes. The
@@ -75,7 +78,7 @@ def _draw_from_all(hidden: Tensor, weight: Tensor, head: Head, sampling: Samplin
     that share a tile of it are neighbours; logits are never written.
     """
     (rows, dim), vocab = hidden.shape, len(weight)
-    tiles = tiles_for(rows, dim, hidden.dtype.itemsize, device_of(hidden)[0])
+    tiles = tiles_for(rows, dim, hidden.dtype.itemsize)
     with phase("head"):
         parts = Parts.empty(rows, triton.cdiv(vocab, tiles.vocab), hidden.device)
         head_draw_kernel[(parts.tiles * triton.cdiv(rows, tiles.rows),)](
@@ -115,13 +118,11 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles_for(rows: int, dim: int, bytes_per_element: int, capability: int) -> Tiles:
-    """The head on the large side of the product: decoding has few rows."""
-    wide = bytes_per_element == 4
-    most_rows = 32 if wide else 128 if capability >= 90 else 64  # what registers hold
-    row_tile = min(max(16, triton.next_power_of_2(rows)), most_rows)
-    dim_tile = min(32 if wide else 64, max(16, triton.next_power_of_2(dim)))
-    return Tiles(128, row_tile, dim_tile, 4, 3 if row_tile == 128 else 4)
+def tiles_for(rows: int, dim: int, bytes_per_element: int) -> Tiles:
+    """The head on the large side of the product: there are few rows."""
+    row_tile = min(max(16, triton.next_power_of_2(rows)), 32)
+    dim_tile = min(32 if bytes_per_element == 4 else 64, max(16, triton.next_power_of_2(dim)))
+    return Tiles(128, row_tile, dim_tile, 4, 4)
 
 
 @triton.jit
@@ -251,18 +252,18 @@ def variants(capability: int) -> list[Variant]:
     """The fused kernel at the heads of the models that `pmc_fast` is measured on."""
     dtypes = {"Llama-3.2-3B": ("bf16", "fp16", "fp32")}
     listed = [
-        _variant(f"{model.name}, {dtype}, {rows} rows", capability, rows, model, dtype, greedy=False)
+        _variant(f"{model.name}, {dtype}, {rows} rows", rows, model, dtype, greedy=False)
         for model in MODELS
         for dtype in dtypes.get(model.name, ("bf16",))
-        for rows in (1, 64, 160)
+        for rows in (1, 16, FUSED_ROWS)
     ]
     (llama,) = (model for model in MODELS if model.name == "Llama-3.2-3B")
-    listed.append(_variant("greedy, Llama-3.2-3B, bf16, 160 rows", capability, 160, llama, "bf16", greedy=True))
+    listed.append(_variant("greedy, Llama-3.2-3B, bf16, 32 rows", FUSED_ROWS, llama, "bf16", greedy=True))
     return listed
 
 
-def _variant(name: str, capability: int, rows: int, model: Model, dtype: str, greedy: bool) -> Variant:
-    tiles = tiles_for(rows, model.size, 4 if dtype == "fp32" else 2, capability)
+def _variant(name: str, rows: int, model: Model, dtype: str, greedy: bool) -> Variant:
+    tiles = tiles_for(rows, model.size, 4 if dtype == "fp32" else 2)
     head = model.optional("*" + dtype) | {"logit_scale": None}
     signature = {"hidden": "*" + dtype, "hidden_stride": "i32", "weight": "*" + dtype, "weight_stride": "i32"}
     signature |= dict.fromkeys(("rows", "vocab", "dim"), "i32")

@@ -118,8 +118,11 @@ def _save(ctx, inputs, output):
 
 
 def _scale_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
-    if upstream.device.type == "cpu" and float(upstream) == 1:  # loss.backward(); on a GPU looking would wait for it
-        return gradient
+    """Costs nothing after loss.backward(), whose `upstream` is 1; on a GPU a kernel looks, since the host would wait."""
+    if upstream.device.type == "cpu":
+        return gradient if float(upstream) == 1 else gradient.mul_(upstream)
+    if backend.why_not("collapse_loss", "triton", upstream.device.type, gradient.dtype) is None:
+        return backend.load("collapse_loss", "triton", "scale")(gradient, upstream)
     return gradient.mul_(upstream)
 
 

@@ -150,3 +150,14 @@ def test_chunks_do_not_shrink_with_the_vocabulary():
     for vocab, element_bytes, rows in [(49152, 2, 4096), (128256, 2, 4096), (262208, 2, 2048), (262208, 4, 2048)]:
         weight = torch.empty(vocab, 1, dtype={2: torch.bfloat16, 4: torch.float32}[element_bytes], device="meta")
         assert cross_entropy.chunk_rows(weight) == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5000), (7, 33)], ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_gradients_are_scaled_in_place(factor, shape, dtype, rng_seed):
+    values = torch.randn(shape, device=DEVICE).to(dtype)
+    by = torch.tensor(factor, device=DEVICE)
+    want = (values.float() * by).to(dtype)
+    assert kernels.scale(values, by) is values
+    assert torch.equal(values, want)

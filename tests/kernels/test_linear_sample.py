@@ -40,9 +40,10 @@ def test_winners_of_tiles(rows, size, vocab, temperature, dtype, rng_seed):
     assert_same(hidden, weight, temperature=temperature, seed=2**62 + rng_seed)
 
 
-def test_more_rows_than_a_tile_holds(rng_seed):
-    """In 16 bits, 131 rows are a tile of 128, drawn in pieces, and one of 3."""
-    hidden, weight = exact_in_any_order(131, 70).half(), exact_in_any_order(129, 70).half()
+def test_more_rows_than_a_tile_holds(monkeypatch, rng_seed):
+    """35 rows are a tile of 32, drawn in pieces, and one of 3."""
+    monkeypatch.setattr(kernels, "FUSED_ROWS", 35)
+    hidden, weight = exact_in_any_order(35, 70).half(), exact_in_any_order(129, 70).half()
     assert_same(hidden, weight, temperature=0.7)
 
 
@@ -66,23 +67,25 @@ def test_rows_and_columns_apart(options, rng_seed):
 @pytest.mark.parametrize("options", [{}, {"top_k": 9}], ids=str)
 def test_pieces_of_rows_know_their_numbers(options, monkeypatch, rng_seed):
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 4 * 140 * 3)
-    monkeypatch.setattr(kernels, "PART_ROWS", 3)
+    monkeypatch.setattr(kernels, "FUSED_ROWS", 7)
     hidden, weight = exact_in_any_order(8, 16), exact_in_any_order(140, 16)
     assert_same(hidden, weight, **options)
 
 
 @pytest.mark.refuses_values
+@pytest.mark.parametrize("fused", [7, 8])
 @pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"temperature": 0.0}], ids=str)
-def test_the_first_bad_row_is_named(options, monkeypatch):
+def test_the_first_bad_row_is_named(options, fused, monkeypatch):
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 4 * 140 * 3)
-    monkeypatch.setattr(kernels, "PART_ROWS", 3)
+    monkeypatch.setattr(kernels, "FUSED_ROWS", fused)
     hidden, weight = exact_in_any_order(8, 16), exact_in_any_order(140, 16)
     hidden[5:, 2] = math.nan
     with pytest.raises(ValueError, match="linear_sample: the logits of row 5"):
         kernels.linear_sample(hidden, weight, **(SAMPLING | PLAIN | coordinates(8) | options))
 
 
-def test_draws_follow_the_distribution(rng_seed):
+def test_draws_follow_the_distribution(monkeypatch, rng_seed):
+    monkeypatch.setattr(kernels, "FUSED_ROWS", 256)
     draws, vocab, temperature = 256, 23, 1.6
     hidden, weight = exact_in_any_order(1, 16), exact_in_any_order(vocab, 16) / 2
     options = SAMPLING | PLAIN | coordinates(draws) | {"temperature": temperature, "seed": rng_seed}
@@ -100,8 +103,8 @@ def test_draws_follow_the_distribution(rng_seed):
     assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-7
 
 
-def test_scores_do_not_depend_on_the_tile_of_rows(rng_seed):
-    """One row alone is multiplied in a tile of 16 rows, among 70 in one of 128."""
+def test_scores_do_not_depend_on_company(rng_seed):
+    """One row alone is multiplied by the fused kernel, among 70 by torch."""
     hidden, weight = exact_in_any_order(70, 40), exact_in_any_order(260, 40)
     where = coordinates(70)
     options = SAMPLING | PLAIN | {"temperature": 0.9}

@@ -1,0 +1,155 @@
+"""Decoding from fixed memory gives the answers of the model's modules; on a GPU its steps are CUDA graphs."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import VOCAB, make_model, make_tokenizer
+
+pytest.importorskip("triton")
+from pmc_fast import backend, static_decoder
+from pmc_fast.packing import pad_left
+from pmc_fast.prompts import Prompts
+from pmc_fast.pruning import Pruner
+from pmc_fast.rewards import RougeRecall
+from pmc_fast.sampler import Sampler
+
+KNOWN = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi": {}}
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What `static_decoder` made, call by call, on any device. Triton's interpreter is left to the decoder's own kernels."""
+    made = []
+    drawing = "triton" if DEVICE == "cuda" else "native"
+    stand_in = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, drawing))
+    monkeypatch.setattr(static_decoder, "backend", stand_in)
+    monkeypatch.setattr(static_decoder, "LEAST_ROWS", 2)  # so that rows are brought together often
+
+    def watched(*args):
+        made.append(static_decoder.static_decoder(*args))
+        return made[-1]
+
+    monkeypatch.setattr("pmc_fast.sampler.static_decoder", watched)
+    return made
+
+
+def sample(model, seed, prompts=PROMPTS, num_samples=4, **changes):
+    ids, mask = (x.to(DEVICE) for x in pad_left(prompts, 256))
+    options = {
+        "num_samples": num_samples,
+        "max_new_tokens": 7,
+        "eos_token_id": list(range(0, VOCAB, 11)),  # rows finish all the time
+        "seed": seed,
+        "top_p": 0.95,
+        "temperature": 0.9,
+    }
+    return Sampler(model).sample(ids, mask, **{**options, **changes})
+
+
+def by_modules(model, seed, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr("pmc_fast.sampler.static_decoder", lambda *args: None)
+        return sample(model, seed, **options)
+
+
+def assert_same(got, want):
+    for name in ("tokens", "lengths", "finished", "pruned"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
+@pytest.mark.parametrize("family", KNOWN)
+def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed, **KNOWN[family]).to(DEVICE)
+    got = sample(model, rng_seed, prompts=prompts)
+    assert len(built) == 1 and built[0] is not None
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, prompts=prompts))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_samples": 1, "prompts": PROMPTS[:1]},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": torch.tensor([2, 7, 1, 5])},
+        {"eos_token_id": 257},  # hardly ever drawn: every answer is cut off
+        {"eos_token_id": list(range(VOCAB))},  # every answer ends at once
+        {"temperature": 0.0},
+        {"top_k": 20, "min_p": 0.01, "sequence_ids": torch.tensor([3, 0, 9, 1])},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_edges(changes, built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed).to(DEVICE)
+    changes = {k: v.to(DEVICE) if k == "sequence_ids" else v for k, v in changes.items()}
+    assert_same(sample(model, rng_seed, **changes), by_modules(model, rng_seed, monkeypatch, **changes))
+    assert built[0] is not None
+
+
+def test_waves(built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed).to(DEVICE)
+    budget = Sampler(model).cache_bytes(4, 7 + 7)
+    assert_same(sample(model, rng_seed, cache_budget=2 * budget), by_modules(model, rng_seed, monkeypatch))
+    assert len(built) == 2 and built[0].sizes.prompts == 2
+
+
+def test_pruning_stops_the_same_answers(built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed).to(DEVICE)
+    letters = " ".join("abcdefghijklmnopqrstuvwxyz0123456789")
+
+    def pruner():
+        held = np.full(len(PROMPTS), 0.04)
+        return Pruner(RougeRecall(), Prompts(make_tokenizer()), [letters] * len(PROMPTS), held, 4, interval=2)
+
+    options = {"max_new_tokens": 16, "eos_token_id": 257}
+    got = sample(model, rng_seed, prune=pruner(), **options)
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, prune=pruner(), **options))
+    assert got.pruned.any() and not got.pruned.all()
+
+
+def test_progress_ends_with_few_rows(built, rng_seed):
+    seen = []
+    sample(make_model(seed=rng_seed).to(DEVICE), rng_seed, progress=seen.append)
+    assert seen and seen[0] <= 16 and seen == sorted(seen, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"hidden_act": "relu"}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+        ("gemma2", {}),
+        ("gpt2", {}),
+    ],
+    ids=str,
+)
+def test_other_kinds_of_layers_are_left_to_their_modules(family, changes, built, rng_seed):
+    sample(make_model(family, seed=rng_seed, **changes).to(DEVICE), rng_seed, max_new_tokens=2)
+    assert built == [None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_in_bfloat16_it_is_about_as_near_to_the_exact_model_as_the_modules_are(family, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed).bfloat16().to(DEVICE)
+    exact = make_model(family, seed=rng_seed).bfloat16().float().to(DEVICE)
+
+    def error(samples):
+        errors = []
+        for prompt, tokens, lengths, logprobs in zip(
+            PROMPTS, samples.tokens, samples.lengths, samples.logprobs, strict=True
+        ):
+            for answer, length, logprob in zip(tokens, lengths.tolist(), logprobs, strict=True):
+                ids = torch.cat([torch.tensor(prompt, device=DEVICE), answer[:length]])[None]
+                want = exact(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+                errors.append(logprob[:length] - want.gather(1, answer[:length, None])[:, 0])
+        return torch.cat(errors).square().mean().sqrt()
+
+    got = error(sample(model, rng_seed))
+    assert built[-1] is not None
+    assert got < min(0.02, 1.5 * error(by_modules(model, rng_seed, monkeypatch)))
