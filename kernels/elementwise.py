@@ -12,6 +12,7 @@ from pmc_fast.kernels.logits import tanh
 from pmc_fast.kernels.variant import Variant, absent, present
 
 ELEMENTS = 1024  # of an activation, per program
+HEADS_AT_ONCE = 8  # that a program rotates
 
 
 @triton.jit
@@ -131,31 +132,29 @@ def rotate_kernel(
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROTATED: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # heads
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    column = tl.arange(0, COLUMNS)
-    inside = column < DIM
-    slot = row * key_row + (tl.load(length + row) - 1) * DIM
-    if head >= HEADS + KV_HEADS:
-        head -= HEADS + KV_HEADS
-        held = tl.load(value + (row * KV_HEADS + head) * DIM + column, mask=inside, other=0)
-        tl.store(values + slot + head * key_head.to(tl.int64) + column, held, mask=inside)
-    else:
-        source, target = query + (row * HEADS + head) * DIM, turned + (row * HEADS + head) * DIM
-        if head >= HEADS:
-            head -= HEADS
-            source, target = key + (row * KV_HEADS + head) * DIM, keys + slot + head * key_head.to(tl.int64)
-        x = tl.load(source + column, mask=inside, other=0).to(tl.float32)
-        turns = column < ROTATED
-        angle = tl.load(position + row) * ROTATED + column
-        first = column < ROTATED // 2
-        other = tl.load(source + tl.where(first, column + ROTATED // 2, column - ROTATED // 2), mask=turns, other=0)
-        other = tl.where(first, -other.to(tl.float32), other.to(tl.float32))
-        x *= tl.load(cosine + angle, mask=turns, other=1)
-        x += other * tl.load(sine + angle, mask=turns, other=0)
-        tl.store(target + column, rounded(x, turned.dtype.element_ty), mask=inside)
+    head = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    of_query, of_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
+    kv_head = tl.where(of_key, head - HEADS, head - HEADS - KV_HEADS)
+    source = tl.where(of_key, key, value) + (row * KV_HEADS + kv_head) * DIM
+    source = tl.where(of_query, query + (row * HEADS + head) * DIM, source)
+    slot = row * key_row + kv_head * key_head.to(tl.int64) + (tl.load(length + row) - 1) * DIM
+    target = tl.where(of_key, keys, values) + slot
+    target = tl.where(of_query, turned + (row * HEADS + head) * DIM, target)
+    inside = (head < HEADS + 2 * KV_HEADS) & (column < DIM)
+    turns = (head < HEADS + KV_HEADS) & (column < ROTATED)
+    first = column < ROTATED // 2
+    x = tl.load(source + column, mask=inside, other=0).to(tl.float32)
+    other = tl.load(source + tl.where(first, column + ROTATED // 2, column - ROTATED // 2), mask=turns, other=0)
+    other = tl.where(first, -other.to(tl.float32), other.to(tl.float32))
+    angle = tl.load(position + row) * ROTATED + column
+    x *= tl.load(cosine + angle, mask=turns, other=1)
+    x += other * tl.load(sine + angle, mask=turns, other=0)
+    tl.store(target + column, rounded(x, turned.dtype.element_ty), mask=inside)
 
 
 def rotate_and_append(
@@ -185,7 +184,7 @@ def rotate_and_append(
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
     turned = torch.empty_like(query)
-    rotate_kernel[(rows, heads + 2 * kv_heads)](
+    rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS_AT_ONCE))](
         query,
         key,
         value,
@@ -202,8 +201,9 @@ def rotate_and_append(
         KV_HEADS=kv_heads,
         DIM=dim,
         ROTATED=cosine.shape[1],
+        AT_ONCE=HEADS_AT_ONCE,
         COLUMNS=triton.next_power_of_2(dim),
-        num_warps=1,
+        num_warps=4,
     )
     return turned
 
@@ -253,8 +253,8 @@ def variants(capability: int) -> list[Variant]:
                 name=f"rotate, {name}",
                 kernel=rotate_kernel,
                 signature=signature | {"key_row": "i32", "key_head": "i32"},
-                constants=constants | {"COLUMNS": triton.next_power_of_2(dim)},
-                num_warps=1,
+                constants=constants | {"AT_ONCE": HEADS_AT_ONCE, "COLUMNS": triton.next_power_of_2(dim)},
+                num_warps=4,
                 num_stages=3,
                 aligned=("query", "key", "value", "turned", "keys", "values", "cosine", "sine"),
             )

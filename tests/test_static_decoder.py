@@ -1,7 +1,11 @@
-"""Decoding from fixed memory gives the answers of the model's modules; on a GPU its steps are CUDA graphs."""
+"""Decoding from fixed memory gives the answers of the model's modules; on a GPU its steps are CUDA graphs.
+
+Without one most tests have torch in the kernels' place, which are tested in tests/kernels: the interpreter is slow.
+"""
 
 from types import SimpleNamespace
 
+import decoder_kernels
 import numpy as np
 import pytest
 import torch
@@ -12,21 +16,29 @@ from pmc_fast import backend, static_decoder
 from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
+from pmc_fast.reference.decode_attention import decode_attention
 from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler
 
 KNOWN = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi": {}}
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = static_decoder._kernels
+
+
+def by_torch(name):
+    return SimpleNamespace(decode_attention=decode_attention) if name == "decode_attention" else decoder_kernels
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """What `static_decoder` made, call by call, on any device. Triton's interpreter is left to the decoder's own kernels."""
+    """What `static_decoder` made, call by call, on any device."""
     made = []
     drawing = "triton" if DEVICE == "cuda" else "native"
     stand_in = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, drawing))
     monkeypatch.setattr(static_decoder, "backend", stand_in)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(static_decoder, "_kernels", by_torch)
     monkeypatch.setattr(static_decoder, "LEAST_ROWS", 2)  # so that rows are brought together often
 
     def watched(*args):
@@ -69,6 +81,16 @@ def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_se
     got = sample(model, rng_seed, prompts=prompts)
     assert len(built) == 1 and built[0] is not None
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prompts=prompts))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi"])
+def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
+    monkeypatch.setattr(static_decoder, "_kernels", KERNELS)
+    model = make_model(family, seed=rng_seed).to(DEVICE)
+    options = {"prompts": PROMPTS[:2], "num_samples": 2, "max_new_tokens": 4}
+    got = sample(model, rng_seed, **options)
+    assert built[0] is not None
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What a decoder layer does between its products, against plain torch."""
+
+import math
+
+import decoder_kernels as by_torch
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from pmc_fast.kernels import elementwise
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_near(got, want, dtype):
+    assert got.dtype == want.dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("rows, size", [(1, 1), (3, 33), (2, 1024)])
+def test_normalize(rows, size, centered, dtype, rng_seed):
+    x = torch.full((rows, size + 3), math.nan)
+    x[:, :size] = torch.randn(rows, size) + 0.5
+    added, weight, bias = torch.randn(rows, size).to(dtype), torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    for options in ({}, {"added": added}, {"bias": bias, "added": added}):
+        options = {"bias": None, "epsilon": 1e-5, "centered": centered} | options
+        mine, its = x.clone(), x.clone()
+        got = elementwise.normalize(mine[:, :size], weight, out=torch.full_like(added, math.nan), **options)
+        assert_near(got, by_torch.normalize(its[:, :size], weight, out=torch.empty_like(added), **options), dtype)
+        assert torch.equal(mine[:, :size], its[:, :size]) and mine[:, size:].isnan().all()
+
+
+def test_normalize_in_place(rng_seed):
+    x, weight = torch.randn(5, 24).bfloat16(), torch.randn(24).bfloat16()
+    want = by_torch.normalize(x.clone(), weight, None, 1e-6, centered=False, out=torch.empty_like(x))
+    assert elementwise.normalize(x, weight, None, 1e-6, centered=False, out=x) is x
+    assert_near(x, want, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activate(activation, dtype, rng_seed):
+    x, up = (4 * torch.randn(3, 700)).to(dtype), torch.randn(3, 700).to(dtype)
+    x[0, :4] = torch.tensor([-60.0, 60.0, 0.0, -1e4])
+    for other in (None, up):
+        mine = x.clone()
+        assert elementwise.activate(mine, activation, other) is mine
+        assert_near(mine, by_torch.activate(x.clone(), activation, other), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, rotated", [(3, 1, 8, 8), (9, 3, 64, 64), (2, 2, 12, 4), (5, 1, 6, 0), (4, 4, 20, 2)]
+)
+def test_rotate_and_append(heads, kv_heads, dim, rotated, dtype, rng_seed):
+    rows, positions, capacity = 3, 50, 7
+    query = torch.randn(rows, heads, dim).to(dtype)
+    key, value = (torch.randn(rows, kv_heads, dim).to(dtype) for _ in range(2))
+    angles = torch.rand(positions, rotated) * 6
+    where = {"position": torch.randint(0, positions, (rows,)), "length": torch.tensor([1, capacity, 3])}
+    cache = torch.full((2, rows + 1, kv_heads, capacity, dim), math.nan).to(dtype)
+    mine, its = cache.clone(), cache.clone()
+    results = [
+        module.rotate_and_append(query, key, value, angles.cos(), angles.sin(), *where.values(), *held[:, :rows])
+        for module, held in ((elementwise, mine), (by_torch, its))
+    ]
+    assert_near(*results, dtype)
+    written = ~its.isnan()
+    assert torch.equal(written, ~mine.isnan()) and written.sum() == 2 * key.numel()
+    assert_near(mine[written], its[written], dtype)
