@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ class Model:
 
 
 # Sizes of the same plan: for a GPU, and for a rehearsal on a CPU. Ops by the part's name.
-_TESTS = {"cuda": ["tests/ops", "tests/kernels"], "cpu": ["tests/test_data.py"]}
+_TESTS = {
+    "cuda": ["tests/ops", "tests/kernels", "tests/test_static_decoder.py", "tests/test_varlen.py"],
+    "cpu": ["tests/test_data.py"],
+}
 _OPS = {
     "cuda": {
         "ops": ["--dtype", "bfloat16"],
@@ -103,6 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder for all results")
     parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="for everything together (default: 9)")
     parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="only these parts, by the names in the log (default: all)"
+    )
+    parser.add_argument(
         "--device", default="cuda", help="cuda, cuda:N, or cpu to rehearse the plan with tiny sizes (default: cuda)"
     )
 
@@ -115,9 +122,13 @@ def run(args: argparse.Namespace) -> None:
     if not args.minutes > 0:
         raise UserError(f"--minutes: got {args.minutes:g}, want more than 0")
     device = choose_device(args.device)
-    _claim(args.out)
     out = args.out.absolute()
     parts = plan(out, args.device, device.type)
+    names = [part.name for part in parts]
+    if unknown := sorted(set(args.only or names) - set(names)):
+        raise UserError(f"--only: got {', '.join(unknown)}, want some of {', '.join(names)}")
+    parts = [part for part in parts if part.name in (args.only or names)]
+    _claim(args.out)
     about = {"device": args.device, "minutes": args.minutes, "command": args.command_line}
     outcomes = take(parts, out, started + 60 * args.minutes - _RESERVE_S, about)
     print(f"{time.monotonic() - started:.0f} s in all; {out / SUMMARY} lists the parts")
@@ -144,6 +155,8 @@ def plan(out: Path, device: str, kind: str) -> list[Part]:
     benchmarks = ["-m", "benchmarks"]
     tests = [folder for folder in _TESTS[kind] if (ROOT / folder).exists()]
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=15", f"--junitxml={out / 'tests.xml'}"]
+    if kind == "cuda" and find_spec("xdist"):  # what takes time is compilation
+        pytest += ["-n", str(min(12, os.cpu_count() or 1)), "--maxfail=20"]
     parts = [Part("build", ["-m", "benchmarks.build"], 0.5), Part("tests", [*pytest, *tests], 1.5)]
     for name, options in _OPS[kind].items():
         file = out / f"{name}.json"
@@ -196,8 +209,8 @@ def take(parts: Sequence[Part], out: Path, deadline: float, about: dict[str, Any
             given = [file for file in part.inputs if file.exists()]
             outcome.limit_s = (deadline - time.monotonic()) * part.share / sum(later.share for later in parts[place:])
             print(f"{part.name:{width}}  ", end="", flush=True)
-            if part.needs and outcomes[part.needs].status != OK:
-                outcome.status = f"not started: {part.needs} {outcomes[part.needs].status}"
+            if part.needs and (needed := outcomes.get(part.needs, Outcome(part.needs))).status != OK:
+                outcome.status = f"not started: {part.needs} {needed.status}"
             elif part.inputs and not given:
                 outcome.status = "not started: there are no results"
             elif outcome.limit_s <= 0:

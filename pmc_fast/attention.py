@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pmc_fast import varlen
 from pmc_fast.cache import SampleCache
 from pmc_fast.errors import UserError
 from pmc_fast.ops import decode_attention
@@ -149,6 +150,11 @@ def _forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if packed_lengths is not None:
+        if (count := _calls.get()) is not None:
+            count[0] += 1
+        if varlen.takes(query, softcap, dropout):
+            return varlen.attend(query, key, value, packed_lengths, sliding_window, scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -156,8 +162,6 @@ def _forward(
         causal = attention_mask is None and query.shape[2] > 1
         out = _attend(query, key, value, attention_mask, causal, None, softcap, dropout, scaling)
         return out.transpose(1, 2).contiguous(), None
-    if (count := _calls.get()) is not None:
-        count[0] += 1
     pieces = [
         _attend(q, k, v, None, True, sliding_window, softcap, dropout, scaling)
         for q, k, v in zip(*(x.split(packed_lengths, dim=2) for x in (query, key, value)), strict=True)

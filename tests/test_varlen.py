@@ -1,0 +1,78 @@
+"""Attention over sequences end to end, by torch's own on a GPU and by a stand-in for it elsewhere."""
+
+import math
+
+import pytest
+import torch
+
+from pmc_fast import varlen
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+LENGTHS = (5, 1, 17, 8)
+
+
+def stand_in(query, key, value, ends_q, ends_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False):
+    """torch.nn.attention.varlen.varlen_attn, as its documentation has it."""
+    assert ends_q is ends_k and ends_q.dtype == torch.int32 and ends_q[0] == 0 and ends_q[-1] == len(query)
+    assert longest_q == longest_k == int(ends_q.diff().max())
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    left, right = window_size
+    pieces = []
+    for begin, end in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
+        q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))
+        ahead = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        seen = (ahead >= -right) & (ahead <= (left if left >= 0 else end))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=True
+        )
+        pieces.append(attended.transpose(0, 1))
+    return torch.cat(pieces)
+
+
+@pytest.fixture(params=["grouped", "repeated"])
+def heads(request, monkeypatch):
+    """Whether the function takes fewer heads of keys than of queries; torch before 2.12 does not say so."""
+    if not GPU:
+        monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    known = {"scale", "window_size"} | ({"enable_gqa"} if request.param == "grouped" else set())
+    if GPU and not known <= varlen._parameters():
+        pytest.skip("this torch's function lacks what is asked of it")
+    monkeypatch.setattr(varlen, "_parameters", lambda: known)
+
+
+def exact(query, key, value, window, scale):
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    sequence = torch.arange(len(LENGTHS), device=query.device).repeat_interleave(torch.tensor(LENGTHS).to(query.device))
+    ahead = torch.arange(sum(LENGTHS), device=query.device)
+    ahead = ahead[:, None] - ahead
+    seen = (sequence[:, None] == sequence) & (ahead >= 0) & (ahead < (window or sum(LENGTHS)))
+    scores = scale * query @ key.transpose(2, 3)
+    return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_values_and_gradients(kv_heads, window, heads, rng_seed):
+    dtype = torch.bfloat16 if GPU else torch.float64
+    shapes = [(1, count, sum(LENGTHS), 32) for count in (6, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = varlen.attend(*inputs, LENGTHS, window, 0.3), exact(*wide, window, 0.3)
+    upstream = torch.randn_like(want)
+    got.backward(upstream.to(dtype))
+    want.backward(upstream)
+    tolerance = 0.02 if GPU else 1e-10
+    for mine, its in ((got, want), *((a.grad, b.grad) for a, b in zip(inputs, wide, strict=True))):
+        assert mine.shape == its.shape and (mine.double() - its).norm() <= tolerance * its.norm() + 1e-12
+
+
+def test_what_it_takes(monkeypatch):
+    query = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert varlen.takes(query, None, 0.0) == (GPU and {"scale", "window_size"} <= varlen._parameters())
+    for refused in (query.float(), query[..., :12], query.expand(1, 2, 3, 64).repeat(1, 1, 1, 5)):
+        assert not varlen.takes(refused, None, 0.0)
+    assert not varlen.takes(query, 2.0, 0.0) and not varlen.takes(query, None, 0.1)
+    monkeypatch.setattr(varlen, "_parameters", set)
+    assert not varlen.takes(query, None, 0.0)
