@@ -65,7 +65,8 @@ def test_values_and_gradients(kv_heads, window, heads, rng_seed):
     want.backward(upstream)
     tolerance = 0.02 if GPU else 1e-10
     for mine, its in ((got, want), *((a.grad, b.grad) for a, b in zip(inputs, wide, strict=True))):
-        assert mine.shape == its.shape and (mine.double() - its).norm() <= tolerance * its.norm() + 1e-12
+        # a token that sees only itself has gradients of 0, and of rounding errors for its query and key
+        assert mine.shape == its.shape and (mine.double() - its).norm() <= tolerance * its.norm().clamp(min=1e-2)
 
 
 def test_what_it_takes(monkeypatch):
