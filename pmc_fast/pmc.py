@@ -25,6 +25,7 @@ from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner, has_lower_bound
 from pmc_fast.rewards import Reward, RougeRecall
 from pmc_fast.sampler import Sampler, SampleSource
+from pmc_fast.sharding import gathered
 
 __all__ = ["PMC", "PMCConfig"]
 
@@ -212,9 +213,11 @@ class PMC:
 
     def _resample(self, batches: Sequence[Sequence[int]]) -> None:
         """Draw new answers to the questions of some batches and offer the picked ones to the ledger."""
-        questions = [question for batch in batches for question in batch]
-        if not questions:
-            return
+        with gathered(self.lm.root):  # also without questions: other ranks may have some
+            if questions := [question for batch in batches for question in batch]:
+                self._draw(questions, batches)
+
+    def _draw(self, questions: list[int], batches: Sequence[Sequence[int]]) -> None:
         ledger, config = self.ledger, self.config
         references = [ledger.initial_answers[q] for q in questions]
         with self._timed("sample"):

@@ -14,16 +14,17 @@ from pmc_fast.pmc import PMC
 
 
 class LossModule(nn.Module):
-    """``PMC.loss`` as a module's forward, for wrappers that work on forward: ``DistributedDataParallel(LossModule(pmc))``.
+    """``PMC.loss`` as a module's forward, for what works on forward: ``DistributedDataParallel`` and ``fully_shard``.
 
     Args:
-        pmc: the model it holds is this module's only submodule.
+        pmc: the model it holds is this module's only submodule; its weights are from now on gathered from this module.
     """
 
     def __init__(self, pmc: PMC) -> None:
         super().__init__()
         self.model = pmc.lm.model
         self.pmc = pmc
+        pmc.lm.root = self
 
     def forward(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
         return self.pmc.loss(forget, retain)
