@@ -74,8 +74,8 @@ class LanguageModel:
 
     @property
     def head(self) -> Head:
+        self.check_whole()
         linear = self._linear()
-        refuse_sharded(linear.weight)
         bias = None if linear.bias is None else self._autocast(linear.bias)
         return Head(self._autocast(linear.weight), bias, self._softcap, self._scale)
 
@@ -85,8 +85,12 @@ class LanguageModel:
 
     def hidden(self, input_ids: Tensor, **options) -> Tensor:
         """The last hidden states, [..., D]."""
-        refuse_sharded(self._linear().weight)
+        self.check_whole()
         return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
+
+    def check_whole(self) -> None:
+        """A UserError if this rank holds only a part of the weights."""
+        refuse_sharded(self._linear().weight)
 
     def _linear(self) -> nn.Linear:
         """The head, looked up each time: an adapter put on it later must not go unnoticed."""
@@ -95,7 +99,7 @@ class LanguageModel:
             raise UserError(
                 f"model: got {type(self.model).__name__} with output head {type(found).__name__}, expected a "
                 "transformers causal language model with an nn.Linear head (adapters on the head are not supported: "
-                "leave it out of target_modules and modules_to_save)"
+                "leave it out of target_modules and modules_to_save; nor is fully_shard of the head by itself)"
             )
         return found
 

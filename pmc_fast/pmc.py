@@ -152,6 +152,7 @@ class PMC:
         Raises:
             UserError: ``initialise`` was not called, an index is out of range, or both batches are empty.
         """
+        self.lm.check_whole()
         self.stats, self._ahead = self._ahead, _no_samples()
         forget = list(forget)
         ledger = self._ledger(forget)

@@ -46,6 +46,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def unshard(model: nn.Module) -> None:
+    """Make an FSDP2 module's own weights whole until after the backward pass, as its forward would that is not called."""
+    if _is_distributed():
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(model, FSDPModule):
+            model.unshard()
+
+
 def refuse_sharded(weight: Tensor) -> None:
     """A UserError if this rank holds only a part of a weight."""
     refuse_zero3(weight)

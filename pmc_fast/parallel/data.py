@@ -11,6 +11,7 @@ from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.ledger import Ledger
 from pmc_fast.pmc import PMC
+from pmc_fast.sharding import unshard
 
 
 class LossModule(nn.Module):
@@ -27,6 +28,7 @@ class LossModule(nn.Module):
         pmc.lm.root = self
 
     def forward(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
+        unshard(self.model)
         return self.pmc.loss(forget, retain)
 
 
