@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pmc_fast.errors import UserError
 from pmc_fast.ops import collapse_loss, linear_logprob, linear_sample
-from pmc_fast.sharding import gathered, refuse_sharded
+from pmc_fast.sharding import gathered, refuse_parts
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LanguageModel:
 
     def check_whole(self) -> None:
         """A UserError if this rank holds only a part of the weights."""
-        refuse_sharded(self._linear().weight)
+        refuse_parts(self._linear().weight)
 
     def _linear(self) -> nn.Linear:
         """The head, looked up each time: an adapter put on it later must not go unnoticed."""

@@ -79,6 +79,7 @@ class PMC:
         self.reward = reward or RougeRecall(min_words=config.min_words)
         self.ledger: Ledger | None = None
         self.stats: dict[str, Any] = {}
+        self.prepared_batches = 0  # that `prepare` sampled for and `loss` has not met
         self._prepared: set[int] = set()
         self._ahead = _no_samples()  # what `prepare` did since the last loss
 
@@ -133,6 +134,7 @@ class PMC:
             fresh = [q for q in dict.fromkeys(batch) if not ledger.is_final(q) and q not in self._prepared]
             self._prepared.update(fresh)
             groups.append(fresh)
+        self.prepared_batches += len(groups)
         self._resample(groups)
 
     def loss(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
@@ -158,7 +160,10 @@ class PMC:
         ledger = self._ledger(forget)
         ready = self._prepared.intersection(forget)
         self._prepared -= ready
-        self._resample([[q for q in dict.fromkeys(forget) if q not in ready and not ledger.is_final(q)]])
+        fresh = [q for q in dict.fromkeys(forget) if q not in ready and not ledger.is_final(q)]
+        if fresh or not self.prepared_batches:
+            self._resample([fresh])
+        self.prepared_batches = max(0, self.prepared_batches - 1)
         with self._timed("train"):
             entries = [ledger.entries[question] for question in forget]
             answers = [

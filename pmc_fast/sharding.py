@@ -1,4 +1,4 @@
-"""Weights that several processes share out: whole for the time of a call (FSDP2), or refused."""
+"""Weights that several processes share out, whole for the time of a call: FSDP2 and DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
@@ -11,37 +11,41 @@ from torch import Tensor, nn
 
 from pmc_fast.errors import UserError
 
+# Whose hooks on a module's forward pass gather and free its weights.
+SHARDERS = ("torch.distributed.fsdp.", "deepspeed.")
+
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Within a with block, every rank holds the model's weights whole; afterwards they are shared out as before.
 
-    Equivalent to ``unshard()`` of every module that ``fully_shard`` was applied to and that is sharded, then ``reshard()``.
-    Meanwhile FSDP2 does not see the modules' forward passes: they gather nothing and leave nothing behind for the next
-    backward pass, so ranks may run different numbers of them. For use without gradients. All ranks enter it together. Does
-    nothing to a model that is not sharded.
+    Equivalent to ``unshard()`` of every module that ``fully_shard`` was applied to and that is sharded, then ``reshard()``;
+    or to ``deepspeed.zero.GatheredParameters``. Meanwhile neither sees the modules' forward passes: they gather nothing and
+    leave nothing behind for the next backward pass, so ranks may run different numbers of them. For use without gradients.
+    All ranks enter it together. Does nothing to a model that is not sharded.
 
     Args:
         model: with all modules that hold its weights' shards: the root that ``fully_shard`` was applied to last.
 
     Raises:
-        UserError: a weight is still in parts, since a module around the model holds it, or it is tensor-parallel; or a
-            DeepSpeed ZeRO-3 model.
+        UserError: a weight is still in parts, since a module around the model holds it, or it is tensor-parallel.
     """
-    refuse_zero3(next(model.parameters(), None))
     if not _is_distributed():
         yield
         return
     from torch.distributed.fsdp import FSDPModule
 
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     with ExitStack() as after:
-        for module in [module for module in modules if _is_sharded(module)]:
+        for module in [m for m in model.modules() if isinstance(m, FSDPModule) and _is_sharded(m)]:
             after.callback(module.reshard)
             module.unshard()
+        if partitioned := [p for p in model.parameters() if is_zero3(p) and _in_parts(p)]:
+            import deepspeed
+
+            after.enter_context(deepspeed.zero.GatheredParameters(partitioned))
         for parameter in model.parameters():
-            refuse_sharded(parameter)
-        for module in modules:
+            refuse_parts(parameter)
+        for module in model.modules():
             after.enter_context(_unseen(module))
         yield
 
@@ -55,23 +59,25 @@ def unshard(model: nn.Module) -> None:
             model.unshard()
 
 
-def refuse_sharded(weight: Tensor) -> None:
+def is_zero3(parameter: Tensor) -> bool:
+    """Whether it is in the hands of DeepSpeed ZeRO-3, whole or not."""
+    return hasattr(parameter, "ds_id")
+
+
+def refuse_parts(weight: Tensor) -> None:
     """A UserError if this rank holds only a part of a weight."""
-    refuse_zero3(weight)
-    if _is_distributed() and _is_dtensor(weight):
+    if _in_parts(weight):
         raise UserError(
-            "model: got weights in parts (DTensor), expected whole ones; with FSDP2 call the loss as the forward of "
-            "fully_shard(parallel.LossModule(pmc)) and do all else within parallel.gathered(loss_module); "
-            "tensor-parallel models are not supported"
+            "model: got weights in parts, expected whole ones; call the loss as the forward of "
+            "fully_shard(parallel.LossModule(pmc)), or of a DeepSpeed engine of the latter, and do all else within "
+            "parallel.gathered(loss_module); tensor-parallel models are not supported"
         )
 
 
-def refuse_zero3(weight: Tensor | None) -> None:
-    if hasattr(weight, "ds_id"):
-        raise UserError(
-            "model: got weights that DeepSpeed ZeRO-3 has taken apart (ds_id), which is not supported; shard the model "
-            "with FSDP2 instead, torch.distributed.fsdp.fully_shard, see docs/distributed.md"
-        )
+def _in_parts(weight: Tensor) -> bool:
+    if is_zero3(weight):
+        return weight.ds_status.name != "AVAILABLE"
+    return _is_distributed() and _is_dtensor(weight)
 
 
 def _is_distributed() -> bool:
@@ -95,11 +101,11 @@ def _is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def _unseen(module: nn.Module) -> Iterator[None]:
-    """Within a with block, FSDP2's hooks on the module's forward pass are off."""
+    """Within a with block, hooks of SHARDERS on the module's forward pass are off."""
     names = ("_forward_pre_hooks", "_forward_hooks")
-    hooks = {name: getattr(module, name) for name in names}
+    hooks = {name: held for name in names if any(map(_is_sharders, (held := getattr(module, name)).values()))}
     for name, held in hooks.items():
-        setattr(module, name, OrderedDict((key, hook) for key, hook in held.items() if not _is_fsdp(hook)))
+        setattr(module, name, OrderedDict((key, hook) for key, hook in held.items() if not _is_sharders(hook)))
     try:
         yield
     finally:
@@ -107,5 +113,5 @@ def _unseen(module: nn.Module) -> Iterator[None]:
             setattr(module, name, held)
 
 
-def _is_fsdp(hook: Callable) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")
+def _is_sharders(hook: Callable) -> bool:
+    return getattr(hook, "__module__", "").startswith(SHARDERS)

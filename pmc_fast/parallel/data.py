@@ -11,11 +11,11 @@ from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.ledger import Ledger
 from pmc_fast.pmc import PMC
-from pmc_fast.sharding import unshard
+from pmc_fast.sharding import is_zero3, unshard
 
 
 class LossModule(nn.Module):
-    """``PMC.loss`` as a module's forward, for what works on forward: ``DistributedDataParallel`` and ``fully_shard``.
+    """``PMC.loss`` as a module's forward, for ``DistributedDataParallel``, ``fully_shard`` and ``deepspeed.initialize``.
 
     Args:
         pmc: the model it holds is this module's only submodule; its weights are from now on gathered from this module.
@@ -28,6 +28,11 @@ class LossModule(nn.Module):
         pmc.lm.root = self
 
     def forward(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
+        if not self.pmc.prepared_batches and any(map(is_zero3, self.model.parameters())):
+            raise UserError(
+                "forget: got a batch that is not prepared, while ZeRO-3 has begun to gather weights for the forward pass; "
+                "call pmc.prepare([forget]) before"
+            )
         unshard(self.model)
         return self.pmc.loss(forget, retain)
 
