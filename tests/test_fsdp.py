@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import CountingGathers
 from tiny import make_model, make_tokenizer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmc_fast import PMC, PMCConfig, Sampler, UserError, parallel
 from pmc_fast.data import QA
@@ -60,18 +60,6 @@ def _make_pmc(family, seed, shard=None, whole_model=True):
     return pmc, loss_module if shard is None else shard(loss_module)
 
 
-class _Counting(TorchDispatchMode):
-    """Counts the all-gathers of FSDP2 within a with block."""
-
-    def __init__(self):
-        super().__init__()
-        self.gathers = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.gathers += operator is torch.ops.c10d._allgather_base_.default
-        return operator(*args, **(kwargs or {}))
-
-
 class _Letters:
     """A reward that never is final, so that every visit to a question samples: the share of letters, and 1."""
 
@@ -87,7 +75,7 @@ def _training(rank, ranks, family, seed, whole_model=True):
     """Over a split forget set it ends as one process that accumulates the same micro-batches."""
     (single, _), (mine, loss_module) = _make_pmc(family, seed), _make_pmc(family, seed, fully_shard, whole_model)
     single.initialise(QUESTIONS)
-    with _Counting() as count:
+    with CountingGathers() as count:
         mine.initialise(QUESTIONS)
     assert count.gathers == MODULES and _is_sharded(loss_module)
     assert mine.ledger.initial_answers == single.ledger.initial_answers
@@ -99,7 +87,7 @@ def _training(rank, ranks, family, seed, whole_model=True):
         batches = [list(map(int, batch)) for batch in batches]
         for batch in batches:
             (single.loss(batch, RETAIN) / ranks).backward()
-        with _Counting() as count:
+        with CountingGathers() as count:
             loss_module(batches[rank], RETAIN).backward()
         # The root once, and each layer for the samples, the forward pass and the backward pass.
         assert count.gathers == 1 + 3 * LAYERS and _is_sharded(loss_module)
@@ -134,7 +122,7 @@ def _sampling(rank, ranks, family, seed):
     for tokens in (1, 3, 12):
         options = {"num_samples": 3, "max_new_tokens": tokens, "eos_token_id": [300], "seed": seed, "top_p": 0.95}
         inputs = _prompts(mine, rank + 1)
-        with _Counting() as count:
+        with CountingGathers() as count:
             got = mine.sampler.sample(*inputs, **options)
         want = single.sampler.sample(*inputs, **options)
         assert got.tokens.shape[2] == tokens
@@ -143,11 +131,11 @@ def _sampling(rank, ranks, family, seed):
         assert count.gathers == MODULES and _is_sharded(loss_module)
     for pmc in (single, mine):
         pmc.initialise(QUESTIONS)
-        with _Counting() as count:
+        with CountingGathers() as count:
             pmc.prepare([[rank], [3 + rank]] if rank else [[], []])
     assert count.gathers == MODULES and _is_sharded(loss_module)
     assert mine.ledger.state_dict() == single.ledger.state_dict()
-    with _Counting() as count:
+    with CountingGathers() as count:
         loss_module([rank] if rank else [], RETAIN).backward()
     assert count.gathers == 1 + 2 * LAYERS  # nothing is left to sample
 
@@ -176,14 +164,14 @@ def _blocks(rank, ranks, family, seed):
             pass
         for name, parameter in mine.lm.model.named_parameters():
             assert torch.equal(parameter, whole[name]), name
-        with _Counting() as count:
+        with CountingGathers() as count:
             mine.lm.hidden(torch.tensor([[1, 2, 3]]))
         assert calls == [1] and not count.gathers
         raise KeyError
     assert _is_sharded(loss_module)
     mine.initialise(QUESTIONS)
     loss_module.set_reshard_after_forward(True)  # the root's too
-    with _Counting() as count:
+    with CountingGathers() as count:
         loss_module([rank], RETAIN).backward()
     assert count.gathers == 2 + 3 * LAYERS and _is_sharded(loss_module)
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import CountingGathers
 from tiny import make_model, make_tokenizer
 
 from pmc_fast import PMC, PMCConfig, UserError, parallel
@@ -13,7 +14,9 @@ from pmc_fast.packing import pad_left
 
 deepspeed = pytest.importorskip("deepspeed")
 
-QUESTIONS = [f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus")]  # 7: neither 2 nor 3 divide it
+QUESTIONS = [
+    f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus")
+]  # 7: neither 2 nor 3 divide it
 RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old tree")]
 
 
@@ -44,6 +47,7 @@ def _shard(pmc, ranks):
         "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default 1
     }
     parameters = pmc.lm.model.parameters()
     return deepspeed.initialize(model=parallel.LossModule(pmc), model_parameters=parameters, config=config)[0]
@@ -88,5 +92,11 @@ def _training(rank, ranks, family, seed):
             moved += float((value - start[name]).abs().sum())
     assert moved > 0.1
     inputs = pad_left([mine.prompts.prompt_ids(question) for question in QUESTIONS], mine.prompts.pad_id)
-    options = {"num_samples": 3, "max_new_tokens": 12, "eos_token_id": [300], "seed": seed}
-    assert torch.equal(mine.sampler.sample(*inputs, **options).tokens, single.sampler.sample(*inputs, **options).tokens)
+    gathers = []
+    for tokens in (1, 12):
+        options = {"num_samples": 3, "max_new_tokens": tokens, "eos_token_id": [300], "seed": seed}
+        with CountingGathers() as count:
+            samples = mine.sampler.sample(*inputs, **options)
+        assert torch.equal(samples.tokens, single.sampler.sample(*inputs, **options).tokens)
+        gathers.append(count.gathers)
+    assert gathers[0] == gathers[1] > 0
