@@ -141,16 +141,21 @@ def _sampling(rank, ranks, family, seed):
 
 
 def _low_precision(rank, ranks, family, seed):
-    """Under a policy of bfloat16 the samples are those of a model with bfloat16 weights."""
+    """Under a policy of bfloat16 samples and loss are those of a model with bfloat16 weights."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    mine, _ = _make_pmc(family, seed, lambda module: fully_shard(module, mp_policy=policy))
-    model = _with_a_hook(make_model(family, seed))
-    for parameter in model.parameters():
+    mine, loss_module = _make_pmc(family, seed, lambda module: fully_shard(module, mp_policy=policy))
+    single, _ = _make_pmc(family, seed)
+    for parameter in single.lm.model.parameters():
         parameter.data = parameter.data.bfloat16()  # but no buffer: the policy leaves them alone
-    sampler = Sampler(model)
     options = {"num_samples": 2, "max_new_tokens": 5, "eos_token_id": [300], "seed": seed}
     inputs = _prompts(mine, 3)
-    assert torch.equal(mine.sampler.sample(*inputs, **options).tokens, sampler.sample(*inputs, **options).tokens)
+    assert torch.equal(mine.sampler.sample(*inputs, **options).tokens, single.sampler.sample(*inputs, **options).tokens)
+    for pmc in (single, mine):
+        pmc.initialise(QUESTIONS)
+    loss = loss_module([0, 1], RETAIN)
+    torch.testing.assert_close(loss, single.loss([0, 1], RETAIN), rtol=1e-3, atol=0)
+    loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in mine.lm.model.parameters())
 
 
 def _blocks(rank, ranks, family, seed):
