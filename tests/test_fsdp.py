@@ -74,6 +74,9 @@ def _is_sharded(module):
 def _training(rank, ranks, family, seed, whole_model=True):
     """Over a split forget set it ends as one process that accumulates the same micro-batches."""
     (single, _), (mine, loss_module) = _make_pmc(family, seed), _make_pmc(family, seed, fully_shard, whole_model)
+    for pmc in () if whole_model else (single, mine):
+        pmc.lm.model.train()
+        pmc.lm.model.gradient_checkpointing_enable()
     single.initialise(QUESTIONS)
     with CountingGathers() as count:
         mine.initialise(QUESTIONS)
@@ -108,7 +111,7 @@ def _training(rank, ranks, family, seed, whole_model=True):
 
 
 def _training_without_whole_model(*args):
-    """The same with the embedding, the last norm and the head left to the LossModule."""
+    """The same with the embedding, the last norm and the head left to the LossModule, and activations computed again."""
     _training(*args, whole_model=False)
 
 
