@@ -206,6 +206,7 @@ class PMC:
     def load_state_dict(self, state: dict) -> None:
         self.ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
         self._prepared = set(state["prepared"])
+        self.prepared_batches = 0
 
     def _ledger(self, forget: Sequence[int]) -> Ledger:
         if self.ledger is None:

@@ -50,13 +50,23 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def unshard(model: nn.Module) -> None:
-    """Make an FSDP2 module's own weights whole until after the backward pass, as its forward would that is not called."""
-    if _is_distributed():
-        from torch.distributed.fsdp import FSDPModule
+def begin_forward(root: nn.Module, model: nn.Module) -> None:
+    """Within root's forward, have FSDP2 do for the model's own weights what it would in the model's, which is not called.
 
-        if isinstance(model, FSDPModule):
-            model.unshard()
+    Raises:
+        UserError: ``fully_shard`` was applied to modules in root, but not to root: it would leave out gradients of others.
+    """
+    if not _is_distributed():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(root, FSDPModule) and any(isinstance(module, FSDPModule) for module in model.modules()):
+        name = type(root).__name__
+        raise UserError(
+            f"{name}: holds modules that fully_shard was applied to; expected it applied to {name}, too, as the last"
+        )
+    if isinstance(model, FSDPModule):
+        model.unshard()
 
 
 def is_zero3(parameter: Tensor) -> bool:
@@ -103,9 +113,9 @@ def _is_sharded(module: nn.Module) -> bool:
 def _unseen(module: nn.Module) -> Iterator[None]:
     """Within a with block, hooks of SHARDERS on the module's forward pass are off."""
     names = ("_forward_pre_hooks", "_forward_hooks")
-    hooks = {name: held for name in names if any(map(_is_sharders, (held := getattr(module, name)).values()))}
+    hooks = {name: held for name in names if any(map(_is_theirs, (held := getattr(module, name)).values()))}
     for name, held in hooks.items():
-        setattr(module, name, OrderedDict((key, hook) for key, hook in held.items() if not _is_sharders(hook)))
+        setattr(module, name, OrderedDict((key, hook) for key, hook in held.items() if not _is_theirs(hook)))
     try:
         yield
     finally:
@@ -113,5 +123,5 @@ def _unseen(module: nn.Module) -> Iterator[None]:
             setattr(module, name, held)
 
 
-def _is_sharders(hook: Callable) -> bool:
+def _is_theirs(hook: Callable) -> bool:
     return getattr(hook, "__module__", "").startswith(SHARDERS)

@@ -203,6 +203,10 @@ def _refusals(rank, ranks, family, seed):
     assert _is_sharded(loss_module)
     with gathered(loss_module):
         assert len(Sampler(mine.lm.model).sample(*_prompts(mine, 2), max_new_tokens=2, eos_token_id=[300]).tokens) == 2
+    with pytest.raises(
+        UserError, match="LossModule: holds modules that fully_shard was applied to; expected it applied to"
+    ):
+        parallel.LossModule(mine)([0], RETAIN)
     model = make_model(family, seed)
     fully_shard(model.get_output_embeddings())
     with pytest.raises(UserError, match="nor is fully_shard of the head by itself"):

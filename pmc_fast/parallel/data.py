@@ -11,7 +11,7 @@ from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.ledger import Ledger
 from pmc_fast.pmc import PMC
-from pmc_fast.sharding import is_zero3, unshard
+from pmc_fast.sharding import begin_forward, is_zero3
 
 
 class LossModule(nn.Module):
@@ -33,7 +33,7 @@ class LossModule(nn.Module):
                 "forget: got a batch that is not prepared, while ZeRO-3 has begun to gather weights for the forward pass; "
                 "call pmc.prepare([forget]) before"
             )
-        unshard(self.model)
+        begin_forward(self, self.model)
         return self.pmc.loss(forget, retain)
 
 
