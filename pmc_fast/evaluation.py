@@ -14,6 +14,7 @@ from pmc_fast.ops import rouge_l_recall
 from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
 from pmc_fast.sampler import Sampler, SampleSource
+from pmc_fast.sharding import gathered
 
 Progress = Callable[[int], object]
 
@@ -49,21 +50,22 @@ def sampled_answers(
     order = sorted(range(len(questions)), key=lambda i: len(encoded[i]))
     answers: list[list[str]] = [[] for _ in questions]
 
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        input_ids, attention_mask = pad_left([encoded[i] for i in batch], prompts.pad_id, lm.device)
-        samples = sampler.sample(
-            input_ids,
-            attention_mask,
-            eos_token_id=prompts.end_ids,
-            sequence_ids=torch.tensor(batch, device=lm.device),
-            **sampling,
-        )
-        tokens, lengths = samples.tokens.tolist(), samples.lengths.tolist()
-        for i, row_tokens, row_lengths in zip(batch, tokens, lengths, strict=True):
-            answers[i] = [prompts.decode(t[:n]) for t, n in zip(row_tokens, row_lengths, strict=True)]
-        if progress:
-            progress(len(batch))
+    with gathered(lm.root):
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            input_ids, attention_mask = pad_left([encoded[i] for i in batch], prompts.pad_id, lm.device)
+            samples = sampler.sample(
+                input_ids,
+                attention_mask,
+                eos_token_id=prompts.end_ids,
+                sequence_ids=torch.tensor(batch, device=lm.device),
+                **sampling,
+            )
+            tokens, lengths = samples.tokens.tolist(), samples.lengths.tolist()
+            for i, row_tokens, row_lengths in zip(batch, tokens, lengths, strict=True):
+                answers[i] = [prompts.decode(t[:n]) for t, n in zip(row_tokens, row_lengths, strict=True)]
+            if progress:
+                progress(len(batch))
     return answers
 
 

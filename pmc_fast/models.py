@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pmc_fast.errors import UserError
 from pmc_fast.ops import collapse_loss, linear_logprob, linear_sample
+from pmc_fast.sharding import gathered, refuse_parts
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class LanguageModel:
 
     def __init__(self, model: nn.Module, check: bool = True) -> None:
         self.model = model
+        # Where weights are shared out among processes, the module that holds all of them: a wrapper may put itself here.
+        self.root = model
         if any(config.is_prompt_learning for config in (getattr(model, "peft_config", None) or {}).values()):
             raise UserError(
                 "model: got adapters that learn prompts, which head(backbone(ids)) would leave out; expected adapters "
@@ -71,6 +74,7 @@ class LanguageModel:
 
     @property
     def head(self) -> Head:
+        self.check_whole()
         linear = self._linear()
         bias = None if linear.bias is None else self._autocast(linear.bias)
         return Head(self._autocast(linear.weight), bias, self._softcap, self._scale)
@@ -81,7 +85,12 @@ class LanguageModel:
 
     def hidden(self, input_ids: Tensor, **options) -> Tensor:
         """The last hidden states, [..., D]."""
+        self.check_whole()
         return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
+
+    def check_whole(self) -> None:
+        """A UserError if this rank holds only a part of the weights."""
+        refuse_parts(self._linear().weight)
 
     def _linear(self) -> nn.Linear:
         """The head, looked up each time: an adapter put on it later must not go unnoticed."""
@@ -90,7 +99,7 @@ class LanguageModel:
             raise UserError(
                 f"model: got {type(self.model).__name__} with output head {type(found).__name__}, expected a "
                 "transformers causal language model with an nn.Linear head (adapters on the head are not supported: "
-                "leave it out of target_modules and modules_to_save)"
+                "leave it out of target_modules and modules_to_save; nor is fully_shard of the head by itself)"
             )
         return found
 
@@ -102,13 +111,12 @@ class LanguageModel:
     @torch.no_grad()
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
-        vocab = self._linear().weight.shape[0]
-        ids = torch.tensor([[1, 2, 3]], device=self.device) % vocab
-        with evaluating(self.model):
+        with gathered(self.model), evaluating(self.model):
+            ids = torch.tensor([[1, 2, 3]], device=self.device) % self._linear().weight.shape[0]
             expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
             hidden = self.hidden(ids, use_cache=False)[0]
-        head = self.head
-        z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+            head = self.head
+            z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
         error = (logits - expected).abs().max()
         if not error <= 0.02 * expected.abs().max() + 1e-3:

@@ -25,6 +25,7 @@ from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner, has_lower_bound
 from pmc_fast.rewards import Reward, RougeRecall
 from pmc_fast.sampler import Sampler, SampleSource
+from pmc_fast.sharding import gathered
 
 __all__ = ["PMC", "PMCConfig"]
 
@@ -78,6 +79,7 @@ class PMC:
         self.reward = reward or RougeRecall(min_words=config.min_words)
         self.ledger: Ledger | None = None
         self.stats: dict[str, Any] = {}
+        self.prepared_batches = 0  # that `prepare` sampled for and `loss` has not met
         self._prepared: set[int] = set()
         self._ahead = _no_samples()  # what `prepare` did since the last loss
 
@@ -132,6 +134,7 @@ class PMC:
             fresh = [q for q in dict.fromkeys(batch) if not ledger.is_final(q) and q not in self._prepared]
             self._prepared.update(fresh)
             groups.append(fresh)
+        self.prepared_batches += len(groups)
         self._resample(groups)
 
     def loss(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
@@ -151,12 +154,16 @@ class PMC:
         Raises:
             UserError: ``initialise`` was not called, an index is out of range, or both batches are empty.
         """
+        self.lm.check_whole()
         self.stats, self._ahead = self._ahead, _no_samples()
         forget = list(forget)
         ledger = self._ledger(forget)
         ready = self._prepared.intersection(forget)
         self._prepared -= ready
-        self._resample([[q for q in dict.fromkeys(forget) if q not in ready and not ledger.is_final(q)]])
+        fresh = [q for q in dict.fromkeys(forget) if q not in ready and not ledger.is_final(q)]
+        if fresh or not self.prepared_batches:
+            self._resample([fresh])
+        self.prepared_batches = max(0, self.prepared_batches - 1)
         with self._timed("train"):
             entries = [ledger.entries[question] for question in forget]
             answers = [
@@ -199,6 +206,7 @@ class PMC:
     def load_state_dict(self, state: dict) -> None:
         self.ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
         self._prepared = set(state["prepared"])
+        self.prepared_batches = 0
 
     def _ledger(self, forget: Sequence[int]) -> Ledger:
         if self.ledger is None:
@@ -212,9 +220,11 @@ class PMC:
 
     def _resample(self, batches: Sequence[Sequence[int]]) -> None:
         """Draw new answers to the questions of some batches and offer the picked ones to the ledger."""
-        questions = [question for batch in batches for question in batch]
-        if not questions:
-            return
+        with gathered(self.lm.root):  # also without questions: other ranks may have some
+            if questions := [question for batch in batches for question in batch]:
+                self._draw(questions, batches)
+
+    def _draw(self, questions: list[int], batches: Sequence[Sequence[int]]) -> None:
         ledger, config = self.ledger, self.config
         references = [ledger.initial_answers[q] for q in questions]
         with self._timed("sample"):

@@ -17,6 +17,7 @@ from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
+from pmc_fast.sharding import gathered
 from pmc_fast.static_decoder import Sizes, static_decoder
 
 if TYPE_CHECKING:
@@ -144,26 +145,25 @@ class Sampler:
             sequence_ids = torch.arange(prompts, device=device)
         if sequence_ids.shape != (prompts,):
             raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
-        at_once = self._prompts_at_once(input_ids, limits, num_samples, cache_budget)
-
-        model = self.lm.model
+        model, waves = self.lm.model, []
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
         with (
+            gathered(self.lm.root),
             torch.autocast(device.type, enabled=False),  # casting the weights for each token costs more
             evaluating(model),
-            fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight),
             attention.replacing_sdpa(model),
         ):
-            waves = []
-            for begin in range(0, max(1, prompts), at_once):
-                part = slice(begin, begin + at_once)
-                with phase("prefill"):
-                    mask = None if attention_mask is None else attention_mask[part]
-                    filled = prefill(self.lm, input_ids[part], mask)
-                limit = limits[part].to(device).repeat_interleave(num_samples)
-                pruner = None if prune is None else prune.part(begin, min(begin + at_once, prompts))
-                wave = (filled, num_samples, sequence_ids[part], limit, ends.to(device), draw, pruner, progress)
-                waves.append(self._sample_wave(*wave))
+            at_once = self._prompts_at_once(input_ids, limits, num_samples, cache_budget)
+            with fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight):
+                for begin in range(0, max(1, prompts), at_once):
+                    part = slice(begin, begin + at_once)
+                    with phase("prefill"):
+                        mask = None if attention_mask is None else attention_mask[part]
+                        filled = prefill(self.lm, input_ids[part], mask)
+                    limit = limits[part].to(device).repeat_interleave(num_samples)
+                    pruner = None if prune is None else prune.part(begin, min(begin + at_once, prompts))
+                    wave = (filled, num_samples, sequence_ids[part], limit, ends.to(device), draw, pruner, progress)
+                    waves.append(self._sample_wave(*wave))
         return _join(waves, prompts, num_samples, ends[0])
 
     def _sample_wave(

@@ -1,6 +1,8 @@
 """Every example in docs/examples runs, on a tiny model, and saves one that has changed."""
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from pmc_fast.data import QA, write_jsonl
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "docs" / "examples").glob("*.py"))
 NEEDS = {"with_accelerate": "accelerate", "with_trainer": "accelerate"}
+PROCESSES = {"fsdp": 2}
 
 
 def test_there_are_examples():
-    assert {"plain_torch", *NEEDS} <= {path.stem for path in EXAMPLES}
+    assert {"plain_torch", *NEEDS, *PROCESSES} <= {path.stem for path in EXAMPLES}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -27,13 +30,24 @@ def test_example(path, tmp_path, monkeypatch, rng_seed):
     make_tokenizer().save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "forget.jsonl", [QA(f"Who is {c}?", f"A poet, {c}.") for c in "abcde"])
     write_jsonl(tmp_path / "retain.jsonl", [QA(f"What is {c}?", f"The river {c}.") for c in "uvwxyz"])
-    names = ("model", "forget.jsonl", "retain.jsonl", "out")
-    monkeypatch.setattr(sys, "argv", [str(path), *(str(tmp_path / name) for name in names)])
+    command = [str(path), *(str(tmp_path / name) for name in ("model", "forget.jsonl", "retain.jsonl", "out"))]
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(path), run_name="__main__")
+    if path.stem in PROCESSES:
+        _run_in_processes(PROCESSES[path.stem], command)
+    else:
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(str(path), run_name="__main__")
 
     trained = load_file(tmp_path / "out" / "model.safetensors")
     before = load_file(tmp_path / "model" / "model.safetensors")
     assert trained.keys() == before.keys() and all(torch.isfinite(value).all() for value in trained.values())
     assert not any(torch.equal(trained[name], before[name]) for name in before)
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def _run_in_processes(count, command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr

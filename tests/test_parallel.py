@@ -1,6 +1,8 @@
 """Two and three gloo processes against one: sharded heads, ledgers, gradients."""
 
 import copy
+import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -29,10 +31,20 @@ def test_ranks_agree_with_one_process(ranks, rng_seed, tmp_path):
 
 def _rank(rank, ranks, seed, store):
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.manual_seed(seed)
     try:
-        for check in (_losses, _samples, _ties_and_bad_rows, _dtensors, _bad_shards, _merging, _data_parallel):
+        for check in (
+            _losses,
+            _samples,
+            _ties_and_bad_rows,
+            _dtensors,
+            _bad_shards,
+            _merging,
+            _data_parallel,
+            _accelerated,
+        ):
             check(rank, ranks)
     finally:
         dist.destroy_process_group()
@@ -195,13 +207,22 @@ def _merging(rank, ranks):
         parallel.merge_ledgers(pmc)
 
 
-def _data_parallel(rank, ranks):
+def _accelerated(rank, ranks):
+    """The same DDP as accelerate makes it."""
+    if find_spec("accelerate"):
+        from accelerate import Accelerator
+
+        _data_parallel(rank, ranks, Accelerator(cpu=True).prepare)
+
+
+def _data_parallel(rank, ranks, wrap=DistributedDataParallel):
     """DDP over a split forget set ends as one process that accumulates the same micro-batches."""
     single, mine = _make_pmc(), _make_pmc()
     for pmc in (single, mine):
         pmc.initialise(QUESTIONS)
     start = copy.deepcopy(single.lm.model.state_dict())
-    ddp = DistributedDataParallel(parallel.LossModule(mine))
+    ddp = wrap(parallel.LossModule(mine))
+    assert isinstance(ddp, DistributedDataParallel)
     optimizers = [torch.optim.SGD(pmc.lm.model.parameters(), lr=0.05) for pmc in (single, mine)]
     for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4]):  # each rank meets other questions in the second epoch
         batches = torch.tensor(order).tensor_split(ranks)

@@ -120,7 +120,8 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
         raise UserError(
             f"args: got {args.world_size} processes and {args.n_gpu} GPUs in this one, expected one process with at most "
-            "one GPU (CUDA_VISIBLE_DEVICES=0), without FSDP and DeepSpeed"
+            "one GPU (CUDA_VISIBLE_DEVICES=0), without FSDP and DeepSpeed; several processes need a loop of your own, see "
+            "docs/distributed.md"
         )
     if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise UserError(

@@ -11,21 +11,29 @@ from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.ledger import Ledger
 from pmc_fast.pmc import PMC
+from pmc_fast.sharding import begin_forward, is_zero3
 
 
 class LossModule(nn.Module):
-    """``PMC.loss`` as a module's forward, for wrappers that work on forward: ``DistributedDataParallel(LossModule(pmc))``.
+    """``PMC.loss`` as a module's forward, for ``DistributedDataParallel``, ``fully_shard`` and ``deepspeed.initialize``.
 
     Args:
-        pmc: the model it holds is this module's only submodule.
+        pmc: the model it holds is this module's only submodule; its weights are from now on gathered from this module.
     """
 
     def __init__(self, pmc: PMC) -> None:
         super().__init__()
         self.model = pmc.lm.model
         self.pmc = pmc
+        pmc.lm.root = self
 
     def forward(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
+        if not self.pmc.prepared_batches and any(map(is_zero3, self.model.parameters())):
+            raise UserError(
+                "forget: got a batch that is not prepared, while ZeRO-3 has begun to gather weights for the forward pass; "
+                "call pmc.prepare([forget]) before"
+            )
+        begin_forward(self, self.model)
         return self.pmc.loss(forget, retain)
 
 
