@@ -39,6 +39,11 @@ class RunningRows:
             self._cache.fan_out(num_samples, steps)
             self._mask = filled.mask.repeat_interleave(num_samples, dim=0) if filled.padded else None
 
+    @property
+    def native(self) -> bool:
+        """Whether this library's own CPU kernels decode."""
+        return self._decoder is not None
+
     def _uses_native(self) -> bool:
         return backend.choose("decode_attention", None, self.hidden.device.type, self.hidden.dtype) == "native"
 

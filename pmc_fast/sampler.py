@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,7 @@ from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
 from pmc_fast.sharding import gathered
-from pmc_fast.static_decoder import Sizes, static_decoder
+from pmc_fast.static_decoder import KeptDecoders, Sizes, rounded, static_decoder
 
 if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner
@@ -68,13 +69,21 @@ class Sampler:
 
     Args:
         model: the model, or a ``LanguageModel`` around it.
+        keep_graphs: on a GPU, whether the memory and the CUDA graphs of a call stay for the next one: of the same rows,
+            options and weights' addresses, and of about the same lengths. Otherwise nothing stays allocated.
+
+    Attributes:
+        decoder: what decoded in the last call: "cuda graph", "native" (this library's CPU kernels) or "modules" (the
+            model's own, where a part of it is of no known kind, is watched or replaced, or is sharded).
 
     Raises:
         UserError: the model has no head this library knows.
     """
 
-    def __init__(self, model: nn.Module | LanguageModel) -> None:
+    def __init__(self, model: nn.Module | LanguageModel, keep_graphs: bool = False) -> None:
         self.lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
+        self.decoder: str | None = None
+        self._kept = KeptDecoders() if keep_graphs else None
 
     def cache_bytes(self, rows: int, positions: int) -> int:
         """Bytes of keys and values for that many rows of that many tokens each, prompt and answer together.
@@ -154,7 +163,10 @@ class Sampler:
             attention.replacing_sdpa(model),
         ):
             at_once = self._prompts_at_once(input_ids, limits, num_samples, cache_budget)
-            with fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight):
+            with (
+                fast_linear(self.lm.backbone, min(prompts, at_once) * num_samples, self.lm.head.weight),
+                self._kept.call() if self._kept else nullcontext(),
+            ):
                 for begin in range(0, max(1, prompts), at_once):
                     part = slice(begin, begin + at_once)
                     with phase("prefill"):
@@ -178,18 +190,23 @@ class Sampler:
         progress: Callable[[int], object] | None,
     ) -> Wave:
         steps = int(limit.max()) if len(limit) else 1
-        sizes = Sizes.holding(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
-        if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw)) is not None:
+        sizes = Sizes(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
+        if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
+            self.decoder = "cuda graph"
             sequence = sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)
             return decoder.sample(filled, sequence.flatten(), limit, prune, progress)
         rows = RunningRows(self.lm, filled, num_samples, steps, sequence_ids)
+        self.decoder = "native" if rows.native else "modules"
         return _run(self.lm, rows, limit, ends, draw, prune, progress)
 
     def _prompts_at_once(self, input_ids: Tensor, limits: Tensor, num_samples: int, cache_budget: int | None) -> int:
         """How many prompts' answers fit into the budget together."""
         if not len(input_ids):
             return 1
-        needed = self.cache_bytes(num_samples, input_ids.shape[1] + int(limits.max()))
+        width, steps = input_ids.shape[1], int(limits.max())
+        needed = self.cache_bytes(num_samples, width + steps)
+        if self._kept is not None:
+            needed = self.cache_bytes(num_samples, rounded(width) + rounded(steps)) + self.cache_bytes(1, width)
         given = cache_budget is not None
         if not given:
             cache_budget = int(free_bytes(input_ids.device) * CACHE_SHARE)

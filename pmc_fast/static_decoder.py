@@ -7,9 +7,11 @@ launch. Rows that finish run on, unseen, until so many have that the others fit 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,7 @@ from pmc_fast.side_by_side import side_by_side
 if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner
 
-# Positions are allocated in multiples of this, so that calls of about the same lengths can share graphs.
+# Positions that are to be kept are allocated in multiples of this, so that calls of about the same lengths share graphs.
 MULTIPLE = 32
 LEAST_ROWS = 16  # of a graph
 STEPS_AHEAD = 2  # of what the host knows: it never waits for the step under way
@@ -44,9 +46,13 @@ class Sizes:
     width: int
     steps: int
 
-    @classmethod
-    def holding(cls, rows: int, prompts: int, width: int, steps: int) -> Sizes:
-        return cls(rows, prompts, *(-(-length // MULTIPLE) * MULTIPLE for length in (width, steps)))
+    def rounded(self) -> Sizes:
+        """Those of calls that can share their memory with this one."""
+        return replace(self, width=rounded(self.width), steps=rounded(self.steps))
+
+
+def rounded(positions: int) -> int:
+    return -(-positions // MULTIPLE) * MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,12 @@ class _Linear:
 
 
 def static_decoder(
-    lm: LanguageModel, filled: Prefill, sizes: Sizes, ends: Tensor, draw: dict[str, Any]
+    lm: LanguageModel,
+    filled: Prefill,
+    sizes: Sizes,
+    ends: Tensor,
+    draw: dict[str, Any],
+    kept: KeptDecoders | None,
 ) -> StaticDecoder | None:
     """A decoder for this model, or None where its kernels do not run or one of the model's parts is of no known kind.
 
@@ -90,6 +101,7 @@ def static_decoder(
         filled: a pass over some prompts, which shows how the model attends.
         ends: int64 [E], the tokens that end an answer.
         draw: the options of `linear_sample` but for sequence and position.
+        kept: holds decoders of an earlier call, of which one that fits serves again; None: this call has its own.
     """
     device, dtype = filled.hidden.device.type, filled.hidden.dtype
     if not filled.suits_decode_attention or backend.choose("decode_attention", None, device, dtype) != "triton":
@@ -102,7 +114,35 @@ def static_decoder(
         return None
     if getattr(layers.rotary, "rope_type", None) not in _ROTARY_KINDS:
         return None
-    return StaticDecoder(lm, layers, sizes, ends, {**draw, "impl": impl})
+    draw = {**draw, "impl": impl}
+    if kept is None:
+        return StaticDecoder(lm, layers, sizes, ends, draw, keeps=False)
+    sizes = sizes.rounded()
+    weights = tuple(parameter.data_ptr() for parameter in lm.model.parameters())  # which its graphs read in place
+    key = (sizes, tuple(ends.tolist()), *draw.items(), weights)
+    return kept.get(key, lambda: StaticDecoder(lm, layers, sizes, ends, draw, keeps=True))
+
+
+class KeptDecoders:
+    """Those that the last call used, for the next one."""
+
+    def __init__(self) -> None:
+        self._earlier: dict[Hashable, StaticDecoder] = {}
+        self._used: dict[Hashable, StaticDecoder] = {}
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call; what it does not use is gone afterwards."""
+        self._earlier, self._used = self._used, {}
+        try:
+            yield
+        finally:
+            self._earlier = {}
+
+    def get(self, key: Hashable, make: Callable[[], StaticDecoder]) -> StaticDecoder:
+        if key not in self._used:
+            self._used[key] = self._earlier.pop(key, None) or make()
+        return self._used[key]
 
 
 class StaticDecoder:
@@ -112,7 +152,13 @@ class StaticDecoder:
     """
 
     def __init__(
-        self, lm: LanguageModel, layers: Layers[_Norm, _Linear], sizes: Sizes, ends: Tensor, draw: dict[str, Any]
+        self,
+        lm: LanguageModel,
+        layers: Layers[_Norm, _Linear],
+        sizes: Sizes,
+        ends: Tensor,
+        draw: dict[str, Any],
+        keeps: bool,
     ) -> None:
         self._lm, self._layers, self.sizes, self._ends = lm, layers, sizes, ends
         options = {"bias": lm.head.bias, "softcap": lm.head.softcap, "logit_scale": lm.head.logit_scale, **draw}
@@ -121,16 +167,18 @@ class StaticDecoder:
         weight, rows = layers.embed.weight, sizes.rows
         self._device = weight.device
         kv_heads = layers.layers[0].key.weight.shape[0] // layers.head_dim
-        shape = (len(layers.layers), 2, -1, kv_heads, -1, layers.head_dim)
 
         def positions(count: int, length: int) -> Tensor:
-            sized = [*shape[:2], count, shape[3], length, shape[5]]
-            return torch.empty(sized, dtype=weight.dtype, device=self._device)
+            shape = (len(layers.layers), 2, count, kv_heads, length, layers.head_dim)
+            return torch.empty(shape, dtype=weight.dtype, device=self._device)
 
         def counts(value: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full((rows,), value, dtype=dtype, device=self._device)
 
-        self._prefix, self._own = positions(sizes.prompts, sizes.width), positions(rows, sizes.steps)
+        # Keys and values of each layer: the prompts', which are the prefill's own unless graphs are kept, and the rows'.
+        self._kept_prefix = positions(sizes.prompts, sizes.width) if keeps else None
+        self._prefix: Sequence[Sequence[Tensor]] = ()
+        self._own = positions(rows, sizes.steps)
         self._cosine, self._sine = self._angles(sizes.width + sizes.steps)
         # By row, and moved with it:
         self._slot, self._sequence, self._prefix_row, self._first, self._token = (counts() for _ in range(5))
@@ -193,9 +241,11 @@ class StaticDecoder:
     def _begin(self, filled: Prefill, copies: int, sequence: Tensor, limit: Tensor) -> None:
         """Everything as it is before the first draw. Prompts end where the prefix ends."""
         pad = self.sizes.width - filled.cache.get_seq_length()
-        for held, layer in zip(self._prefix, filled.cache.layers, strict=True):
-            for mine, its in zip(held, layer.filled(), strict=True):
+        self._prefix = [layer.filled() for layer in filled.cache.layers]
+        if self._kept_prefix is not None:
+            for mine, its in zip(self._kept_prefix.flatten(0, 1), chain(*self._prefix), strict=True):
                 mine[:, :, pad:] = its
+            self._prefix = self._kept_prefix
         torch.arange(self.sizes.rows, out=self._slot)
         self._sequence.copy_(sequence)
         self._limit.copy_(limit)
@@ -366,8 +416,3 @@ def _scale(call: AttentionCall) -> float:
 def _kernels(name: str) -> Any:
     """A module of Triton kernels: imported where they run, since Triton need not be installed elsewhere."""
     return import_module(f"pmc_fast.kernels.{name}")
-
-
-def parameters_at(model: nn.Module) -> Sequence[int]:
-    """Where the weights lie: a graph holds for as long as they stay."""
-    return tuple(parameter.data_ptr() for parameter in model.parameters())

@@ -3,6 +3,8 @@
 Without one most tests have torch in the kernels' place, which are tested in tests/kernels: the interpreter is slow.
 """
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import decoder_kernels
@@ -59,7 +61,8 @@ def sample(model, seed, prompts=PROMPTS, num_samples=4, **changes):
         "top_p": 0.95,
         "temperature": 0.9,
     }
-    return Sampler(model).sample(ids, mask, **{**options, **changes})
+    sampler = model if isinstance(model, Sampler) else Sampler(model)
+    return sampler.sample(ids, mask, **{**options, **changes})
 
 
 def by_modules(model, seed, monkeypatch, **options):
@@ -132,6 +135,71 @@ def test_pruning_stops_the_same_answers(built, monkeypatch, rng_seed):
     got = sample(model, rng_seed, prune=pruner(), **options)
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prune=pruner(), **options))
     assert got.pruned.any() and not got.pruned.all()
+
+
+@torch.no_grad()
+def test_kept_graphs_serve_calls_of_about_the_same_sizes_and_weights_that_change(built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed).to(DEVICE)
+    sampler = Sampler(model, keep_graphs=True)
+    for prompts, steps in ((PROMPTS, 7), (PROMPTS, 5), ([[9, 8], [7], [6, 5, 4], [3]], 9)):
+        options = {"prompts": prompts, "max_new_tokens": steps}
+        assert_same(sample(sampler, rng_seed, **options), by_modules(model, rng_seed, monkeypatch, **options))
+        assert sampler.decoder == "cuda graph"
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    assert built[0] is built[1] is built[2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, options: options.update(temperature=0.8),
+        lambda model, options: options.update(seed=options["seed"] + 1),
+        lambda model, options: options.update(eos_token_id=[5, 6]),
+        lambda model, options: options.update(num_samples=5),
+        lambda model, options: options.update(max_new_tokens=40),
+        lambda model, options: setattr(model.model.norm, "weight", torch.nn.Parameter(2 * model.model.norm.weight)),
+    ],
+)
+def test_kept_graphs_serve_no_other_call(change, built, monkeypatch, rng_seed):
+    model, options = make_model(seed=rng_seed).to(DEVICE), {"seed": rng_seed}
+    sampler = Sampler(model, keep_graphs=True)
+    sample(sampler, **options)
+    change(model, options)
+    assert_same(sample(sampler, **options), by_modules(model, monkeypatch=monkeypatch, **options))
+    assert built[0] is not built[1]
+    sample(sampler, rng_seed)
+    assert built[2] is not built[0]  # gone with the call that had no use for it
+
+
+def test_nothing_is_kept_unless_asked_for(built, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE))
+    sample(sampler, rng_seed), sample(sampler, rng_seed)
+    assert built[0] is not built[1]
+    memory = [weakref.ref(decoder) for decoder in built]
+    built.clear()
+    gc.collect()
+    assert not any(decoder() for decoder in memory)
+
+
+def test_kept_memory_fits_the_budget(built, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    one = sampler.cache_bytes(4, 32 + 32) + sampler.cache_bytes(1, 7)
+    with pytest.raises(ValueError, match=f"cache_budget: got {one - 1} bytes, expected at least {one}"):
+        sample(sampler, rng_seed, cache_budget=one - 1)
+    sample(sampler, rng_seed, cache_budget=2 * one)
+    assert [decoder.sizes.prompts for decoder in built] == [2, 2] and built[0] is built[1]
+    held = sum(x.nbytes for x in (built[0]._kept_prefix, built[0]._own))
+    assert held <= 2 * one
+
+
+def test_the_sampler_says_what_decoded(built, monkeypatch, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE))
+    sample(sampler, rng_seed)
+    assert sampler.decoder == "cuda graph"
+    by_modules(sampler, rng_seed, monkeypatch)
+    assert sampler.decoder in ("native", "modules")
 
 
 def test_progress_ends_with_few_rows(built, rng_seed):
