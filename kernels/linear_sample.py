@@ -22,7 +22,7 @@ from pmc_fast.phases import phase
 
 SCRATCH_BYTES = 1 << 29  # of logits held at once
 # Up to so many rows the fused kernel is the faster one: on an H200 with Llama-3.2-3B's head it takes 211, 229, 303 and 707
-# us for 16, 32, 64 and 160 rows, torch's product and `draw_from_all` about 225, 236, 275 and 340.
+# us for 16, 32, 64 and 160 rows, torch's product and `draw_from_all` together about 225, 236, 275 and 340.
 FUSED_ROWS = 32
 PIECE = tl.constexpr(16)  # rows that a program draws for together
 
