@@ -17,7 +17,7 @@ from benchmarks import results
 from benchmarks.bench import OURS, Bench, CannotRun, Verdict, named
 from benchmarks.compiled import COMPILED
 from benchmarks.limits import Limits, measure_limits
-from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave
+from benchmarks.measure import PeakMemory, Spread, Stopwatch, captured, environment, interleave
 from benchmarks.wording import clock
 from pmc_fast.backend import IMPLEMENTATIONS, choose
 from pmc_fast.errors import UserError
@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer", nargs="+", metavar="NAME", help="only these besides pmc_fast and plain torch (default: every peer)"
     )
     parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="on a GPU: time replays of a CUDA graph of each call, which is the GPU's time without the host's",
+    )
+    parser.add_argument(
         "--limit-s",
         type=float,
         default=20.0,
@@ -70,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Print a table per bench, and write what is known so far after each."""
+    if args.graphs and device.type != "cuda":
+        raise UserError(f"--graphs: got --device {device}, want a GPU")
     dtypes = [DTYPES[name] for name in args.dtype]
     benches = [
         bench
@@ -91,11 +98,13 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         for bench, runs in zip(benches, contestants, strict=True):
             bar.set_description(f"{bench.op} {bench.title}"[:60])
             done = bar.n
-            rows += (new := measure(bench, runs, device, args.seed, args.repeats, args.limit_s, limits, bar.update))
+            options = (args.seed, args.repeats, args.limit_s, limits, bar.update, args.graphs)
+            rows += (new := measure(bench, runs, device, *options))
             bar.update(done + len(new) * (args.repeats + 1) - bar.n)
             tqdm.write(table(new))
             if args.json:
                 content = {"environment": where, "limits": asdict(limits), "rows": [asdict(row) for row in rows]}
+                content["graphs"] = args.graphs
                 results.write(args.json, SCHEMA, {**content, "command": args.command_line})
 
 
@@ -129,8 +138,9 @@ def measure(
     limit_s: float,
     limits: Limits | None,
     tick: Callable[[], object],
+    graphs: bool = False,
 ) -> list[Row]:
-    """Judge every contestant of a bench, then time those that are right in turns."""
+    """Judge every contestant of a bench, then time those that are right in turns, as replays of graphs if asked for."""
     gc.collect()
     torch.manual_seed(seed)
     inputs = bench.make_inputs(seed, device)
@@ -160,6 +170,12 @@ def measure(
         if watch.seconds > limit_s:  # only now known of what its first run compiled
             times[name] = [watch.seconds]
             del quick[name]
+        elif graphs:
+            try:
+                quick[name] = captured(quick[name])
+            except RuntimeError as error:
+                verdicts[name] = Verdict(None, f"no CUDA graph can hold it: {error}")
+                del quick[name]
     times |= interleave(quick, repeats, device=device, tick=tick)
 
     spreads = {name: Spread.of(seconds) for name, seconds in times.items()}
@@ -169,7 +185,8 @@ def measure(
         if name not in spreads:
             rows.append(row(name, verdict.right, verdict.evidence))
             continue
-        median, forward = spreads[name].median, getattr(runs[name], "forward_seconds", [])[-len(times[name]) :]
+        median = spreads[name].median
+        forward = [] if graphs else getattr(runs[name], "forward_seconds", [])[-len(times[name]) :]
         rows.append(
             row(
                 name,

@@ -63,6 +63,28 @@ def test_who_is_wrong_or_refuses_gets_no_time():
     assert rows["refuses"].right is None
 
 
+def test_with_graphs_their_replays_are_timed(monkeypatch):
+    seen, replayed = [], []
+
+    def captured(run):
+        seen.append(run())
+        if len(seen) == 1:
+            return lambda: replayed.append(1)
+        raise RuntimeError("it waits for the GPU")
+
+    monkeypatch.setattr(ops, "captured", captured)
+    bench = Doubling()
+    rows = ops.measure(bench, bench.contestants(), CPU, 3, 2, 60.0, None, lambda: None, graphs=True)
+    rows = {row.contestant: row for row in rows}
+    assert seen == [6, 6] and replayed and rows["pmc_fast"].seconds is not None
+    assert rows["peer"].seconds is None and "no CUDA graph can hold it: it waits for the GPU" in rows["peer"].evidence
+
+
+def test_graphs_without_a_gpu_are_refused(capsys):
+    assert main(["ops", "--op", "sample", "--graphs"]) == 2
+    assert "--graphs: got --device cpu, want a GPU" in capsys.readouterr().err
+
+
 def test_slow_contestants_run_once():
     rows = measure(Doubling(), 3, 5, 0.0)
     assert [row.repeats for row in rows if row.right] == [1, 1]
