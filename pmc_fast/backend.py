@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -104,8 +104,22 @@ def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = 
 
 
 def load(op: str, impl: str, function: str | None = None) -> Callable:
-    """The function that implements `op`, or another one of its module."""
-    return getattr(import_module(f"{PACKAGES[impl]}.{op}"), function or op)
+    """The function that implements `op`, or another one of its module; its first argument is a tensor."""
+    found = getattr(import_module(f"{PACKAGES[impl]}.{op}"), function or op)
+    return _on_its_device(found) if impl == "triton" else found
+
+
+@cache
+def _on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device, whatever the tensors' is."""
+    import torch
+
+    @wraps(function)
+    def call(tensor, *args, **options):
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args, **options)
+
+    return call
 
 
 @cache

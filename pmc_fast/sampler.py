@@ -194,7 +194,8 @@ class Sampler:
         if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
             self.decoder = "cuda graph"
             sequence = sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)
-            return decoder.sample(filled, sequence.flatten(), limit, prune, progress)
+            with torch.cuda.device_of(limit):  # where its kernels are launched
+                return decoder.sample(filled, sequence.flatten(), limit, prune, progress)
         rows = RunningRows(self.lm, filled, num_samples, steps, sequence_ids)
         self.decoder = "native" if rows.native else "modules"
         return _run(self.lm, rows, limit, ends, draw, prune, progress)

@@ -2,6 +2,7 @@
 
 import builtins
 import inspect
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -148,3 +149,24 @@ def test_without_the_compiled_module_naming_it_is_an_error(no_library):
     assert reason and ("libgomp" in reason or "pip install -e ." in reason)
     with pytest.raises(BackendUnavailable, match="collapse_loss"):
         choose("collapse_loss", "native")
+
+
+def test_triton_runs_on_the_device_of_the_tensors(monkeypatch):
+    """Which need not be the current one."""
+    entered, left = [], []
+
+    class DeviceOf:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *_):
+            left.append(self.tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    values = torch.randn(3, 5)
+    load("collapse_loss", "triton", "scale")(values, torch.ones(()))
+    assert entered == left == [values]
+    assert load("sample", "reference") is import_module("pmc_fast.reference.sample").sample
