@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,13 @@ _watched: ContextVar[list[AttentionCall] | None] = ContextVar("pmc_fast_watched"
 
 # What the rows see while they are decoded one token at a time; None otherwise.
 _decoding: ContextVar[Decoding | None] = ContextVar("pmc_fast_decoding", default=None)
+
+
+class PackedLengths(NamedTuple):
+    """Tokens of a packed batch: of the beginning that all sequences share, and of each sequence beyond it."""
+
+    shared: int
+    own: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def _forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_lengths: tuple[int, ...] | None = None,
+    packed_lengths: PackedLengths | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
@@ -153,8 +162,8 @@ def _forward(
     if packed_lengths is not None:
         if (count := _calls.get()) is not None:
             count[0] += 1
-        if varlen.takes(query, softcap, dropout):
-            return varlen.attend(query, key, value, packed_lengths, sliding_window, scaling), None
+        if not packed_lengths.shared and varlen.takes(query, softcap, dropout):
+            return varlen.attend(query, key, value, packed_lengths.own, sliding_window, scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -162,10 +171,12 @@ def _forward(
         causal = attention_mask is None and query.shape[2] > 1
         out = _attend(query, key, value, attention_mask, causal, None, softcap, dropout, scaling)
         return out.transpose(1, 2).contiguous(), None
-    pieces = [
-        _attend(q, k, v, None, True, sliding_window, softcap, dropout, scaling)
-        for q, k, v in zip(*(x.split(packed_lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
+    shared, own = packed_lengths
+    begin, *rest = zip(*(x.split([shared, *own], dim=2) for x in (query, key, value)), strict=True)
+    pieces = [begin] if shared else []
+    for q, k, v in rest:
+        pieces.append((q, torch.cat([begin[1], k], dim=2), torch.cat([begin[2], v], dim=2)) if shared else (q, k, v))
+    pieces = [_attend(*piece, None, True, sliding_window, softcap, dropout, scaling) for piece in pieces]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -181,9 +192,8 @@ def _attend(
     scaling: float | None,
 ) -> Tensor:
     tokens, keys = query.shape[2], key.shape[2]
-    if causal and (softcap is not None or (window is not None and tokens > window)):
-        ahead = torch.arange(tokens, device=query.device)[:, None] - torch.arange(keys, device=query.device)
-        mask, causal = (ahead >= 0) & (ahead < (window or keys)), False
+    if causal and (softcap is not None or tokens < keys or (window is not None and keys > window)):
+        mask, causal = _seen(tokens, keys, window, query.device), False
     if softcap is None:
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
@@ -194,3 +204,10 @@ def _attend(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     weights = nn.functional.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
     return weights @ value
+
+
+@lru_cache(maxsize=64)  # all layers ask for the same
+def _seen(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [tokens, keys]: which keys the last `tokens` of so many see."""
+    ahead = torch.arange(keys - tokens, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (ahead >= 0) & (ahead < (window or keys))

@@ -215,12 +215,12 @@ def _weighted_ascent(
 
 def _sums(batch: Packed, values: Tensor) -> Tensor:
     """Sums over each sequence's labels, [B]."""
-    return values.new_zeros(len(batch.lengths)).index_add(0, batch.sequence, values)
+    return values.new_zeros(batch.count).index_add(0, batch.sequence, values)
 
 
 def _kept(batch: Packed, logprob: Tensor, first: int, weight: float) -> Tensor | float:
     """The weighted mean negative log-likelihood of the tokens from that sequence on; 0 if there are none."""
-    return 0.0 if first == len(batch.lengths) else -weight * _mean(logprob, batch.sequence >= first)
+    return 0.0 if first == batch.count else -weight * _mean(logprob, batch.sequence >= first)
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
@@ -237,13 +237,11 @@ def _check(
     name: str = "forget",
     sequences_each: int = 1,
 ) -> None:
-    most = len(batch.lengths) // sequences_each
+    most = batch.count // sequences_each
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{name}: got {count!r}, expected an integer")
     if not 1 <= count <= most:
-        raise ValueError(
-            f"{name}: got {count}, expected 1 to {most}, since the batch has {len(batch.lengths)} sequences"
-        )
+        raise ValueError(f"{name}: got {count}, expected 1 to {most}, since the batch has {batch.count} sequences")
     for option, value in above_0.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option}: got {value}, expected a finite number above 0")

@@ -11,22 +11,31 @@ from torch import Tensor
 from pmc_fast import attention
 from pmc_fast.models import LanguageModel
 
+# A beginning that is shorter is not worth the longer way of attention.
+LEAST_SHARED = 8
+
 
 @dataclass(frozen=True)
 class Packed:
     """Sequences end to end; T tokens in all, N of them predict a label.
 
-    input_ids: int64 [1, T]. position_ids: int64 [1, T], from 0 in each sequence. lengths: tokens of each sequence.
+    input_ids: int64 [1, T], the beginning that all have in common first, once. position_ids: int64 [1, T], from 0 in each
+    sequence. lengths: tokens of the common beginning (0 if there is none that is held once) and of each sequence beyond it.
     rows: int64 [N], the positions in [0, T) whose next token is a label. target: int64 [N], those labels.
     sequence: int64 [N], the sequence that each label belongs to.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    lengths: tuple[int, ...]
+    lengths: attention.PackedLengths
     rows: Tensor
     target: Tensor
     sequence: Tensor
+
+    @property
+    def count(self) -> int:
+        """The number of sequences."""
+        return len(self.lengths.own)
 
     def hidden(self, lm: LanguageModel) -> Tensor:
         """The hidden states that predict the labels, [N, D]; the same as each sequence would give on its own."""
@@ -47,34 +56,53 @@ def pack(
 ) -> Packed:
     """Pack prompt + answer pairs; the answers' tokens are the labels.
 
-    The last token of an answer predicts nothing, so it is a label but no input.
+    The last token of an answer predicts nothing, so it is a label but no input. On a CPU the tokens that all prompts begin
+    with, such as a chat template's and its system prompt's, are held once, if there are LEAST_SHARED of them.
 
     Raises:
         ValueError: the numbers of prompts and answers differ, or one is empty.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"answers: got {len(answers)}, expected {len(prompts)}, as many as prompts")
-    tokens: list[int] = []
-    positions: list[int] = []
+    shared = _common(prompts) if torch.device(device).type == "cpu" else 0
+    tokens = list(prompts[0][:shared]) if shared else []
+    positions = list(range(shared))
     lengths, rows, target, sequence = [], [], [], []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if not prompt or not answer:
             raise ValueError(f"prompts, answers: sequence {number} is empty, expected at least one token in each")
-        inputs = [*prompt, *answer[:-1]]
-        first = len(tokens) + len(prompt) - 1
+        inputs = [*prompt[shared:], *answer[:-1]]
+        first = len(tokens) + len(prompt) - shared - 1
         rows.extend(range(first, first + len(answer)))
         target.extend(answer)
         sequence.extend([number] * len(answer))
         tokens.extend(inputs)
-        positions.extend(range(len(inputs)))
+        positions.extend(range(shared, shared + len(inputs)))
         lengths.append(len(inputs))
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     return Packed(
-        tensor(tokens)[None], tensor(positions)[None], tuple(lengths), tensor(rows), tensor(target), tensor(sequence)
+        tensor(tokens)[None],
+        tensor(positions)[None],
+        attention.PackedLengths(shared, tuple(lengths)),
+        tensor(rows),
+        tensor(target),
+        tensor(sequence),
     )
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; their last tokens, which predict labels, left out."""
+    if len(prompts) < 2:
+        return 0
+    same = 0
+    for tokens in zip(*(prompt[:-1] for prompt in prompts), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        same += 1
+    return same if same >= LEAST_SHARED else 0
 
 
 def pad_left(

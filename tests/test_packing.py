@@ -14,10 +14,14 @@ def _rows(count):
     return prompts, answers
 
 
+@pytest.mark.parametrize("shared", [0, 3, 13])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_each_sequence_alone(family, rng_seed):
+def test_equals_each_sequence_alone(family, shared, monkeypatch, rng_seed):
+    monkeypatch.setattr("pmc_fast.packing.LEAST_SHARED", 3)
     model = make_model(family, seed=rng_seed)
     prompts, answers = _rows(5)
+    begin = torch.randint(0, 256, (shared,)).tolist()
+    prompts = [begin + [number, *prompt] for number, prompt in enumerate(prompts)]
     alone = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer])
@@ -34,6 +38,8 @@ def test_equals_each_sequence_alone(family, rng_seed):
 
     lm = LanguageModel(model)
     packed = pack(prompts, answers)
+    assert packed.lengths.shared == shared
+    assert packed.input_ids.numel() == sum(map(len, prompts)) + sum(map(len, answers)) - 5 - 4 * shared
     logprob = lm.head.logprob(packed.hidden(lm), packed.target)
     torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
     logprob.sum().backward()
@@ -56,6 +62,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(rng_seed):
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_what_prompts_have_in_common():
+    begin, answers = list(range(20)), [[1], [2, 3]]
+    assert pack([[*begin, 50], [*begin, 51]], answers).lengths == (20, (1, 2))
+    assert pack([begin, begin], answers).lengths == (19, (1, 2))  # the last token predicts a label
+    assert pack([begin, [*begin, 7]], answers).lengths == (19, (1, 3))
+    assert pack([begin[:8], begin[:8]], answers).lengths == (0, (8, 9))  # 7 are too few
+    assert pack([[9, *begin], begin], answers).lengths == (0, (21, 21))
+    assert pack([begin], [[1, 2]]).lengths == (0, (21,))  # nobody to share with
 
 
 def test_an_installed_model_still_answers_padded_batches_as_before(rng_seed):
