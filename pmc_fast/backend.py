@@ -79,9 +79,7 @@ def _why_not_cuda(device_type: str) -> str | None:
     return cuda.too_old()
 
 
-def choose(
-    op: str, impl: str | None, device_type: str = "cpu", dtype: object = None, prefer: str | None = None
-) -> str:
+def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = None, prefer: str | None = None) -> str:
     """The implementation to use: the one named, or the fastest that can run these inputs, `prefer` before all others.
 
     Raises:
