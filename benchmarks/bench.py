@@ -68,6 +68,10 @@ class Bench(abc.ABC):
     def contestants(self) -> Mapping[str, Callable[[Any], Any]]:
         """Who runs, by name, ours first."""
 
+    def preferred(self, device_type: str) -> str | None:
+        """The implementation that pmc_fast tries first for this bench's options."""
+        return None
+
     @abc.abstractmethod
     def oracle(self, inputs: Any) -> Any:
         """What `judge` has to know in float64 about these inputs."""

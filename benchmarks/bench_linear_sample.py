@@ -51,6 +51,9 @@ class LinearSampleBench(Bench):
             runs["linear + torch topk"] = lambda x: draw_with_torch_topk(F.linear(*x), self.settings)
         return runs
 
+    def preferred(self, device_type: str) -> str | None:
+        return self.settings.preferred(device_type)
+
     def oracle(self, inputs: HeadInputs) -> Truncated:
         # the largest logits are about 20: rounded to the dtype, each is off by up to 8 of its eps
         slack = max(1e-4, 16 * torch.finfo(self.dtype).eps)

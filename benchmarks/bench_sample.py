@@ -30,6 +30,11 @@ class Settings:
         """As keyword arguments of `truncated` and of the op."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
+    def preferred(self, device_type: str) -> str | None:
+        from pmc_fast.ops.sample import preferred
+
+        return preferred(device_type, **self.cuts())
+
 
 def real_looking_logits(rows: int, vocab: int, generator: torch.Generator) -> torch.Tensor:
     """float32 [rows, vocab] on the generator's device: power laws, from rows sure of their token to rows that leave thousands open.
@@ -118,6 +123,9 @@ class SampleBench(Bench):
             runs["torch topk"] = lambda logits: draw_with_torch_topk(logits, self.settings)
         runs["flashinfer"] = lambda logits: draw_with_flashinfer(logits, self.settings)
         return runs
+
+    def preferred(self, device_type: str) -> str | None:
+        return self.settings.preferred(device_type)
 
     def oracle(self, inputs: torch.Tensor) -> Truncated:
         return truncated(inputs, **self.settings.cuts())

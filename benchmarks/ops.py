@@ -118,8 +118,9 @@ def contestants_of(bench: Bench, peers: Sequence[str] | None, device: torch.devi
 
     The implementation that pmc_fast chooses by itself does not run a second time by its name.
     """
-    chosen = named(choose(bench.op, None, device.type, bench.dtype)) if bench.op in IMPLEMENTATIONS else None
-    runs = {name: run for name, run in bench.contestants().items() if name != chosen}
+    runs = dict(bench.contestants())
+    if bench.op in IMPLEMENTATIONS:
+        runs.pop(named(choose(bench.op, None, device.type, bench.dtype, bench.preferred(device.type))), None)
     return {name: run for name, run in runs.items() if peers is None or name in (OURS, bench.yardstick, *peers)}
 
 

@@ -21,9 +21,9 @@ PACKAGES = {
 
 # Fastest first; native is for CPUs, triton and cuda for GPUs.
 IMPLEMENTATIONS = {
-    "collapse_loss": ("native", "triton", "cuda", "reference"),
+    "collapse_loss": ("native", "triton", "reference"),
     "decode_attention": ("native", "triton", "reference"),
-    "linear_logprob": ("native", "triton", "cuda", "reference"),
+    "linear_logprob": ("native", "triton", "reference"),
     "linear_sample": ("native", "triton", "cuda", "reference"),
     "rouge_l_recall": ("native", "reference"),
     "sample": ("native", "triton", "cuda", "reference"),
@@ -35,7 +35,7 @@ DTYPES = {
     "cuda": ("float32", "bfloat16"),
 }
 
-# Not yet run on a GPU: for those who ask for it.
+# Slower than Triton but for some options: for those who ask for it, and ops that prefer it (`pmc_fast.ops.sample.preferred`).
 ONLY_IF_NAMED = ("cuda",)
 
 
@@ -79,14 +79,16 @@ def _why_not_cuda(device_type: str) -> str | None:
     return cuda.too_old()
 
 
-def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = None) -> str:
-    """The implementation to use: the one named, or the fastest that can run these inputs.
+def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = None, prefer: str | None = None) -> str:
+    """The implementation to use: the one named, or the fastest that can run these inputs, `prefer` before all others.
 
     Raises:
         ValueError: `impl` is not the name of an implementation.
         BackendUnavailable: the one named cannot run; it never falls back to another.
     """
     if impl is None:
+        if prefer is not None and why_not(op, prefer, device_type, dtype) is None:
+            return prefer
         for name in IMPLEMENTATIONS[op]:
             if name in ONLY_IF_NAMED or (name == "triton" and device_type == "cpu"):
                 continue  # and the interpreter is for those who ask for it

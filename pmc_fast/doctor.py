@@ -84,7 +84,7 @@ def _cuda_kernels() -> str:
         return f"none: {error}"
     if reason := cuda.too_old():
         return f"{built}; no: {reason}"
-    return f"{built}; not yet run on a GPU, so an op uses them only with impl='cuda'"
+    return f"{built}; sample and linear_sample use them for top-p without top-k, or with impl='cuda'"
 
 
 def _version(name: str) -> str | None:

@@ -23,6 +23,7 @@ from pmc_fast.cache import retired
 from pmc_fast.decoder_layers import Layers, NormParts, Unknown, read_layers
 from pmc_fast.gpu.gemm import write_logits
 from pmc_fast.models import LanguageModel
+from pmc_fast.ops.sample import preferred
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill
 from pmc_fast.side_by_side import side_by_side
@@ -106,7 +107,8 @@ def static_decoder(
     device, dtype = filled.hidden.device.type, filled.hidden.dtype
     if not filled.suits_decode_attention or backend.choose("decode_attention", None, device, dtype) != "triton":
         return None
-    if (impl := backend.choose("linear_sample", draw["impl"], device, dtype)) not in ("triton", "cuda"):
+    prefer = preferred(device, draw["temperature"], draw["top_k"], draw["top_p"])
+    if (impl := backend.choose("linear_sample", draw["impl"], device, dtype, prefer)) not in ("triton", "cuda"):
         return None
     try:
         layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear.of)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import pmc_fast
 from pmc_fast import backend, cuda, native
 from pmc_fast.backend import IMPLEMENTATIONS, choose, load, why_not
 from pmc_fast.errors import BackendUnavailable
@@ -86,7 +87,7 @@ def cuda_module(request, monkeypatch):
 
 
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_cuda_runs_on_gpus_and_only_if_named(op, cuda_module):
+def test_cuda_runs_on_gpus_and_only_if_named_or_preferred(op, cuda_module):
     assert choose(op, None, "cuda", torch.bfloat16) != "cuda"
     if "cuda" not in IMPLEMENTATIONS[op]:
         reason = f"no cuda implementation of {op}"
@@ -94,12 +95,53 @@ def test_cuda_runs_on_gpus_and_only_if_named(op, cuda_module):
         reason = r"run on GPUs \(built for sm_80, sm_90a\), the tensors are on cpu"
         if not torch.cuda.is_available():
             assert choose(op, "cuda", "cuda", torch.bfloat16) == "cuda"
+            assert choose(op, None, "cuda", torch.bfloat16, "cuda") == "cuda"
         with pytest.raises(BackendUnavailable, match="takes float32, bfloat16, not float16"):
             choose(op, "cuda", "cuda", torch.float16)
     else:
         reason = "built without its CUDA kernels"
     with pytest.raises(BackendUnavailable, match=reason):
         choose(op, "cuda")
+
+
+@pytest.mark.parametrize("op", ["sample", "linear_sample"])
+def test_what_is_preferred_must_be_able_to_run(op, cuda_module):
+    assert choose(op, None, "cuda", torch.float16, "cuda") == "triton"
+    assert choose(op, None, "cpu", torch.float32, "cuda") == "native"
+    assert choose(op, "reference", "cuda", torch.float32, "cuda") == "reference"
+    if cuda_module == "built without CUDA":
+        assert choose(op, None, "cuda", torch.float32, "cuda") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p": 0.95}, "cuda"),
+        ({"top_p": 0.95, "min_p": 0.1, "temperature": 0.7}, "cuda"),
+        ({}, None),
+        ({"min_p": 0.1}, None),
+        ({"top_p": 0.95, "top_k": 50}, None),
+        ({"top_p": 0.95, "temperature": 0.0}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["sample", "linear_sample"])
+def test_top_p_alone_prefers_cuda_on_gpus(op, options, expected, monkeypatch):
+    """What the ops ask for: the tensors stay on the CPU, only their device's name is another."""
+    asked = []
+
+    def on_a_gpu(op, impl, device_type, dtype, prefer):
+        asked.append((op, impl, dtype, prefer))
+        return "reference"
+
+    module = import_module(f"pmc_fast.ops.{op}")
+    monkeypatch.setattr(backend, "choose", on_a_gpu)
+    tensors = [torch.zeros(2, 5)] if op == "sample" else [torch.zeros(2, 3), torch.zeros(5, 3)]
+    getattr(pmc_fast, op)(*tensors, **options)
+    rule = module.preferred
+    monkeypatch.setattr(module, "preferred", lambda device_type, *given: rule("cuda", *given))
+    getattr(pmc_fast, op)(*tensors, **options)
+    assert asked == [(op, None, torch.float32, None), (op, None, torch.float32, expected)]
 
 
 def test_a_gpu_too_old_for_the_kernels(cuda_module, monkeypatch):

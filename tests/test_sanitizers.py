@@ -1,4 +1,4 @@
-"""The CPU's kernels, and the CUDA kernels on an emulated GPU, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The CPU's kernels, and the CUDA kernel on an emulated GPU, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import os
 import subprocess

@@ -86,6 +86,14 @@ def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_se
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prompts=prompts))
 
 
+def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
+    asked = []
+    monkeypatch.setattr(static_decoder, "preferred", lambda *options: options)
+    monkeypatch.setattr(static_decoder.backend, "choose", lambda *args: asked.append(args) or "triton")
+    sample(make_model("llama").to(DEVICE), 0, top_k=7)
+    assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
+
+
 @pytest.mark.parametrize("family", ["qwen3", "phi"])
 def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
     monkeypatch.setattr(static_decoder, "_kernels", KERNELS)

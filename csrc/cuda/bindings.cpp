@@ -50,40 +50,4 @@ PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
                               static_cast<pmc::Dtype>(dtype), {device, pointer<void>(stream)});
         },
         release());
-
-    m.def(
-        "cross_entropy",
-        [](int device, uintptr_t stream, uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
-           float logit_scale, float softcap, float temperature, uintptr_t row, int64_t first_row, uintptr_t target,
-           uintptr_t weight, uintptr_t nll, uintptr_t bad) {
-            pmc::cuda::cross_entropy({pointer<void>(logits),
-                                      rows,
-                                      vocab,
-                                      row_stride,
-                                      {logit_scale, softcap},
-                                      temperature,
-                                      pointer<const int64_t>(row),
-                                      first_row,
-                                      pointer<const int64_t>(target),
-                                      pointer<const float>(weight),
-                                      pointer<float>(nll),
-                                      pointer<int32_t>(bad),
-                                      0},
-                                     static_cast<pmc::Dtype>(dtype), {device, pointer<void>(stream)});
-        },
-        release());
-
-    m.def(
-        "append_token",
-        [](int device, uintptr_t stream, uintptr_t token, uintptr_t logprob, uintptr_t slot, int64_t rows,
-           uintptr_t ends, int64_t end_count, uintptr_t limit, uintptr_t tokens, uintptr_t logprobs, int64_t width,
-           uintptr_t length, uintptr_t logprob_sum, uintptr_t finished, uintptr_t position, uintptr_t done) {
-            pmc::cuda::append_token(
-                {pointer<const int64_t>(token), pointer<const float>(logprob), pointer<const int64_t>(slot), rows,
-                 pointer<const int64_t>(ends), end_count, pointer<const int64_t>(limit), pointer<int64_t>(tokens),
-                 pointer<float>(logprobs), width, pointer<int64_t>(length), pointer<double>(logprob_sum),
-                 pointer<uint8_t>(finished), pointer<int64_t>(position), pointer<uint8_t>(done)},
-                {device, pointer<void>(stream)});
-        },
-        release());
 }

@@ -8,7 +8,6 @@ namespace pmc::cuda {
 
 // What a launch must know of a GPU.
 struct Device {
-    int multiprocessors;
     int threads;        // of a block
     int block_shared;   // bytes of shared memory that one block may have
     int shared;         // bytes of shared memory of a multiprocessor

@@ -18,7 +18,7 @@
 
 namespace pmc::cuda::emulated {
 
-Device device{1, 64, 64 << 10, 128 << 10, true};
+Device device{64, 64 << 10, 128 << 10, true};
 uint64_t order = 0;
 Index thread{}, block{}, block_size{};
 

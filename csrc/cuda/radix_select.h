@@ -2,8 +2,8 @@
 // lower token id. All sums are of integers, so the result depends on no order.
 #pragma once
 
-#include "common/mass.h"
 #include "common/order.h"
+#include "cuda/mass.h"
 #include "cuda/team.h"
 
 namespace pmc::cuda {

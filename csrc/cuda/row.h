@@ -55,30 +55,11 @@ class RowPart {
             visit(unpacked(v - begin_ < room_ ? kept_[v - begin_] : loaded(v)), v * kWidth);
     }
 
-    // Writes a vector over the row's; `row` is where it came from.
-    __device__ void store(Logit* row, int token, const Vector& values) const {
-        if (aligned_ && token + kWidth <= size_) {
-            *reinterpret_cast<uint4*>(row + token) = packed(values);
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i)
-            if (token + i < size_) row[token + i] = rounded(values.value[i]);
-    }
-
     __device__ bool holds(int token) const { return token < size_; }
 
   private:
     static __device__ int boundary(int size, int part, int parts) {
         return static_cast<int>(static_cast<int64_t>((size + kWidth - 1) / kWidth) * part / parts);
-    }
-
-    static __device__ float widened(const float* from) { return *from; }
-    static __device__ Logit rounded(float value) {
-        if constexpr (sizeof(Logit) == 4)
-            return value;
-        else
-            return narrow(value);
     }
 
     static __device__ uint32_t bits(float value) { return float_bits(value); }
@@ -106,17 +87,6 @@ class RowPart {
     }
     static __device__ float low(uint32_t pair) { return bits_float(pair << 16); }
     static __device__ float high(uint32_t pair) { return bits_float(pair & 0xFFFF0000u); }
-
-    static __device__ uint4 packed(const Vector& v) {
-        if constexpr (kWidth == 4)
-            return {float_bits(v.value[0]), float_bits(v.value[1]), float_bits(v.value[2]), float_bits(v.value[3])};
-        else
-            return {pair(v.value[0], v.value[1]), pair(v.value[2], v.value[3]), pair(v.value[4], v.value[5]),
-                    pair(v.value[6], v.value[7])};
-    }
-    static __device__ uint32_t pair(float first, float second) {
-        return narrow(first) | static_cast<uint32_t>(narrow(second)) << 16;
-    }
 
     const Logit* row_;
     int size_;

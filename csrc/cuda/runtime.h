@@ -83,7 +83,7 @@ Device current_device(const char* name, void (*kernel)(Args)) {
     };
     cudaFuncAttributes code;
     check(cudaFuncGetAttributes(&code, kernel), name);
-    return {attribute(cudaDevAttrMultiProcessorCount), kMostThreads, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+    return {kMostThreads, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), code.ptxVersion >= 90};
 }
 

@@ -5,10 +5,10 @@
 // that the radix selects and the draw look at. Where the list is too short they visit the row again.
 #include <cfloat>
 
-#include "common/mass.h"
 #include "common/order.h"
 #include "common/philox.h"
 #include "cuda/kernels.h"
+#include "cuda/mass.h"
 #include "cuda/radix_select.h"
 #include "cuda/row.h"
 #include "cuda/team.h"

@@ -1,9 +1,68 @@
 // cross_entropy and its gradient on the CPU.
+#include <algorithm>
+#include <cmath>
 #include <limits>
+#include <vector>
 
-#include "fuzz/scores.h"
+#include "fuzz/fuzz.h"
 
 namespace pmc::fuzz {
+namespace {
+
+// What a row must give, in double.
+struct ExpectedScore {
+    Usable usable;
+    double nll = 0, nll_tolerance = 0;
+    std::vector<double> gradient;
+    double gradient_tolerance = 0;
+    bool gradient_in_range = false;
+
+    ExpectedScore(const Logits& logits, int64_t row, float temperature, int64_t target, float weight) {
+        const std::vector<double> y = logits.transformed(row);
+        const double error = logits.error(), scaled_error = error / temperature;
+        usable = fuzz::usable(y, error, temperature);
+        if (usable == Usable::kNo) return;
+
+        std::vector<double> scaled(y.size());
+        for (size_t i = 0; i < y.size(); ++i)
+            scaled[i] = error > 0 ? y[i] / temperature : static_cast<float>(y[i]) / temperature;  // as kernels round
+        const double top = *std::max_element(scaled.begin(), scaled.end());
+        double mass = 0;
+        for (double s : scaled) mass += std::exp(s - top);
+        nll = top - scaled[target] + std::log(mass);
+        nll_tolerance = 3e-5 + 1e-6 * std::abs(nll) + 3 * scaled_error;
+
+        const double scale = static_cast<double>(weight) / temperature * logits.head.logit_scale;
+        gradient_in_range = weight == 0 || (std::isnormal(weight / temperature) && std::abs(scale) < 1e37);
+        gradient_tolerance = std::abs(scale) * (5e-5 + 3 * scaled_error) + 1e-37;
+        for (size_t i = 0; i < y.size(); ++i) {
+            const double capped = logits.head.softcap > 0 ? y[i] / logits.head.softcap : 0;
+            const double p = std::exp(scaled[i] - top) / mass;
+            gradient.push_back((p - (static_cast<int64_t>(i) == target)) * scale * (1 - capped * capped));
+        }
+    }
+};
+
+// Checks each row's nll and what was written over `logits`: the gradient where it is `weighted`, else nothing.
+void check_scores(const Case& c, const Logits& logits, const std::vector<ExpectedScore>& expected, bool weighted,
+                  const std::vector<float>& nll, const Numbers& z) {
+    for (int64_t r = 0; r < logits.rows; ++r) {
+        const ExpectedScore& e = expected[r];
+        if (e.usable == Usable::kYes) c.check_near("nll", r, 0, nll[r], static_cast<float>(e.nll), e.nll_tolerance);
+        for (int64_t i = 0; i < logits.stride && (r + 1 < logits.rows || i < logits.vocab); ++i) {
+            const int64_t at = r * logits.stride + i;
+            if (!weighted || i >= logits.vocab) {
+                if (!z.same_bits(logits.z, at))
+                    c.fail("wrote to [%lld, %lld]", static_cast<long long>(r), static_cast<long long>(i));
+            } else if (e.usable == Usable::kYes && e.gradient_in_range) {
+                c.check_near("gradient", r, i, z.get(at), e.gradient[i],
+                             e.gradient_tolerance + rounding(z.dtype()) * std::abs(e.gradient[i]));
+            }
+        }
+    }
+}
+
+}  // namespace
 
 void fuzz_cross_entropy(Case& c) {
     Random& random = c.random;

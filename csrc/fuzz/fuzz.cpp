@@ -38,8 +38,6 @@ Fuzzer fuzzers[] = {
     {"gumbel", pmc::fuzz::fuzz_gumbel},
     {"rouge_l_recall", pmc::fuzz::fuzz_rouge_l_recall},
     {"cuda_sample", pmc::fuzz::fuzz_cuda_sample},
-    {"cuda_cross_entropy", pmc::fuzz::fuzz_cuda_cross_entropy},
-    {"cuda_append_token", pmc::fuzz::fuzz_cuda_append_token},
 };
 constexpr int64_t kFuzzers = sizeof fuzzers / sizeof *fuzzers;
 

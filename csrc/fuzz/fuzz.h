@@ -117,7 +117,5 @@ void fuzz_packed_linear(Case& c);
 void fuzz_elementwise(Case& c);
 void fuzz_rouge_l_recall(Case& c);
 void fuzz_cuda_sample(Case& c);
-void fuzz_cuda_cross_entropy(Case& c);
-void fuzz_cuda_append_token(Case& c);
 
 }  // namespace pmc::fuzz

@@ -63,19 +63,3 @@ def queue(tensor: Tensor) -> tuple[int, int]:
 def dtype_code(dtype: torch.dtype) -> int:
     """The compiled module's number for a torch dtype."""
     return {torch.float32: library().FLOAT32, torch.bfloat16: library().BFLOAT16}[dtype]
-
-
-def check_rows(name: str, rows: Tensor) -> None:
-    """That the kernels can address and count a matrix [N, V].
-
-    Raises:
-        ValueError: neighbours in a row are not neighbours in memory, or a row is too long.
-    """
-    vocab, most = rows.shape[1], library().MOST_VOCAB
-    if vocab > 1 and rows.stride(1) != 1:
-        raise ValueError(
-            f"{name}: got strides {list(rows.stride())}, expected [any, 1]: the CUDA kernels read rows whose elements are "
-            "next to one another, which .contiguous() makes"
-        )
-    if vocab > most:
-        raise ValueError(f"{name}: got {vocab} tokens, expected at most {most}, as far as the CUDA kernels count")

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from pmc_fast.cuda import check_rows, dtype_code, library, queue
+from pmc_fast.cuda import dtype_code, library, queue
 from pmc_fast.gpu.checks import no_bad_row, report
+from pmc_fast.gpu.gemm import row_major
 
 
 def sample(
@@ -27,9 +28,11 @@ def sample(
     op: str = "sample",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last four arguments are for `linear_sample`: what is still to be done to the logits, and what an error calls it."""
-    check_rows("logits", logits)
-    where = queue(logits)
     rows, vocab = logits.shape
+    if vocab > (most := library().MOST_VOCAB):
+        raise ValueError(f"logits: got {vocab} tokens, expected at most {most}, as far as the CUDA kernel counts")
+    where = queue(logits)
+    logits = row_major(logits)
     sequence, position = sequence.contiguous(), position.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)

@@ -50,7 +50,7 @@ def collapse_loss(
         logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
         ignore_index: the target that marks a row to leave out; None promises that there is none, and spares a GPU the wait
             to find them.
-        impl: None, "reference", "native", "triton" or "cuda".
+        impl: None, "reference", "native" or "triton".
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or range; weights or logits that are not finite.

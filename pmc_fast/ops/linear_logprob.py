@@ -37,7 +37,7 @@ def linear_logprob(
         temperature: divides the logits, above 0.
         ignore_index: the target that marks a row to leave out; None promises that there is none, and spares a GPU the wait
             to find them.
-        impl: None, "reference", "native", "triton" or "cuda".
+        impl: None, "reference", "native" or "triton".
 
     Returns:
         float32 [N] (float64 for float64 inputs), nats.

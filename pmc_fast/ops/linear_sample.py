@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.ops import _checks
-from pmc_fast.ops.sample import Sample, coordinates, empty_sample
+from pmc_fast.ops.sample import Sample, coordinates, empty_sample, preferred
 
 
 def linear_sample(
@@ -70,7 +70,8 @@ def _linear_sample(
     position: Tensor,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    name = backend.choose("linear_sample", impl, hidden.device.type, hidden.dtype)
+    device = hidden.device.type
+    name = backend.choose("linear_sample", impl, device, hidden.dtype, preferred(device, temperature, top_k, top_p))
     _checks.counters("sequence", sequence)
     _checks.counters("position", position)
     return backend.load("linear_sample", name)(

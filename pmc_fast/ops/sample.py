@@ -80,6 +80,31 @@ def coordinates(rows: Tensor, sequence: Tensor | None, position: Tensor | None) 
     return sequence, position
 
 
+def preferred(device_type: str, temperature: float, top_k: int | None, top_p: float) -> str | None:
+    """The implementation to try first for a draw with these options; None: in the usual order.
+
+    Top-p without top-k is 1.7 to 4.6 times as fast by CUDA as by Triton; of all other options measured only min-p, on few
+    short rows, was faster by CUDA too (25 us against 30). On an H200, in microseconds of the GPU:
+
+    =====================  ======  ======  ======  ======  ======  ======
+    options                top_p=0.95      top_k=50, ...*  none
+    ---------------------  --------------  --------------  --------------
+    rows                   CUDA    Triton  CUDA    Triton  CUDA    Triton
+    =====================  ======  ======  ======  ======  ======  ======
+    160 x 128256 float32      675    2290     415      88     151      98
+    160 x 128256 bfloat16     808    1966     321     221     123      97
+    160 x 49152 float32       271     466     189      70      63      46
+    32 x 128256 float32       211     980     134      58      53      32
+    32 x 128256 bfloat16      272     999     115     113      46      34
+    32 x 49152 float32         96     327      68      56      26      22
+    =====================  ======  ======  ======  ======  ======  ======
+
+    * top_k=50, top_p=0.95, temperature=0.9.
+    """
+    by_mass_alone = top_k is None and top_p < 1 and temperature > 0
+    return "cuda" if device_type == "cuda" and by_mass_alone else None
+
+
 @torch.library.custom_op("pmc_fast::sample", mutates_args=())
 def _sample(
     logits: Tensor,
@@ -92,7 +117,8 @@ def _sample(
     position: Tensor,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    name = backend.choose("sample", impl, logits.device.type, logits.dtype)
+    device = logits.device.type
+    name = backend.choose("sample", impl, device, logits.dtype, preferred(device, temperature, top_k, top_p))
     _checks.counters("sequence", sequence)
     _checks.counters("position", position)
     return backend.load("sample", name)(

@@ -247,6 +247,15 @@ def test_forward_time_and_share_of_the_limit(monkeypatch):
         assert row.flops == 6 * 37 * 24 * 1511 and row.bytes == 2 * 4 * 24 * (37 + 1511)
 
 
+@pytest.mark.parametrize(("top_k", "chosen"), [(None, "cuda"), (50, "triton")])
+@pytest.mark.parametrize("bench", [SampleBench, LinearSampleBench])
+def test_what_is_chosen_for_the_options_does_not_run_twice(bench, top_k, chosen, monkeypatch):
+    monkeypatch.setattr("pmc_fast.backend.why_not", lambda op, impl, *args: "for CPUs" if impl == "native" else None)
+    runs = ops.contestants_of(bench(3, SMALL, Settings(top_k=top_k)), None, torch.device("cuda"))
+    named = {f"pmc_fast, {impl}" for impl in ("native", "triton", "cuda", "reference")}
+    assert named - set(runs) == {f"pmc_fast, {chosen}"}
+
+
 def test_every_op_has_a_large_shape_and_a_small_one():
     for op in ops.OPS:
         sizes = {bench.large for bench in ops.benches_of(op)}

@@ -6,7 +6,7 @@
 
 #include "common/host_device.h"
 
-namespace pmc {
+namespace pmc::cuda {
 
 // sum of exp(x - top), top being the largest x so far. Starts from the lowest float, which unlike -inf can be
 // subtracted from -inf.
@@ -24,8 +24,7 @@ struct SoftmaxSum {
 };
 
 // Masses relative to a row's maximum in units of 2^-40; the sum of fewer than 2^24 of them, each at most 1, fits.
-constexpr int64_t kMostMasses = (int64_t{1} << 24) - 1;
 PMC_HD uint64_t fixed_mass(float mass) { return static_cast<uint64_t>(mass * 0x1p40f); }
 PMC_HD double from_fixed_mass(uint64_t mass) { return static_cast<double>(mass) * 0x1p-40; }
 
-}  // namespace pmc
+}  // namespace pmc::cuda
