@@ -6,7 +6,9 @@ parts. For N rows, V tokens, D dimensions and elements of s bytes: 2 N V D opera
 of row blocks, V D s bytes each time, and written are 8 bytes per row and part.
 
 The backward pass computes logits again: in one chunk of rows, as `collapse_loss` does, if they are few, else in slices of
-the vocabulary, whose gradient of the head is finished in one product.
+the vocabulary, whose gradient of the head is finished in one product. Slices need each row's maximum and mass over the whole
+vocabulary: the forward pass hands them over as the normalizer. Not their log-sum-exp: at logits of 100 it is rounded to
+multiples of 8e-6, by which p - 1 of a confident row would be off.
 """
 
 from __future__ import annotations
@@ -112,13 +114,12 @@ def join_kernel(
     rows,  # [count], row numbers of the caller; None: 0, 1, ...
     splits,
     logprob,  # [N]
-    top_out,  # [count]
-    mass_out,  # [count]
+    normalizer,  # [N, 2]
     bad,
     SPLITS: tl.constexpr,
 ):
     index = tl.program_id(0)
-    row = tl.load(rows + index) if rows is not None else index
+    row = tl.load(rows + index) if rows is not None else index.to(tl.int64)
     part = index.to(tl.int64) * splits + tl.arange(0, SPLITS)
     exists = tl.arange(0, SPLITS) < splits
     top = tl.load(tops + part, mask=exists, other=LOWEST)
@@ -128,8 +129,8 @@ def join_kernel(
     if not ((total > 0) & (total < INFINITY)):  # nothing but -inf, or NaN, or a maximum of +inf, whose mass is NaN
         tl.atomic_min(bad, row.to(tl.int32))
     tl.store(logprob + row, (tl.load(target_logits + index) - highest) - tl.log(total))
-    tl.store(top_out + index, highest)
-    tl.store(mass_out + index, total)
+    tl.store(normalizer + 2 * row, highest)
+    tl.store(normalizer + 2 * row + 1, total)
 
 
 class Tiles(NamedTuple):
@@ -170,33 +171,30 @@ def splits_for(row_blocks: int, tiles: int, at_once: int) -> int:
     return min(range(least, min(tiles, 4 * least) + 1), key=time)
 
 
-class Scores(NamedTuple):
-    logprob: Tensor  # [N], 0 at ignored rows
-    tops: Tensor  # [count], each scored row's highest tempered logit
-    masses: Tensor  # [count], its sum of exp(logit - top)
-
-
-def score(
+def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    rows: Tensor | None,
     *,
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-) -> Scores:
-    """Scores the rows numbered in `rows`; None: all."""
-    total = len(target)
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Also the normalizer, float32 [N, 2]: each row's highest tempered logit and its sum of exp(logit - highest).
+
+    Ignored rows are zeros in both.
+    """
+    rows, total = labelled_rows(target, ignore_index), len(target)
     if rows is not None:
         hidden, target = hidden[rows], target[rows]
     hidden, weight, target = row_major(hidden), row_major(weight), target.contiguous()
     (count, size), vocab = hidden.shape, weight.shape[0]
-    new = partial(torch.empty, dtype=torch.float32, device=weight.device)
-    scores = Scores(torch.zeros(total, dtype=torch.float32, device=weight.device), new(count), new(count))
+    new, zeros = (partial(f, dtype=torch.float32, device=weight.device) for f in (torch.empty, torch.zeros))
+    logprob, normalizer = zeros(total), zeros(total, 2)
     if count == 0:
-        return scores
+        return logprob, normalizer
 
     capability, processors = device_of(weight)
     tiles = tiles_for(count, vocab, size, weight.element_size(), capability)
@@ -233,17 +231,14 @@ def score(
         target_logits,
         rows,
         splits,
-        *scores,
+        logprob,
+        normalizer,
         bad,
         SPLITS=triton.next_power_of_2(splits),
         num_warps=1,
     )
     report("linear_logprob", bad, total)
-    return scores
-
-
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int | None, **options) -> Tensor:
-    return score(hidden, weight, target, labelled_rows(target, ignore_index), **options).logprob
+    return logprob, normalizer
 
 
 def linear_logprob_backward(
@@ -251,6 +246,7 @@ def linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    normalizer: Tensor,
     *,
     ignore_index: int | None,
     needs: tuple[bool, bool, bool],
@@ -259,8 +255,7 @@ def linear_logprob_backward(
     """The gradients of sum(upstream * linear_logprob(...)) that `needs` asks for: hidden, weight, bias."""
     rows = labelled_rows(target, ignore_index)
     if len(target if rows is None else rows) > chunk_rows(weight):
-        _, tops, masses = score(hidden, weight, target, rows, **options)
-        return sliced_backward(upstream, hidden, weight, target, rows, tops, masses, needs=needs, **options)
+        return sliced_backward(upstream, hidden, weight, target, normalizer, rows=rows, needs=needs, **options)
     row_weight = -upstream.float()
     _, gradients = cross_entropy(
         "linear_logprob", hidden, weight, target, row_weight, rows=rows, needs=needs, **options
@@ -311,7 +306,7 @@ def _forward_variant(name: str, kind: str, head: dict, tiles: Tiles, size: int, 
 
 
 def _join_variant(name: str, splits: int) -> Variant:
-    signature = dict.fromkeys(("tops", "masses", "target_logits", "logprob", "top_out", "mass_out"), "*fp32")
+    signature = dict.fromkeys(("tops", "masses", "target_logits", "logprob", "normalizer"), "*fp32")
     signature |= {"rows": "*i64", "splits": "i32", "bad": "*i32"}
     return Variant(
         name=name,

@@ -30,8 +30,7 @@ def slice_kernel(
     first_token,
     target,  # [count]
     row_weight,  # [count]
-    tops,  # [count]
-    masses,  # [count]
+    normalizer,  # [count, 2]
     magnify,  # [1], multiplies the gradient; None: 1
     logit_scale,
     softcap,
@@ -47,7 +46,8 @@ def slice_kernel(
     logits, slope = tempered_logits(product, logit_scale, softcap, inverse_temperature)
     scale = gradient_scale(row, row_weight, magnify, logit_scale, inverse_temperature)
     label = tl.load(target + row) - first_token
-    gradient = product_gradient(logits, slope, columns, label, tl.load(tops + row), tl.load(masses + row), scale)
+    top, mass = tl.load(normalizer + 2 * row), tl.load(normalizer + 2 * row + 1)
+    gradient = product_gradient(logits, slope, columns, label, top, mass, scale)
     tl.store(gradients + row * stride + columns, rounded(gradient, gradients.dtype.element_ty), mask=inside)
 
 
@@ -56,10 +56,9 @@ def sliced_backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    rows: Tensor | None,
-    tops: Tensor,
-    masses: Tensor,
+    normalizer: Tensor,
     *,
+    rows: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
@@ -70,8 +69,8 @@ def sliced_backward(
 
     Logits rounded to 16 bits would not do here: each row's top and mass are those of unrounded ones.
     """
-    x, label, row_weight = (t if rows is None else t[rows] for t in (hidden, target, -upstream.float()))
-    label, row_weight = label.contiguous(), row_weight.contiguous()
+    x, *rest = (t if rows is None else t[rows] for t in (hidden, target, -upstream.float(), normalizer))
+    label, row_weight, normalizer = (t.contiguous() for t in rest)
     (vocab, size), count, dtype, device = weight.shape, len(x), weight.dtype, weight.device
     magnify = magnification(row_weight, logit_scale, temperature) if dtype == torch.float16 else None
 
@@ -97,8 +96,7 @@ def sliced_backward(
             tokens.start,
             label,
             row_weight,
-            tops,
-            masses,
+            normalizer,
             magnify,
             logit_scale,
             softcap,
@@ -139,7 +137,7 @@ def variants(capability: int) -> list[Variant]:
 def _variant(name: str, kind: str, head: dict) -> Variant:
     signature = {"products": "*fp32", "gradients": kind, "target": "*i64"}
     signature |= dict.fromkeys(("stride", "tokens", "first_token"), "i32")
-    signature |= dict.fromkeys(("row_weight", "tops", "masses"), "*fp32")
+    signature |= dict.fromkeys(("row_weight", "normalizer"), "*fp32")
     optional = head | {"magnify": "*fp32" if kind == "*fp16" else None}
     return Variant(
         name=name,

@@ -73,42 +73,49 @@ def sampling(temperature_: float, top_k: int | None, top_p: float, min_p: float,
         raise ValueError(f"seed: got {seed!r}, expected an integer in [0, 2^63)")
 
 
+def coordinates(sequence: Tensor | None, position: Tensor | None, rows: Tensor) -> None:
+    """The noise coordinates of each row, where they are given."""
+    for name, values in (("sequence", sequence), ("position", position)):
+        if values is not None:
+            vector(name, values, rows.shape[0], torch.int64, rows)
+
+
 def targets(target: Tensor, vocab: int, ignore_index: int | None) -> None:
     """The values of target; reads them, so only an op's body calls it."""
-    outside = (target < 0) | (target >= vocab)
+    good = (target >= 0) & (target < vocab)
     wanted = f"token ids in [0, {vocab})"
     if ignore_index is not None:
-        outside &= target != ignore_index
+        good |= target == ignore_index
         wanted += f" or ignore_index={ignore_index}"
-    _none("target", outside, target, wanted)
+    _all("target", good, target, wanted)
 
 
 def within(name: str, values: Tensor, size: int) -> None:
     """That every value is in [0, size); reads them, so only an op's body calls it."""
-    _none(name, (values < 0) | (values >= size), values, f"integers in [0, {size})")
+    _all(name, (values >= 0) & (values < size), values, f"integers in [0, {size})")
 
 
 def length_and_first(length: Tensor, first: Tensor, positions: int, prefix: int) -> None:
     """That of `positions` each row holds `length`, and begins within them and the prefix; reads values likewise."""
-    _none("length", (length < 1) | (length > positions), length, f"integers in [1, {positions}]")
+    _all("length", (length >= 1) & (length <= positions), length, f"integers in [1, {positions}]")
     ends = "S + length" if prefix else "length"
-    _none("first", (first < 0) | (first >= prefix + length), first, f"integers in [0, {ends})")
+    _all("first", (first >= 0) & (first < prefix + length), first, f"integers in [0, {ends})")
 
 
 def counters(name: str, values: Tensor) -> None:
     """The values of sequence or position; reads them, so only an op's body calls it."""
-    _none(name, (values < 0) | (values >= 2**32), values, "integers in [0, 2^32)")
+    _all(name, values >> 32 == 0, values, "integers in [0, 2^32)")
 
 
 def finite(name: str, values: Tensor) -> None:
     """That every value is a number; reads them, so only an op's body calls it."""
-    _none(name, ~torch.isfinite(values), values, "finite numbers")
+    _all(name, torch.isfinite(values), values, "finite numbers")
 
 
-def _none(name: str, bad: Tensor, values: Tensor, wanted: str) -> None:
-    """Raise if a value is bad. On a GPU the device raises, when it gets there: the host does not wait to look."""
-    if bad.device.type != "cpu":
-        torch._assert_async(~bad.any(), f"{name}: expected {wanted}")
-    elif bad.any():
-        row = int(bad.nonzero()[0])
+def _all(name: str, good: Tensor, values: Tensor, wanted: str) -> None:
+    """Raise unless all values are good. On a GPU the device raises, when it gets there: the host does not wait to look."""
+    if good.device.type != "cpu":
+        torch._assert_async(good.all(), f"{name}: expected {wanted}")
+    elif not good.all():
+        row = int((~good).nonzero()[0])
         raise ValueError(f"{name}: got {values[row].item()} at row {row}, expected {wanted}")

@@ -51,7 +51,8 @@ def linear_logprob(
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
     _checks.temperature(temperature, allow_zero=False)
-    return _linear_logprob(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl)
+    logprob, _ = _linear_logprob(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl)
+    return logprob
 
 
 @torch.library.custom_op("pmc_fast::linear_logprob", mutates_args=())
@@ -65,10 +66,11 @@ def _linear_logprob(
     temperature: float,
     ignore_index: int | None,
     impl: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Also each row's normalizer, float32 [N, 2]: whatever the implementation's backward pass wants to find again."""
     name = backend.choose("linear_logprob", impl, hidden.device.type, hidden.dtype)
     _checks.targets(target, weight.shape[0], ignore_index)
-    return backend.load("linear_logprob", name)(
+    logprob, normalizer = backend.load("linear_logprob", name)(
         hidden,
         weight,
         target,
@@ -78,11 +80,13 @@ def _linear_logprob(
         temperature=temperature,
         ignore_index=ignore_index,
     )
+    return logprob, hidden.new_zeros(hidden.shape[0], 2, dtype=torch.float32) if normalizer is None else normalizer
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    count, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(count, dtype=wide), hidden.new_empty(count, 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("pmc_fast::linear_logprob_backward", mutates_args=())
@@ -91,6 +95,7 @@ def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    normalizer: Tensor,
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
@@ -105,6 +110,7 @@ def _linear_logprob_backward(
         hidden,
         weight,
         target,
+        normalizer,
         bias=bias,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -131,20 +137,26 @@ def empty_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
 
 
 @_linear_logprob_backward.register_fake
-def _(upstream, hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, needs, impl):
+def _(upstream, hidden, weight, target, normalizer, bias, softcap, logit_scale, temperature, ignore_index, needs, impl):
     return empty_gradients(hidden, weight, bias, needs)
 
 
 def _save(ctx, inputs, output):
     hidden, weight, target, bias, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, target, bias)
+    _, normalizer = output
+    ctx.save_for_backward(hidden, weight, target, normalizer, bias)
+    ctx.set_materialize_grads(False)  # the normalizer has none
 
 
-def _backward(ctx, upstream):
-    hidden, weight, target, bias = ctx.saved_tensors
+def _backward(ctx, upstream, _unused):
+    if upstream is None:
+        return (None,) * (4 + len(ctx.options))
+    hidden, weight, target, normalizer, bias = ctx.saved_tensors
     *options, impl = ctx.options
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    d_hidden, d_weight, d_bias = _linear_logprob_backward(upstream, hidden, weight, target, bias, *options, needs, impl)
+    d_hidden, d_weight, d_bias = _linear_logprob_backward(
+        upstream, hidden, weight, target, normalizer, bias, *options, needs, impl
+    )
     return (
         d_hidden if needs[0] else None,
         d_weight if needs[1] else None,

@@ -46,7 +46,7 @@ def linear_sample(
     """
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
-    sequence, position = coordinates(hidden, sequence, position)
+    _checks.coordinates(sequence, position, hidden)
     return Sample(
         *_linear_sample(
             hidden, weight, bias, softcap, logit_scale, temperature, top_k, top_p, min_p, seed, sequence, position, impl
@@ -66,14 +66,13 @@ def _linear_sample(
     top_p: float,
     min_p: float,
     seed: int,
-    sequence: Tensor,
-    position: Tensor,
+    sequence: Tensor | None,
+    position: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device = hidden.device.type
     name = backend.choose("linear_sample", impl, device, hidden.dtype, preferred(device, temperature, top_k, top_p))
-    _checks.counters("sequence", sequence)
-    _checks.counters("position", position)
+    sequence, position = coordinates(hidden, sequence, position)
     return backend.load("linear_sample", name)(
         hidden,
         weight,

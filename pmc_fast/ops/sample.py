@@ -64,19 +64,20 @@ def sample(
     if logits.shape[1] == 0:
         raise ValueError(f"logits: got shape {list(logits.shape)}, expected at least one token")
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
-    sequence, position = coordinates(logits, sequence, position)
+    _checks.coordinates(sequence, position, logits)
     return Sample(*_sample(logits, temperature, top_k, top_p, min_p, seed, sequence, position, impl))
 
 
 def coordinates(rows: Tensor, sequence: Tensor | None, position: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The noise coordinates of each row, by default its number and 0."""
-    count = rows.shape[0]
+    """The noise coordinates of each row, by default its number and 0; reads given ones to check them."""
     if sequence is None:
-        sequence = torch.arange(count, device=rows.device)
+        sequence = torch.arange(rows.shape[0], device=rows.device)
+    else:
+        _checks.counters("sequence", sequence)
     if position is None:
-        position = torch.zeros(count, dtype=torch.int64, device=rows.device)
-    _checks.vector("sequence", sequence, count, torch.int64, rows)
-    _checks.vector("position", position, count, torch.int64, rows)
+        position = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    else:
+        _checks.counters("position", position)
     return sequence, position
 
 
@@ -113,14 +114,13 @@ def _sample(
     top_p: float,
     min_p: float,
     seed: int,
-    sequence: Tensor,
-    position: Tensor,
+    sequence: Tensor | None,
+    position: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device = logits.device.type
     name = backend.choose("sample", impl, device, logits.dtype, preferred(device, temperature, top_k, top_p))
-    _checks.counters("sequence", sequence)
-    _checks.counters("position", position)
+    sequence, position = coordinates(logits, sequence, position)
     return backend.load("sample", name)(
         logits,
         temperature=temperature,

@@ -59,9 +59,8 @@ def linear_sample(
     shards = shards_of(weight, shards)
     weight, bias = local_head(shards, hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
+    _checks.coordinates(sequence, position, hidden)
     sequence, position = coordinates(hidden, sequence, position)
-    _checks.counters("sequence", sequence)
-    _checks.counters("position", position)
 
     logits = head.logits(hidden, weight, bias, softcap, logit_scale).float()
     mass = shards.gather(logits.double().logsumexp(-1)).logsumexp(0)

@@ -21,8 +21,11 @@ def collapse_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss, each token's nll, and the gradients of the loss that `needs` asks for: hidden, weight, bias."""
     head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
-    token_nll = -linear_logprob(hidden, weight, target, temperature=1.0, **head)
+    logprob, normalizer = linear_logprob(hidden, weight, target, temperature=1.0, **head)
+    token_nll = -logprob
     gradients: tuple = (None, None, None)
     if any(needs):
-        gradients = linear_logprob_backward(-token_weight, hidden, weight, target, temperature=1.0, needs=needs, **head)
+        gradients = linear_logprob_backward(
+            -token_weight, hidden, weight, target, normalizer, temperature=1.0, needs=needs, **head
+        )
     return (token_weight * token_nll).sum(), token_nll, *gradients

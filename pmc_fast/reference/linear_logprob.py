@@ -18,13 +18,13 @@ def linear_logprob(
     logit_scale: float,
     temperature: float,
     ignore_index: int | None,
-) -> Tensor:
+) -> tuple[Tensor, None]:
     rows = _scored(target, ignore_index)
     logits = head.logits(hidden[rows], weight, bias, softcap, logit_scale)
     scaled = logits / temperature
     head.check_finite("linear_logprob", scaled, rows)
     picked = scaled.log_softmax(-1).gather(1, target[rows, None])[:, 0]
-    return torch.zeros(target.shape, dtype=picked.dtype, device=picked.device).index_copy(0, rows, picked)
+    return torch.zeros(target.shape, dtype=picked.dtype, device=picked.device).index_copy(0, rows, picked), None
 
 
 def linear_logprob_backward(
@@ -32,6 +32,7 @@ def linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    _normalizer: Tensor | None,
     *,
     bias: Tensor | None,
     softcap: float | None,

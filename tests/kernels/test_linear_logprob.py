@@ -7,17 +7,20 @@ import torch
 from head_cases import DEVICE, DTYPES, IGNORED, assert_as_good_as_torch, by_torch, make
 
 pytest.importorskip("triton")
+from pmc_fast import linear_logprob
 from pmc_fast.gpu import cross_entropy, gemm
 from pmc_fast.kernels import device, sliced_backward
 from pmc_fast.kernels import linear_logprob as kernels
+from pmc_fast.reference.head import logits as head_logits
 
 
 def run(hidden, weight, bias, target, upstream, needs=(True, True, True), ignore_index=IGNORED, **options):
     options = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0} | options
     options |= {"bias": bias, "ignore_index": ignore_index}
-    logprob = kernels.linear_logprob(hidden, weight, target, **options)
+    logprob, normalizer = kernels.linear_logprob(hidden, weight, target, **options)
     needs = (*needs[:2], needs[2] and bias is not None)
-    return logprob, *kernels.linear_logprob_backward(upstream, hidden, weight, target, needs=needs, **options)
+    gradients = kernels.linear_logprob_backward(upstream, hidden, weight, target, normalizer, needs=needs, **options)
+    return logprob, *gradients
 
 
 def assert_right(
@@ -115,6 +118,42 @@ def test_upstreams_of_ignored_rows_are_not_looked_at(path, dtype, rng_seed):
     upstream[target == IGNORED] = math.inf
     for mine, same in zip(run(hidden, weight, bias, target, upstream), want, strict=True):
         assert torch.equal(mine, same)
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("ignore_index", [IGNORED, None])
+def test_a_graph_used_twice_scores_once(ignore_index, path, monkeypatch, rng_seed):
+    hidden, weight, bias, target = make(ignored=ignore_index is not None)
+    upstream = torch.randn(len(target), device=DEVICE)
+    want = run(hidden, weight, bias, target, upstream, ignore_index=ignore_index)
+    forward = Counted(kernels.forward_kernel)
+    monkeypatch.setattr(kernels, "forward_kernel", forward)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    logprob = linear_logprob(hidden, weight, target, bias=bias, ignore_index=ignore_index, impl="triton")
+    for _ in range(2):
+        got = torch.autograd.grad(logprob, leaves, upstream, retain_graph=True)
+        assert all(torch.equal(mine, same) for mine, same in zip((logprob, *got), want, strict=True))
+    assert forward.launches == 1
+
+
+def test_normalizer(head, poisoned, rng_seed):
+    hidden, weight, bias, target = make()
+    options = {"bias": bias, "temperature": 0.7, "ignore_index": IGNORED} | head
+    _, normalizer = kernels.linear_logprob(hidden, weight, target, **options)
+    logits = head_logits(hidden.double(), weight.double(), bias.double(), **head) / 0.7
+    want = torch.stack([logits.amax(1), (logits - logits.amax(1, keepdim=True)).exp().sum(1)], 1)
+    want[target == IGNORED] = 0
+    torch.testing.assert_close(normalizer, want.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_that_nobody_needs(path, rng_seed):

@@ -44,7 +44,7 @@ def test_gradients_on_a_gpu(needs):
         hidden, weight, target, upstream = inputs_of(torch.bfloat16)
         bias = torch.empty(101, dtype=torch.bfloat16)
         gradients = torch.ops.pmc_fast.linear_logprob_backward(
-            upstream, hidden, weight, target, bias, None, 1.0, 1.0, None, needs, "triton"
+            upstream, hidden, weight, target, torch.empty(7, 2), bias, None, 1.0, 1.0, None, needs, "triton"
         )
         _, _, *fused = import_module("pmc_fast.ops.collapse_loss")._collapse_loss(
             hidden, weight, target, upstream, bias, None, 1.0, None, needs, "triton"

@@ -6,8 +6,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from pmc_fast import BackendUnavailable, sample
+from pmc_fast import BackendUnavailable, linear_sample, sample
 from pmc_fast.native import library
+from pmc_fast.ops import _checks
 
 IMPLS = ["reference", "native", "triton", "cuda"]
 
@@ -188,6 +189,13 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(top, imp
         ({"sequence": torch.zeros(2, dtype=torch.int64)}, ValueError, r"sequence: got shape \[2\], expected \[3\]"),
         ({"position": torch.zeros(3)}, TypeError, "position: got dtype torch.float32"),
         ({"sequence": torch.tensor([0, -1, 0])}, ValueError, "sequence: got -1 at row 1"),
+        ({"sequence": torch.tensor([-(2**63), 0, 0])}, ValueError, f"sequence: got {-(2**63)} at row 0"),
+        (
+            {"position": torch.tensor([0, 2**32 - 1, 2**32])},
+            ValueError,
+            "position: got 4294967296 at row 2, expected int",
+        ),
+        ({"position": torch.tensor([0, 0, 2**63 - 1])}, ValueError, f"position: got {2**63 - 1} at row 2"),
         ({"impl": "fast"}, ValueError, "impl: got 'fast'"),
     ],
 )
@@ -196,6 +204,17 @@ def test_bad_input(change, error, message):
         sample(torch.zeros(3, 5), **change)
     with pytest.raises(ValueError, match="logits: got shape"):
         sample(torch.zeros(5))
+
+
+@pytest.mark.parametrize("op", [sample, lambda x, **options: linear_sample(x, torch.eye(5), **options)])
+@pytest.mark.parametrize("given", [[], ["sequence"], ["position"], ["sequence", "position"]])
+def test_only_given_coordinates_are_checked(given, op, monkeypatch, rng_seed):
+    checked, counters = [], _checks.counters
+    monkeypatch.setattr(_checks, "counters", lambda name, values: (checked.append(name), counters(name, values)))
+    logits, default = torch.randn(7, 5), {"sequence": torch.arange(7), "position": torch.zeros(7, dtype=torch.int64)}
+    token = op(logits, seed=rng_seed, **{name: default[name] for name in given}).token
+    assert checked == given
+    assert torch.equal(token, op(logits, seed=rng_seed, **default).token)
 
 
 def test_a_named_implementation_never_falls_back():
@@ -209,7 +228,8 @@ def test_a_named_implementation_never_falls_back():
 def test_opcheck(impl, rng_seed):
     op = import_module("pmc_fast.ops.sample")._sample
     logits, index = torch.randn(5, 33), torch.arange(5)
-    torch.library.opcheck(op, (logits, 0.9, 10, 0.9, 0.0, 3, index, index, impl))
+    for sequence, position in ((index, index), (None, None)):
+        torch.library.opcheck(op, (logits, 0.9, 10, 0.9, 0.0, 3, sequence, position, impl))
 
 
 def test_compile(rng_seed):
