@@ -36,9 +36,9 @@ $(VENV)/.editable: $(VENV)/bin/pip $(SOURCES)
 	$(PIP) -e '.[test]'
 	touch $@
 
-# Needs neither torch nor the compiled module: the reference is read from the sources. The tools' own advertisement is off.
+# Needs neither torch nor the compiled module: the reference is read from the sources. The variable hides a notice of the theme's.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 $(VENV)/.docs: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(PIP) $$($(VENV)/bin/python -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks.__main__ import _parse as parse_benchmarks
 from tiny import make_model, make_tokenizer
 
 import pmc_fast
+from benchmarks.__main__ import _parse as parse_benchmarks
 from pmc_fast.backend import IMPLEMENTATIONS, ONLY_IF_NAMED, PACKAGES
 from pmc_fast.cli import make_parser
 from pmc_fast.config import PMCConfig
@@ -152,6 +152,19 @@ def test_the_table_of_implementations():
     assert sorted(columns) == sorted(PACKAGES) and ONLY_IF_NAMED == ("cuda",)
     there = {op: {name for name, cell in zip(columns, cells, strict=True) if cell} for op, *cells in rows}
     assert there == {op: set(names) for op, names in IMPLEMENTATIONS.items()}
+
+
+def test_the_table_of_messages():
+    """What is quoted of an error stands in the sources, the places of values aside."""
+    sources = "".join(path.read_text() for path in sorted((DOCS.parent / "pmc_fast").rglob("*.py")))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # literals that go on in the next line
+    pieces = [
+        piece.strip()
+        for message, _ in table("troubleshooting.md", "| message | do |")
+        for piece in re.split(r"\.\.\.|\bN\b|\b[a-z_]+:|FILE:LINE:|PMC\.loss:", message)
+    ]
+    pieces = [piece for piece in pieces if piece]
+    assert len(pieces) > 12 and [piece for piece in pieces if piece not in sources] == []
 
 
 def test_the_table_of_phases():
