@@ -1,4 +1,4 @@
-# make demo: set up and run the demonstration. make test: set up and run the tests.
+# make demo: set up and run the demonstration. make test: set up and run the tests. make docs: the site, in build/site.
 PYTHON ?= python3
 VENV := .venv
 # A test file stays with one worker, which sets up once what its tests share; files with the slowest tests come first.
@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 SOURCES := $(shell find pmc_fast kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' \
 	-o -name '*.cmake') setup.py pyproject.toml CMakeLists.txt constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/pmc-fast demo
@@ -34,6 +34,14 @@ $(VENV)/.installed: $(VENV)/bin/pip $(SOURCES)
 $(VENV)/.editable: $(VENV)/bin/pip $(SOURCES)
 	rm -f $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+# Needs neither torch nor the compiled module: the reference is read from the sources. The variable hides a notice of the theme's.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+
+$(VENV)/.docs: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(PIP) $$($(VENV)/bin/python -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@
 
 clean:
