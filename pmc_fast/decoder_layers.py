@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -31,6 +31,23 @@ class NormParts:
     bias: Tensor | None
     epsilon: float
     centered: bool
+
+
+class Adapter(NamedTuple):
+    """scale * (x @ down.T) @ up.T."""
+
+    down: Tensor  # [r, D]
+    up: Tensor  # [O, r]
+    scale: float
+
+
+@dataclass(frozen=True)
+class LinearParts:
+    """x @ weight.T + bias, and what LoRA adapters add."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: tuple[Adapter, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,7 @@ def read_layers(
     lm: LanguageModel,
     calls: list[AttentionCall],
     norm: Callable[[NormParts], Norm],
-    linear: Callable[[nn.Linear], Linear],
+    linear: Callable[[LinearParts], Linear],
 ) -> Layers[Norm, Linear]:
     """The parts of the model's backbone.
 
@@ -89,18 +106,12 @@ def _read_layers(lm, calls, norm, linear) -> Layers:
     backbone = lm.backbone
     if type(backbone.embed_tokens) is not nn.Embedding:
         raise Unknown
-
-    def plain(module: nn.Module) -> Linear:
-        if type(module) is not nn.Linear:
-            raise Unknown
-        return linear(module)
-
     layers = backbone.layers[: lm.model.config.num_hidden_layers]
     return Layers(
         embed=backbone.embed_tokens,
         rotary=backbone.rotary_emb,
         layers=[
-            _layer(layer, call, lambda part: norm(_norm(part)), plain)
+            _layer(layer, call, lambda part: norm(_norm(part)), lambda part: linear(_linear(part)))
             for layer, call in zip(layers, calls, strict=True)
         ],
         final=norm(_norm(backbone.norm if hasattr(backbone, "norm") else backbone.final_layernorm)),
@@ -152,3 +163,26 @@ def _norm(module: nn.Module) -> NormParts:
     if not type(module).__name__.endswith("RMSNorm"):
         raise Unknown
     return NormParts(weight, None, module.variance_epsilon, False)
+
+
+def _linear(module: nn.Module) -> LinearParts:
+    if type(module) is nn.Linear:
+        return LinearParts(module.weight.detach(), None if module.bias is None else module.bias.detach(), ())
+    if (type(module).__module__, type(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
+        raise Unknown
+    if type(module.base_layer) is not nn.Linear or module.fan_in_fan_out or (module.merged and module.disable_adapters):
+        raise Unknown
+    base = _linear(module.base_layer)
+    if module.merged or module.disable_adapters:
+        return base
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if any(name in module.lora_variant for name in names):  # DoRA, say
+        raise Unknown
+    return replace(base, adapters=tuple(_adapter(module, name) for name in names))
+
+
+def _adapter(module: nn.Module, name: str) -> Adapter:
+    down, up = module.lora_A[name], module.lora_B[name]
+    if any(type(part) is not nn.Linear or part.bias is not None for part in (down, up)):
+        raise Unknown
+    return Adapter(down.weight.detach(), up.weight.detach(), module.scaling[name])

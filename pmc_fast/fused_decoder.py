@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pmc_fast.attention import AttentionCall
 from pmc_fast.cache import SampleCache
-from pmc_fast.decoder_layers import NormParts, Unknown, read_layers
+from pmc_fast.decoder_layers import Adapter, LinearParts, NormParts, Unknown, read_layers
 from pmc_fast.fast_linear import packed
 from pmc_fast.models import LanguageModel
 from pmc_fast.native.decode_attention import decode_attention
@@ -37,18 +37,25 @@ class _Norm:
 class _Linear:
     weight: PackedWeight
     bias: Tensor | None
+    adapters: tuple[Adapter, ...]
 
     @classmethod
-    def of(cls, module: nn.Linear) -> _Linear:
-        if (weight := packed(module.weight)) is None:
+    def of(cls, parts: LinearParts) -> _Linear:
+        if (weight := packed(parts.weight)) is None:
             raise Unknown
-        return cls(weight, None if module.bias is None else module.bias.detach().float())
+        adapters = tuple(Adapter(down.float(), up.float(), scale) for down, up, scale in parts.adapters)
+        return cls(weight, None if parts.bias is None else parts.bias.float(), adapters)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.weight, self.bias)
+        return self._adapted(packed_linear(x, self.weight, self.bias), x)
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
-        packed_linear(x, self.weight, self.bias, total, accumulate=True)
+        self._adapted(packed_linear(x, self.weight, self.bias, total, accumulate=True), x)
+
+    def _adapted(self, total: Tensor, x: Tensor) -> Tensor:
+        for down, up, scale in self.adapters:
+            total.addmm_(x @ down.T, up.T, alpha=scale)
+        return total
 
 
 class FusedDecoder:

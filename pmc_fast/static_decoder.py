@@ -15,12 +15,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.attention import AttentionCall
 from pmc_fast.cache import retired
-from pmc_fast.decoder_layers import Layers, NormParts, Unknown, read_layers
+from pmc_fast.decoder_layers import Layers, LinearParts, NormParts, Unknown, read_layers
 from pmc_fast.gpu.gemm import write_logits
 from pmc_fast.models import LanguageModel
 from pmc_fast.ops.sample import preferred
@@ -75,16 +75,13 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Linear:
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, module: nn.Linear) -> _Linear:
-        return cls(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    parts: LinearParts
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = x.new_empty(len(x), len(self.weight))
-        write_logits(x, self.weight, self.bias, out)
+        out = x.new_empty(len(x), len(self.parts.weight))
+        write_logits(x, self.parts.weight, self.parts.bias, out)
+        for down, up, scale in self.parts.adapters:
+            out += scale * (x.to(down.dtype) @ down.T @ up.T)
         return out
 
 
@@ -111,7 +108,7 @@ def static_decoder(
     if (impl := backend.choose("linear_sample", draw["impl"], device, dtype, prefer)) not in ("triton", "cuda"):
         return None
     try:
-        layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear.of)
+        layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear)
     except Unknown:
         return None
     if getattr(layers.rotary, "rope_type", None) not in _ROTARY_KINDS:
@@ -168,7 +165,7 @@ class StaticDecoder:
         self._draw_options = options
         weight, rows = layers.embed.weight, sizes.rows
         self._device = weight.device
-        kv_heads = layers.layers[0].key.weight.shape[0] // layers.head_dim
+        kv_heads = len(layers.layers[0].key.parts.weight) // layers.head_dim
 
         def positions(count: int, length: int) -> Tensor:
             shape = (len(layers.layers), 2, count, kv_heads, length, layers.head_dim)
@@ -276,7 +273,8 @@ class StaticDecoder:
         self._step_of(rows)
         if self._device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._step_of(rows)
             self._pool = graph.pool()
             self._graphs[rows] = graph

@@ -61,6 +61,24 @@ def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_se
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_lora_adapters(family, built, monkeypatch, rng_seed):
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(make_model(family, seed=rng_seed), peft.LoraConfig(**options)).eval()
+    plain = sample(model, rng_seed)  # new adapters change nothing
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    got = sample(model, rng_seed)
+    assert None not in built
+    want = by_modules(model, rng_seed, monkeypatch)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+    assert plain.tokens.shape != got.tokens.shape or not torch.equal(plain.tokens, got.tokens)
+
+
 def error(samples, exact):
     """The root mean square error of the samples' log-probabilities, against a model in float32."""
     errors = []

@@ -94,6 +94,42 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
 
 
+def adapt(model, **options):
+    """LoRA on every linear layer but the head, its adapters random instead of no-ops."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_lora_adapters(family, built, monkeypatch, rng_seed):
+    model = adapt(make_model(family, seed=rng_seed).to(DEVICE))
+    model.add_adapter("other", model.peft_config["default"])
+    adapted = sample(model, rng_seed)
+    assert built[-1] is not None
+    assert_same(adapted, by_modules(model, rng_seed, monkeypatch))
+    for change in (model.merge_adapter, model.unmerge_adapter, lambda: model.set_adapter("other")):
+        change()
+        assert_same(sample(model, rng_seed), by_modules(model, rng_seed, monkeypatch))
+        assert built[-1] is not None
+    with model.disable_adapter():
+        plain = sample(model, rng_seed)
+        assert_same(plain, by_modules(model, rng_seed, monkeypatch))
+        assert built[-1] is not None
+    assert plain.tokens.shape != adapted.tokens.shape or not torch.equal(plain.tokens, adapted.tokens)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_other_adapters_are_left_to_their_modules(options, built, rng_seed):
+    sample(adapt(make_model(seed=rng_seed).to(DEVICE), **options), rng_seed, max_new_tokens=2)
+    assert built == [None]
+
+
 @pytest.mark.parametrize("family", ["qwen3", "phi"])
 def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
     monkeypatch.setattr(static_decoder, "_kernels", KERNELS)
