@@ -1,4 +1,4 @@
-"""Decodes a model of a known kind by this library's own CPU kernels: one token per row, from packed weights."""
+"""Decodes a model of a known kind by this library's own CPU kernels, from the products that `fast_linear` prepared."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import Tensor
 from pmc_fast.attention import AttentionCall
 from pmc_fast.cache import SampleCache
 from pmc_fast.decoder_layers import Adapter, LinearParts, NormParts, Unknown, read_layers
-from pmc_fast.fast_linear import packed
+from pmc_fast.fast_linear import Product, product_with
 from pmc_fast.models import LanguageModel
 from pmc_fast.native.decode_attention import decode_attention
 from pmc_fast.native.elementwise import activate, normalize, rotate
-from pmc_fast.native.packed_linear import PackedWeight, packed_linear
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,23 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Linear:
-    weight: PackedWeight
+    product: Product
     bias: Tensor | None
     adapters: tuple[Adapter, ...]
 
     @classmethod
     def of(cls, parts: LinearParts) -> _Linear:
-        if (weight := packed(parts.weight)) is None:
+        if (product := product_with(parts.weight)) is None:
             raise Unknown
         adapters = tuple(Adapter(down.float(), up.float(), scale) for down, up, scale in parts.adapters)
-        return cls(weight, None if parts.bias is None else parts.bias.float(), adapters)
+        return cls(product, None if parts.bias is None else parts.bias.float(), adapters)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._adapted(packed_linear(x, self.weight, self.bias), x)
+        return self._adapted(self.product(x, self.bias), x)
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
-        self._adapted(packed_linear(x, self.weight, self.bias, total, accumulate=True), x)
+        self.product.add_to(total, x, self.bias)
+        self._adapted(total, x)
 
     def _adapted(self, total: Tensor, x: Tensor) -> Tensor:
         for down, up, scale in self.adapters:
@@ -116,7 +116,7 @@ class FusedDecoder:
 
 
 def fused_decoder(lm: LanguageModel, calls: list[AttentionCall]) -> FusedDecoder | None:
-    """A decoder for this model, or None if one of its parts is not known or not packed by `fast_linear`.
+    """A decoder for this model, or None if one of its parts is not known or has no product of `fast_linear`.
 
     Args:
         calls: the attention calls of a pass through the model.

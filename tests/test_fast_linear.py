@@ -1,5 +1,7 @@
 """nn.Linear by the faster library: the same values, and nothing of the model changed for good."""
 
+import io
+
 import pytest
 import torch
 from tiny import make_model
@@ -76,6 +78,40 @@ def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(room, mon
     want = F.linear(middle.double(), layers[1].weight.double())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)  # one of the middle may round the other way
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ours", [True, False])
+def test_products_of_the_block(ours, monkeypatch, rng_seed):
+    """They hold copies, in either layout; oneDNN's is no layout of ours."""
+    monkeypatch.setattr(the_module, "_multiplies_packed", lambda: ours)
+    layer, x, total = nn.Linear(33, 20), torch.randn(6, 33), torch.randn(6, 20)
+    assert the_module.product_with(layer.weight) is None
+    with fast_linear(layer, 6):
+        product = the_module.product_with(layer.weight)
+        want = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        torch.testing.assert_close(product(x, layer.bias).double(), want, rtol=1e-5, atol=1e-5)
+        sums = total.clone()
+        product.add_to(sums, x, layer.bias)
+        torch.testing.assert_close(sums.double(), total + want, rtol=1e-5, atol=1e-5)
+        assert (the_module.packed(layer.weight) is not None) == ours
+    assert the_module.product_with(layer.weight) is None
+
+
+@pytest.mark.parametrize(
+    ("supported", "amx", "vendor", "fast"),
+    [
+        (False, False, "AuthenticAMD", False),
+        (True, False, "AuthenticAMD", True),
+        (True, False, "GenuineIntel", False),
+        (True, True, "GenuineIntel", True),
+    ],
+)
+def test_where_bfloat16_is_fast(supported, amx, vendor, fast, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"))
+    assert the_module.has_fast_bfloat16.__wrapped__() == fast
 
 
 def test_weights_are_packed_again_in_the_next_block(rng_seed):

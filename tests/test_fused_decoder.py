@@ -18,9 +18,10 @@ FUSED = {
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 
 
-@pytest.fixture(autouse=True)
-def packing(monkeypatch):
-    monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: True)
+@pytest.fixture(autouse=True, params=["ours", "oneDNN's"])
+def layout(request, monkeypatch):
+    """Of the weights that are multiplied."""
+    monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: request.param == "ours")
 
 
 @pytest.fixture
