@@ -117,9 +117,22 @@ def static_decoder(
     if kept is None:
         return StaticDecoder(lm, layers, sizes, ends, draw, keeps=False)
     sizes = sizes.rounded()
-    weights = tuple(parameter.data_ptr() for parameter in lm.model.parameters())  # which its graphs read in place
-    key = (sizes, tuple(ends.tolist()), *draw.items(), weights)
+    key = (sizes, tuple(ends.tolist()), *draw.items(), *_read_in_place(lm, layers))
     return kept.get(key, lambda: StaticDecoder(lm, layers, sizes, ends, draw, keeps=True))
+
+
+def _read_in_place(lm: LanguageModel, layers: Layers[_Norm, _Linear]) -> Iterator[float | None]:
+    """Where the weights lie that a graph reads, and the numbers that it multiplies them with."""
+    tensors = [layers.embed.weight, lm.head.weight, lm.head.bias]
+    for part in chain([layers.final], *(vars(layer).values() for layer in layers.layers)):
+        if isinstance(part, (_Norm, _Linear)):
+            tensors += [part.parts.weight, part.parts.bias]
+        if isinstance(part, _Linear):
+            for down, up, scale in part.parts.adapters:
+                tensors += [down, up]
+                yield scale
+    for tensor in tensors:
+        yield None if tensor is None else tensor.data_ptr()
 
 
 class KeptDecoders:

@@ -217,6 +217,17 @@ def test_kept_graphs_serve_no_other_call(change, built, monkeypatch, rng_seed):
     assert built[2] is not built[0]  # gone with the call that had no use for it
 
 
+def test_kept_graphs_know_which_adapters_are_on(built, monkeypatch, rng_seed):
+    model = adapt(make_model(seed=rng_seed).to(DEVICE))
+    model.add_adapter("other", model.peft_config["default"])
+    sampler = Sampler(model, keep_graphs=True)
+    sample(sampler, rng_seed)
+    for change in (model.merge_adapter, model.unmerge_adapter, lambda: model.set_adapter("other")):
+        change()
+        assert_same(sample(sampler, rng_seed), by_modules(model, rng_seed, monkeypatch))
+        assert built[-1] is not None and built[-1] is not built[-2]
+
+
 def test_nothing_is_kept_unless_asked_for(built, rng_seed):
     sampler = Sampler(make_model(seed=rng_seed).to(DEVICE))
     sample(sampler, rng_seed), sample(sampler, rng_seed)
