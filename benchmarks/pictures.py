@@ -168,7 +168,7 @@ def peers(groups: Mapping[str, Mapping[str, Mapping[str, float]]], machines: Seq
     lines = sum(map(len, groups.values())) + 1.4 * len(groups)
     figure = _figure("How many times as long as pmc_fast the others take", "", (9.5, 1 + 0.22 * lines))
     axes = figure.subplots()
-    axes.set(xscale="log", xlim=(0.9 * min(0.6, *times), 1.2 * max(2, *times)), ylim=(lines, 0.2))
+    axes.set(xscale="log", xlim=(0.9 * min([0.6, *times]), 1.2 * max([2, *times])), ylim=(lines, 0.2))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(_ticks("{:g}x".format))
     axes.xaxis.set_minor_locator(NullLocator())

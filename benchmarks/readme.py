@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PRUNED = "pmc_fast_pruned"  # in the results of `step`
 PICTURES = "docs/pictures"  # beside the README
 OPS_PICTURE = "ops.png"
+
+FEWEST = 3  # benches of a machine that the table of ops shows
 
 # The benches shown: op, title, dtype.
 SHOWN = (
@@ -244,12 +247,20 @@ def _duels(about: str, duels: Sequence[Duel]) -> list[str]:
 
 
 def _merged(ops: Sequence[Ops]) -> dict[Key, dict[str, dict[str, Entry]]]:
-    """The benches in the order in which they are shown, each by machine; the latest result of a bench is taken."""
+    """The benches in the order in which they are shown, each by machine; the latest result of a bench is taken.
+
+    A machine with fewer than FEWEST benches gets no column, unless none has more.
+    """
     benches: dict[Key, dict[str, dict[str, Entry]]] = {key: {} for key in SHOWN}
     for part in sorted(ops, key=lambda part: part.started):
         for key, contestants in part.benches.items():
             benches[key][part.machine] = contestants
-    return {key: by_machine for key, by_machine in benches.items() if by_machine}
+    counts = Counter(where for by_machine in benches.values() for where in by_machine)
+    least = min(FEWEST, max(counts.values(), default=0))
+    shown = {
+        key: {w: found for w, found in by_machine.items() if counts[w] >= least} for key, by_machine in benches.items()
+    }
+    return {key: by_machine for key, by_machine in shown.items() if by_machine}
 
 
 def _ops(ops: Sequence[Ops], benches: Mapping[Key, Mapping[str, Mapping[str, Entry]]]) -> list[str]:

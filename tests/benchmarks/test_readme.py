@@ -177,6 +177,16 @@ def test_the_latest_result_of_a_machine_counts_and_each_machine_has_columns(writ
     assert found == ["**pmc_fast**<br>liger-kernel", "20 ms<br>-", "1 MB<br>-", "1 ms<br>2.00x", "1 MB<br>1 MB"]
 
 
+def test_a_machine_with_few_benches_gets_no_column(write):
+    shown = readme.SHOWN[: readme.FEWEST]
+    some = ops(*(row("pmc_fast", 0.01, key=key) for key in shown))
+    few = ops(*(row("pmc_fast", 0.02, key=key) for key in shown[1:]), device_name="Another CPU")
+    _, text = write(some=some, few=few)
+    assert "Another CPU" not in text.split("| op |")[1] and "few.json" in text
+    _, text = write(few=few)
+    assert "Another CPU" in text.split("| op |")[1]
+
+
 @pytest.mark.parametrize(
     "content, complaint",
     [
