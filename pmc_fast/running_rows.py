@@ -18,12 +18,12 @@ from pmc_fast.prefill import Prefill
 class RunningRows:
     """The rows still running: their next hidden state, their place in the output, their cache."""
 
-    def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int, sequence_ids: Tensor) -> None:
+    def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int, sequence: Tensor) -> None:
         prompts, device = len(filled.hidden), filled.hidden.device
         self._lm, self._cache = lm, filled.cache
         self.hidden = filled.hidden.repeat_interleave(num_samples, dim=0)
         self.slot = torch.arange(prompts * num_samples, device=device)
-        self.sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=device)).flatten()
+        self.sequence = sequence
         self._position = (filled.position + 1).repeat_interleave(num_samples)
         self._generated = 0
         self._mask: Tensor | None = None

@@ -191,12 +191,12 @@ class Sampler:
     ) -> Wave:
         steps = int(limit.max()) if len(limit) else 1
         sizes = Sizes(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
+        sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)).flatten()
         if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
             self.decoder = "cuda graph"
-            sequence = sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)
             with torch.cuda.device_of(limit):  # where its kernels are launched
-                return decoder.sample(filled, sequence.flatten(), limit, prune, progress)
-        rows = RunningRows(self.lm, filled, num_samples, steps, sequence_ids)
+                return decoder.sample(filled, sequence, limit, prune, progress)
+        rows = RunningRows(self.lm, filled, num_samples, steps, sequence)
         self.decoder = "native" if rows.native else "modules"
         return _run(self.lm, rows, limit, ends, draw, prune, progress)
 

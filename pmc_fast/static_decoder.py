@@ -184,8 +184,8 @@ class StaticDecoder:
             shape = (len(layers.layers), 2, count, kv_heads, length, layers.head_dim)
             return torch.empty(shape, dtype=weight.dtype, device=self._device)
 
-        def counts(value: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.full((rows,), value, dtype=dtype, device=self._device)
+        def counts(dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(rows, dtype=dtype, device=self._device)
 
         # Keys and values of each layer: the prompts', which are the prefill's own unless graphs are kept, and the rows'.
         self._kept_prefix = positions(sizes.prompts, sizes.width) if keeps else None

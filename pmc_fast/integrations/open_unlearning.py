@@ -78,10 +78,10 @@ def fused_batch_nll(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Ten
     """
     if inputs.get("labels") is None:
         raise UserError(f'inputs: got {", ".join(inputs) or "nothing"}, expected "input_ids" and "labels" among them')
-    lm = LanguageModel(model, check=model not in _checked)
-    _checked.add(model)
     options = {name: value for name, value in inputs.items() if name != "labels"}
-    with _mixed_precision(model, lm.device):
+    with _mixed_precision(model, inputs["labels"].device):
+        lm = LanguageModel(model, check=model not in _checked)
+        _checked.add(model)
         hidden = lm.hidden(**options)
         labels = inputs["labels"][:, 1:]
         scored = labels != IGNORE_INDEX
