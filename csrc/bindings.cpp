@@ -52,8 +52,8 @@ PYBIND11_MODULE(_C, m) {
         "sample",
         [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float logit_scale,
            float softcap, float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
-           uintptr_t sequence, uintptr_t position, uintptr_t token, uintptr_t logprob, uintptr_t sampling_logprob,
-           uintptr_t kept_mass, uintptr_t workspace, int threads) {
+           uintptr_t begin, uintptr_t order, uintptr_t sequence, uintptr_t position, uintptr_t token,
+           uintptr_t logprob, uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t workspace, int threads) {
             return pmc::kernels().sample({pointer<const void>(logits),
                                           static_cast<pmc::Dtype>(dtype),
                                           rows,
@@ -65,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
                                           top_p,
                                           log_min_p,
                                           seed,
+                                          pointer<const int64_t>(begin),
+                                          pointer<const int64_t>(order),
                                           pointer<const int64_t>(sequence),
                                           pointer<const int64_t>(position),
                                           pointer<int64_t>(token),

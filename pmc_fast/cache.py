@@ -1,14 +1,15 @@
-"""A key/value cache that goes from prompts to samples, grows in place, and gives up rows that finish."""
+"""A key/value cache that goes from prompts to samples, grows in place, and rearranges its rows."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values [rows, heads, capacity, head_dim]; the first `length` positions are filled.
+    """Keys and values [capacity of rows, heads, capacity, head_dim]; of the first `rows`, `length` positions are filled.
 
     Once shared, they are those of the samples, which come after the prompts' [prompts, heads, positions, head_dim].
     """
@@ -17,54 +18,52 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.rows = capacity, 0, 0
         self.prefix_keys: Tensor | None = None
         self.prefix_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = self._allocate(key_states), self._allocate(value_states)
+        self.rows = len(key_states)
+        self.keys, self.values = (self._allocate(states, self.rows) for states in (key_states, value_states))
         self.is_initialized = True
 
-    def _allocate(self, like: Tensor, rows: int | None = None) -> Tensor:
-        batch, heads, _, size = like.shape
-        return like.new_empty(batch if rows is None else rows, heads, self.capacity, size)
+    def _allocate(self, like: Tensor, rows: int) -> Tensor:
+        _, heads, _, size = like.shape
+        return like.new_empty(rows, heads, self.capacity, size)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         begin, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[:, :, begin : self.length] = key_states
-        self.values[:, :, begin : self.length] = value_states
+        self.keys[: self.rows, :, begin : self.length] = key_states
+        self.values[: self.rows, :, begin : self.length] = value_states
         return self.filled()
 
     def next_position(self) -> tuple[Tensor, Tensor]:
         """One more position [rows, heads, head_dim] of keys and of values, to be written."""
         self.length += 1
-        return self.keys[:, :, self.length - 1], self.values[:, :, self.length - 1]
+        return self.keys[: self.rows, :, self.length - 1], self.values[: self.rows, :, self.length - 1]
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
 
-    def fan_out(self, copies: int, more: int) -> None:
+    def grow(self, rows: int, more: int) -> None:
         filled = self.filled()
-        self.capacity = self.length + more
-        for name, old in zip(("keys", "values"), filled, strict=True):
-            new = self._allocate(old, old.shape[0] * copies)
-            new.unflatten(0, (-1, copies))[:, :, :, : self.length] = old[:, None]
-            setattr(self, name, new)
+        self.capacity += more
+        self.keys, self.values = (self._allocate(old, rows) for old in filled)
+        for new, old in zip(self.filled(), filled, strict=True):
+            new.copy_(old)
 
-    def share(self, copies: int, more: int) -> None:
+    def share(self, rows: int, more: int) -> None:
         self.prefix_keys, self.prefix_values = self.filled()
         self.capacity, self.length = more, 0
-        rows = self.keys.shape[0] * copies
         self.keys, self.values = self._allocate(self.keys, rows), self._allocate(self.values, rows)
 
-    def move(self, source: Tensor, destination: Tensor, rows: int) -> None:
-        for name in ("keys", "values"):
-            held = getattr(self, name)
+    def arrange(self, source: Tensor, destination: Tensor, rows: int) -> None:
+        for held in (self.keys, self.values):
             held[destination, :, : self.length] = held[source, :, : self.length]
-            setattr(self, name, held[:rows])
+        self.rows = rows
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -86,24 +85,46 @@ class SampleCache(Cache):
     def __init__(self, layers: int, capacity: int) -> None:
         super().__init__(layers=[_Layer(capacity) for _ in range(layers)])
 
-    def fan_out(self, copies: int, more: int) -> None:
-        """Row r becomes rows r * copies ... (r + 1) * copies - 1, each with room for `more` positions."""
+    def grow(self, rows: int, more: int) -> None:
+        """Make room for `rows` rows in all, and for `more` positions in each."""
         for layer in self.layers:
-            layer.fan_out(copies, more)
+            layer.grow(rows, more)
 
-    def share(self, copies: int, more: int) -> None:
-        """What is held becomes the prefix of `copies` empty rows each, with room for `more` positions."""
+    def share(self, rows: int, more: int) -> None:
+        """What is held becomes the prefixes of as many empty rows; there is room for `rows`, of `more` positions each."""
         for layer in self.layers:
-            layer.share(copies, more)
+            layer.share(rows, more)
 
-    def move(self, source: Tensor, destination: Tensor, rows: int) -> None:
+    def arrange(self, source: Tensor, destination: Tensor, rows: int) -> None:
         """Copy rows onto others, then keep the first `rows`."""
         for layer in self.layers:
-            layer.move(source, destination, rows)
+            layer.arrange(source, destination, rows)
 
 
 def layers_of(config) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
+
+
+def placed(parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where rows that go on from rows of before are to be kept: their places, and which rows to copy to which places.
+
+    Args:
+        parent: int64 [R], ascending: the row that each goes on from. The first to go on from a row stays in its place, if
+            that is below R; as few rows as possible are copied.
+
+    Returns:
+        place: int64 [R], a permutation; source, destination: int64 [C], rows to copy and places that nobody stays in.
+    """
+    rows = len(parent)
+    first = torch.ones_like(parent, dtype=torch.bool)
+    first[1:] = parent[1:] != parent[:-1]
+    stays = first & (parent < rows)
+    free = torch.ones_like(stays)
+    free[parent[stays]] = False
+    destination = free.nonzero()[:, 0]
+    place = parent.clone()
+    place[~stays] = destination
+    return place, parent[~stays], destination
 
 
 def retired(finished: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -115,8 +136,3 @@ def retired(finished: Tensor) -> tuple[Tensor, Tensor, int]:
     holes = finished[:rows].nonzero()[:, 0]
     movers = (~finished[rows:]).nonzero()[:, 0] + rows
     return movers, holes, rows
-
-
-def move_rows(values: Tensor, source: Tensor, destination: Tensor, rows: int) -> Tensor:
-    values[destination] = values[source]
-    return values[:rows]

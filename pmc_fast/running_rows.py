@@ -1,4 +1,4 @@
-"""The rows that a sampling call still runs: one token further each, fewer as they finish."""
+"""The answers that a sampling call still runs: one token further each; those that say the same so far are computed once."""
 
 from __future__ import annotations
 
@@ -8,86 +8,101 @@ import torch
 from torch import Tensor
 
 from pmc_fast import attention, backend
-from pmc_fast.cache import move_rows, retired
+from pmc_fast.cache import placed
 from pmc_fast.fused_decoder import FusedDecoder, fused_decoder
 from pmc_fast.models import LanguageModel
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill
 
+_TOKEN_BITS = 32
+
 
 class RunningRows:
-    """The rows still running: their next hidden state, their place in the output, their cache."""
+    """Answers that are not done, and a row for each text that some of them have in common so far.
 
-    def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int, sequence: Tensor) -> None:
+    Answers to a prompt begin in one row, whose next token each draws with noise of its own; those that draw different
+    tokens go on in rows of their own. So a model that is sure of its answers decodes few rows, however many are sampled.
+
+    Args:
+        filled: a pass over the prompts, whose cache becomes the rows'.
+        num_samples: n; answer b * n + i is sample i of prompt b.
+        steps: tokens per answer at most.
+
+    Attributes:
+        hidden: [R, D], the rows' last hidden states.
+        slot: int64 [A], the answers that are not done.
+        row: int64 [A], the row of each.
+    """
+
+    def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int) -> None:
         prompts, device = len(filled.hidden), filled.hidden.device
-        self._lm, self._cache = lm, filled.cache
-        self.hidden = filled.hidden.repeat_interleave(num_samples, dim=0)
+        self._lm, self._filled, self._cache = lm, filled, filled.cache
+        self.hidden = filled.hidden
         self.slot = torch.arange(prompts * num_samples, device=device)
-        self.sequence = sequence
-        self._position = (filled.position + 1).repeat_interleave(num_samples)
+        self.row = self.slot // num_samples
+        self._prompt = torch.arange(prompts, device=device)  # of each row
         self._generated = 0
-        self._mask: Tensor | None = None
-        self._first: Tensor | None = None
-        self._prefix_row: Tensor | None = None
-        self._decoder: FusedDecoder | None = None
-        if filled.suits_decode_attention and self._uses_native():
-            self._cache.share(num_samples, steps)
-            self._first = filled.padding.repeat_interleave(num_samples)
-            self._prefix_row = torch.arange(prompts, device=device).repeat_interleave(num_samples)
-            self._decoder = fused_decoder(lm, filled.calls)
+        self._shares = filled.suits_decode_attention and self._attends_natively()
+        self._decoder: FusedDecoder | None = fused_decoder(lm, filled.calls) if self._shares else None
+        if self._shares:
+            self._cache.share(len(self.slot), steps)
         else:
-            self._cache.fan_out(num_samples, steps)
-            self._mask = filled.mask.repeat_interleave(num_samples, dim=0) if filled.padded else None
+            self._cache.grow(len(self.slot), steps)
 
     @property
     def native(self) -> bool:
         """Whether this library's own CPU kernels decode."""
         return self._decoder is not None
 
-    def _uses_native(self) -> bool:
+    def _attends_natively(self) -> bool:
         return backend.choose("decode_attention", None, self.hidden.device.type, self.hidden.dtype) == "native"
 
     def advance(self, token: Tensor, done: Tensor) -> bool:
-        """Retire the rows that are done and run the others one token further; False if none is left."""
-        if bool(done.any()):
-            if bool(done.all()):
-                return False
-            with phase("retire"):
-                token = self._retire(token, done)
+        """Retire the answers that are done and run the others one token further; False if none is left.
+
+        Args:
+            token: int64 [A], what each answer drew.
+            done: bool [A].
+        """
+        if bool(done.all()):
+            return False
+        with phase("retire"):
+            token = self._regroup(token, ~done)
         self._generated += 1
         with phase("decode"):
             self.hidden = self._hidden(token)
-        self._position = self._position + 1
         return True
+
+    def _regroup(self, token: Tensor, goes_on: Tensor) -> Tensor:
+        """Give each text that goes on a row; returns the rows' tokens."""
+        self.slot = self.slot[goes_on]
+        texts = self.row[goes_on] << _TOKEN_BITS | token[goes_on]
+        texts, text = texts.unique(return_inverse=True)
+        parent = texts >> _TOKEN_BITS
+        place, source, destination = placed(parent)
+        self._cache.arrange(source, destination, len(texts))
+        self._prompt = torch.empty_like(parent).index_copy_(0, place, self._prompt[parent])
+        self.row = place[text]
+        return torch.empty_like(parent).index_copy_(0, place, texts & (1 << _TOKEN_BITS) - 1)
 
     def _hidden(self, token: Tensor) -> Tensor:
         """The last hidden states after one more token per row."""
+        position = self._filled.position[self._prompt] + self._generated
+        first = self._filled.padding[self._prompt] if self._shares else None
         if self._decoder is not None:
-            return self._decoder.step(token, self._position, self._cache, self._first, self._prefix_row)
+            return self._decoder.step(token, position, self._cache, first, self._prompt)
         attending, options = nullcontext(), {}
-        if self._prefix_row is not None:
-            attending = attention.decoding(self._cache, self._first, self._prefix_row)
-        if self._mask is not None:
-            grown = self._mask.new_ones(len(token), self._generated)
-            options["attention_mask"] = torch.cat([self._mask, grown], dim=1)
+        if self._shares:
+            attending = attention.decoding(self._cache, first, self._prompt)
+        elif self._filled.padded:
+            mask = self._filled.mask[self._prompt]
+            options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), self._generated)], dim=1)
         with attending:
             hidden = self._lm.hidden(
                 token[:, None],
-                position_ids=self._position[:, None],
+                position_ids=position[:, None],
                 past_key_values=self._cache,
                 use_cache=True,
                 **options,
             )
         return hidden[:, -1]
-
-    def _retire(self, token: Tensor, done: Tensor) -> Tensor:
-        """Keep the rows that are not done, everywhere; returns their tokens."""
-        source, destination, rows = retired(done)
-        self._cache.move(source, destination, rows)
-        self.slot = move_rows(self.slot, source, destination, rows)
-        self.sequence = move_rows(self.sequence, source, destination, rows)
-        self._position = move_rows(self._position, source, destination, rows)
-        for name in ("_mask", "_first", "_prefix_row"):
-            if (values := getattr(self, name)) is not None:
-                setattr(self, name, move_rows(values, source, destination, rows))
-        return move_rows(token, source, destination, rows)

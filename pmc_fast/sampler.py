@@ -1,4 +1,4 @@
-"""Samples answers: one prefill per prompt, n samples of each, rows retire as they finish."""
+"""Samples answers: one prefill per prompt, n samples of each, what they have in common computed once."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Sampler:
             cache_budget: bytes that keys and values may take at a time; prompts that do not fit together take turns,
                 with the same answers. Default: half of the memory that is free.
             impl: the implementation of ``linear_sample`` to use.
-            progress: called with the number of rows still running after each step.
+            progress: called with the number of answers still running after each step.
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype or range, or a ``cache_budget`` too small for the
@@ -196,9 +196,9 @@ class Sampler:
             self.decoder = "cuda graph"
             with torch.cuda.device_of(limit):  # where its kernels are launched
                 return decoder.sample(filled, sequence, limit, prune, progress)
-        rows = RunningRows(self.lm, filled, num_samples, steps, sequence)
+        rows = RunningRows(self.lm, filled, num_samples, steps)
         self.decoder = "native" if rows.native else "modules"
-        return _run(self.lm, rows, limit, ends, draw, prune, progress)
+        return _run(self.lm, rows, sequence, limit, ends, draw, prune, progress)
 
     def _prompts_at_once(self, input_ids: Tensor, limits: Tensor, num_samples: int, cache_budget: int | None) -> int:
         """How many prompts' answers fit into the budget together."""
@@ -222,13 +222,14 @@ class Sampler:
 def _run(
     lm: LanguageModel,
     rows: RunningRows,
+    sequence: Tensor,
     limit: Tensor,
     ends: Tensor,
     draw: dict[str, Any],
     prune: Pruner | None,
     progress: Callable[[int], object] | None,
 ) -> Wave:
-    """Decode until no row is left: tokens [rows, T], lengths, logprobs [rows, T], finished, pruned."""
+    """Decode until no answer is left: tokens [answers, T], lengths, logprobs [answers, T], finished, pruned."""
     total, device = len(limit), limit.device
     steps = int(limit.max()) if total else 0
     tokens = ends[0].expand(total, steps).clone()
@@ -236,10 +237,9 @@ def _run(
     lengths = limit.clone()
     finished, pruned = (torch.zeros(total, dtype=torch.bool, device=device) for _ in range(2))
     for step in range(steps):
-        drawn = lm.head.sample(
-            rows.hidden, sequence=rows.sequence, position=torch.full_like(rows.sequence, step), **draw
-        )
         slot = rows.slot
+        noise = {"sequence": sequence[slot], "position": torch.full_like(slot, step)}
+        drawn = lm.head.sample(rows.hidden, hidden_row=rows.row, **noise, **draw)
         tokens[slot, step], logprobs[slot, step] = drawn.token, drawn.logprob
         ended = torch.isin(drawn.token, ends)
         finished[slot[ended]] = True

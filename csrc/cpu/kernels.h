@@ -21,13 +21,15 @@ struct SampleArgs {
     double top_p;       // 1 is off
     float log_min_p;    // -inf is off
     uint64_t seed;
-    const int64_t* sequence;  // [rows]
-    const int64_t* position;  // [rows]
-    int64_t* token;           // [rows]
-    float* logprob;           // [rows]
-    float* sampling_logprob;  // [rows]
-    float* kept_mass;         // [rows]
-    void* workspace;          // threads * sample_workspace_bytes(vocab)
+    // Row r makes draws order[begin[r]] ... order[begin[r + 1] - 1]; where these two are null, draw r alone.
+    const int64_t *begin, *order;  // [rows + 1], [draws]
+    const int64_t* sequence;       // [draws]
+    const int64_t* position;       // [draws]
+    int64_t* token;                // [draws]
+    float* logprob;                // [draws]
+    float* sampling_logprob;       // [draws]
+    float* kept_mass;              // [draws]
+    void* workspace;               // threads * sample_workspace_bytes(vocab)
     int threads;
 };
 

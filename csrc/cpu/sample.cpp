@@ -1,4 +1,4 @@
-// Draws one token per row of logits: temperature, top-k, top-p, min-p, then the Gumbel argmax over what is kept.
+// Draws tokens from rows of logits: temperature, top-k, top-p, min-p, then the Gumbel argmax over what is kept.
 #include <algorithm>
 #include <cmath>
 
@@ -171,6 +171,16 @@ int64_t first_index_of(const float* row, int64_t size, float value) {
     return i;
 }
 
+// Calls visit(draw, noise) for every draw from row r.
+template <class Visit>
+void for_each_draw(const SampleArgs& args, int64_t r, const Visit& visit) {
+    const auto one = [&](int64_t i) {
+        visit(i, Draw{args.seed, static_cast<uint32_t>(args.sequence[i]), static_cast<uint32_t>(args.position[i])});
+    };
+    if (!args.begin) return one(r);
+    for (int64_t at = args.begin[r]; at < args.begin[r + 1]; ++at) one(args.order[at]);
+}
+
 template <class Logit>
 bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
     const int64_t vocab = args.vocab;
@@ -182,26 +192,27 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
     if (!finite_max(row, vocab, &top)) return false;
     const double mass = sum_exp(row, vocab, 1, top);
     const int64_t best = first_index_of(row, vocab, top);
-    const auto write = [&](int64_t token, double sampling_logprob, double kept) {
-        args.token[r] = token;
-        args.logprob[r] = static_cast<float>(static_cast<double>(row[token]) - top - std::log(mass));
-        args.sampling_logprob[r] = static_cast<float>(sampling_logprob);
-        args.kept_mass[r] = static_cast<float>(kept);
+    const auto write = [&](int64_t i, int64_t token, double sampling_logprob, double kept) {
+        args.token[i] = token;
+        args.logprob[i] = static_cast<float>(static_cast<double>(row[token]) - top - std::log(mass));
+        args.sampling_logprob[i] = static_cast<float>(sampling_logprob);
+        args.kept_mass[i] = static_cast<float>(kept);
     };
     if (args.temperature == 0) {
-        write(best, 0, 1);
+        for_each_draw(args, r, [&](int64_t i, const Draw&) { write(i, best, 0, 1); });
         return true;
     }
 
     const float temperature = args.temperature, shift = top / temperature;
     if (!std::isfinite(shift)) return false;
     const double tempered_mass = temperature == 1 ? mass : sum_exp(row, vocab, temperature, shift);
-    const Draw draw{args.seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r])};
     const bool by_rank = args.top_k > 0 && args.top_k < vocab,
                by_mass = args.top_p<1, by_floor = args.log_min_p> - kInfinity;
     if (!by_rank && !by_mass && !by_floor) {
-        const Winner winner = draw_from_row(row, vocab, temperature, best, draw);
-        write(winner.token, static_cast<double>(winner.scaled) - shift - std::log(tempered_mass), 1);
+        for_each_draw(args, r, [&](int64_t i, const Draw& draw) {
+            const Winner winner = draw_from_row(row, vocab, temperature, best, draw);
+            write(i, winner.token, static_cast<double>(winner.scaled) - shift - std::log(tempered_mass), 1);
+        });
         return true;
     }
 
@@ -231,9 +242,11 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
                 candidates;
         kept = mass_of(candidates, count);
     }
-    const Winner winner = draw_from(candidates, count, draw);
-    write(winner.token, static_cast<double>(winner.scaled) - shift - std::log(kept),
-          std::min(1.0, kept / tempered_mass));
+    for_each_draw(args, r, [&](int64_t i, const Draw& draw) {
+        const Winner winner = draw_from(candidates, count, draw);
+        write(i, winner.token, static_cast<double>(winner.scaled) - shift - std::log(kept),
+              std::min(1.0, kept / tempered_mass));
+    });
     return true;
 }
 
@@ -243,6 +256,7 @@ int64_t sample(const SampleArgs& args) {
     int64_t bad_row = kAllRowsFinite;
     const int64_t slice = sample_workspace_bytes(args.vocab);
     parallel_for(args.rows, args.threads, [&](int64_t r, int thread) {
+        if (args.begin && args.begin[r] == args.begin[r + 1]) return;
         char* const workspace = static_cast<char*>(args.workspace) + thread * slice;
         const bool ok = args.dtype == Dtype::kFloat32 ? sample_row<float>(args, r, workspace)
                                                       : sample_row<uint16_t>(args, r, workspace);

@@ -1,5 +1,7 @@
 // sample and gumbel on the CPU.
+#include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "fuzz/draws.h"
 
@@ -11,28 +13,40 @@ void fuzz_sample(Case& c) {
     const Options options = Options::random(random, logits.vocab);
     const auto rows = static_cast<size_t>(logits.rows);
     const int threads = static_cast<int>(random.between(1, 2));
-    std::vector<int64_t> sequence(rows), position(rows);
+    // Several draws of a row, or none, in any order; or one of each.
+    const bool grouped = random.between(0, 1);
+    const size_t draws = grouped ? static_cast<size_t>(random.between(0, 3 * logits.rows)) : rows;
+    std::vector<int64_t> begin(rows + 1), order(draws), row_of(draws), sequence(draws), position(draws);
+    for (size_t i = 0; i < draws; ++i) {
+        row_of[i] = grouped ? random.between(0, logits.rows - 1) : static_cast<int64_t>(i);
+        sequence[i] = counter(random), position[i] = counter(random), order[i] = static_cast<int64_t>(i);
+        ++begin[static_cast<size_t>(row_of[i]) + 1];
+    }
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return row_of[static_cast<size_t>(a)] < row_of[static_cast<size_t>(b)];
+    });
     std::vector<ExpectedDraw> expected;
     std::vector<Usable> usable;
-    for (size_t r = 0; r < rows; ++r) {
-        sequence[r] = counter(random), position[r] = counter(random);
-        expected.emplace_back(logits, r, options, sequence[r], position[r]);
-        usable.push_back(expected.back().usable());
-    }
+    for (size_t r = 0; r < rows; ++r)
+        usable.push_back(begin[r] == begin[r + 1] ? Usable::kYes : ExpectedDraw(logits, r, options, 0, 0).usable());
+    for (size_t i = 0; i < draws; ++i)
+        expected.emplace_back(logits, static_cast<size_t>(row_of[i]), options, sequence[i], position[i]);
     c.for_each_isa([&] {
         constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-        std::vector<int64_t> token(rows, -1);
-        std::vector<float> logprob(rows, kNaN), sampling_logprob(rows, kNaN), kept_mass(rows, kNaN);
+        std::vector<int64_t> token(draws, -1);
+        std::vector<float> logprob(draws, kNaN), sampling_logprob(draws, kNaN), kept_mass(draws, kNaN);
         std::vector<uint8_t> workspace(std::min<size_t>(threads, rows) * sample_workspace_bytes(logits.vocab), 0xFF);
         const int64_t bad =
             kernels().sample({logits.z.data(), logits.z.dtype(), logits.rows, logits.vocab, logits.stride, logits.head,
                               options.temperature, options.top_k, options.top_p, options.log_min_p, options.seed,
-                              sequence.data(), position.data(), token.data(), logprob.data(), sampling_logprob.data(),
-                              kept_mass.data(), workspace.data(), threads});
+                              grouped ? begin.data() : nullptr, grouped ? order.data() : nullptr, sequence.data(),
+                              position.data(), token.data(), logprob.data(), sampling_logprob.data(), kept_mass.data(),
+                              workspace.data(), threads});
         check_first_bad(c, usable, bad);
-        for (size_t r = 0; r < rows; ++r)
-            if (usable[r] == Usable::kYes)
-                expected[r].check(c, r, token[r], logprob[r], sampling_logprob[r], kept_mass[r]);
+        for (size_t i = 0; i < draws; ++i)
+            if (usable[static_cast<size_t>(row_of[i])] == Usable::kYes)
+                expected[i].check(c, i, token[i], logprob[i], sampling_logprob[i], kept_mass[i]);
     });
 }
 

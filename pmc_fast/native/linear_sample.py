@@ -22,24 +22,34 @@ def linear_sample(
     logit_scale: float,
     sequence: Tensor,
     position: Tensor,
+    hidden_row: Tensor | None = None,
     **sampling,
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(weight.dtype)
-    drawn = []
-    for rows in even_chunks(len(hidden), CHUNK_ROWS):
+    results, chunks = None, even_chunks(len(hidden), CHUNK_ROWS)
+    for rows in chunks:
+        draws, row = rows, None
+        if hidden_row is not None:
+            draws = ((hidden_row >= rows.start) & (hidden_row < rows.stop)).nonzero()[:, 0]
+            row = hidden_row[draws] - rows.start
         with phase("head"):
             logits = torch.empty(rows.stop - rows.start, weight.shape[0], dtype=dtype)
             write_logits(hidden[rows].to(dtype), weight, bias, logits)
         with phase("sample"):
-            draws = sample(
+            drawn = sample(
                 logits,
                 softcap=softcap,
                 logit_scale=logit_scale,
-                sequence=sequence[rows],
-                position=position[rows],
+                row=row,
+                sequence=sequence[draws],
+                position=position[draws],
                 op="linear_sample",
                 first_row=rows.start,
                 **sampling,
             )
-        drawn.append(draws)
-    return drawn[0] if len(drawn) == 1 else tuple(torch.cat(column) for column in zip(*drawn, strict=True))
+        if len(chunks) == 1:
+            return drawn
+        results = results or tuple(torch.empty(len(sequence), dtype=column.dtype) for column in drawn)
+        for result, column in zip(results, drawn, strict=True):
+            result[draws] = column
+    return results

@@ -23,16 +23,23 @@ def sample(
     position: Tensor,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    row: Tensor | None = None,
     op: str = "sample",
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last four arguments are for `linear_sample`: the head's transform, and what an error calls op and row."""
+    """The last five arguments are for `linear_sample`: the head's transform, the row of logits that each draw is from, and
+    what an error calls op and row.
+    """
     lib, threads = library(), torch.get_num_threads()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     sequence, position = sequence.contiguous(), position.contiguous()
-    rows, vocab = logits.shape
-    token = torch.empty(rows, dtype=torch.int64)
-    logprob, sampling_logprob, kept_mass = (torch.empty(rows, dtype=torch.float32) for _ in range(3))
+    (rows, vocab), draws = logits.shape, len(sequence)
+    begin = order = None
+    if row is not None:
+        order = row.argsort()
+        begin = torch.searchsorted(row[order], torch.arange(rows + 1))
+    token = torch.empty(draws, dtype=torch.int64)
+    logprob, sampling_logprob, kept_mass = (torch.empty(draws, dtype=torch.float32) for _ in range(3))
     workspace = torch.empty(min(threads, rows) * lib.sample_workspace_bytes(vocab), dtype=torch.uint8)
     bad = lib.sample(
         logits.data_ptr(),
@@ -47,6 +54,8 @@ def sample(
         top_p,
         math.log(min_p) if min_p > 0 else -math.inf,
         seed,
+        0 if begin is None else begin.data_ptr(),
+        0 if order is None else order.data_ptr(),
         sequence.data_ptr(),
         position.data_ptr(),
         token.data_ptr(),

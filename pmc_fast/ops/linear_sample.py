@@ -22,20 +22,23 @@ def linear_sample(
     seed: int = 0,
     sequence: Tensor | None = None,
     position: Tensor | None = None,
+    hidden_row: Tensor | None = None,
     impl: str | None = None,
 ) -> Sample:
     """Draw one token per hidden state from the output head's distribution, holding few logits at a time.
 
     Equivalent to ``sample(logit_scale * (hidden @ weight.T + bias), ...)``, each logit passed through
-    ``softcap * tanh(logit / softcap)`` first where softcap is given.
+    ``softcap * tanh(logit / softcap)`` first where softcap is given. With hidden_row, hidden stands for
+    ``hidden[hidden_row]``: many draws from the same distribution, whose logits are computed once on a CPU.
 
     Args:
-        hidden: float32, bfloat16 or float16 [N, D].
+        hidden: float32, bfloat16 or float16 [N, D]; with hidden_row, [R, D].
         weight: the head, [V, D], dtype of hidden.
         bias: [V], dtype of hidden, or None.
         softcap: bounds the logits smoothly (Gemma), or None.
         logit_scale: multiplies the logits (Cohere; Granite's divisor inverted).
         temperature, top_k, top_p, min_p, seed, sequence, position: as in ``sample``.
+        hidden_row: int64 [N] in [0, R), the hidden state that each draw is from, or None.
         impl: None, "reference", "native", "triton" or "cuda".
 
     Raises:
@@ -46,12 +49,11 @@ def linear_sample(
     """
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
-    _checks.coordinates(sequence, position, hidden)
-    return Sample(
-        *_linear_sample(
-            hidden, weight, bias, softcap, logit_scale, temperature, top_k, top_p, min_p, seed, sequence, position, impl
-        )
-    )
+    if hidden_row is not None:
+        _checks.vector("hidden_row", hidden_row, hidden_row.numel(), torch.int64, hidden)
+    _checks.coordinates(sequence, position, hidden if hidden_row is None else hidden_row)
+    draw = (temperature, top_k, top_p, min_p, seed, sequence, position, hidden_row)
+    return Sample(*_linear_sample(hidden, weight, bias, softcap, logit_scale, *draw, impl))
 
 
 @torch.library.custom_op("pmc_fast::linear_sample", mutates_args=())
@@ -68,11 +70,19 @@ def _linear_sample(
     seed: int,
     sequence: Tensor | None,
     position: Tensor | None,
+    hidden_row: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device = hidden.device.type
     name = backend.choose("linear_sample", impl, device, hidden.dtype, preferred(device, temperature, top_k, top_p))
-    sequence, position = coordinates(hidden, sequence, position)
+    sequence, position = coordinates(hidden if hidden_row is None else hidden_row, sequence, position)
+    shared = {}
+    if hidden_row is not None:
+        _checks.within("hidden_row", hidden_row, len(hidden))
+        if name == "native":
+            shared["hidden_row"] = hidden_row
+        else:
+            hidden = hidden[hidden_row]
     return backend.load("linear_sample", name)(
         hidden,
         weight,
@@ -86,9 +96,11 @@ def _linear_sample(
         seed=seed,
         sequence=sequence,
         position=position,
+        **shared,
     )
 
 
 @_linear_sample.register_fake
-def _(hidden, weight, bias, softcap, logit_scale, temperature, top_k, top_p, min_p, seed, sequence, position, impl):
-    return empty_sample(hidden)
+def _(hidden, *args):
+    hidden_row = args[-2]
+    return empty_sample(hidden if hidden_row is None else hidden_row)

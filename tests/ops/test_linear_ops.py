@@ -269,6 +269,36 @@ def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
     torch.testing.assert_close(drawn.logprob, want.logprob, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 9, "top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("impl", DRAWING)
+def test_many_draws_from_one_hidden_state(impl, options, monkeypatch, rng_seed):
+    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 4)
+    hidden, weight, b, _ = (t.detach() for t in make(9))
+    hidden[7] = math.nan  # nobody draws from it
+    row = torch.tensor([8, 0, 0, 3, 8, 5, 0, 3])
+    coordinates = {"sequence": torch.randint(99, (8,)), "position": torch.randint(99, (8,)), "seed": rng_seed}
+    got = linear_sample(hidden, weight, bias=b, impl=impl, hidden_row=row, **coordinates, **options)
+    want = linear_sample(hidden[row], weight, bias=b, impl=impl, **coordinates, **options)
+    assert torch.equal(got.token, want.token)
+    for mine, theirs in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    none = linear_sample(hidden, weight, bias=b, impl=impl, hidden_row=row[:0])
+    assert none.token.shape == (0,)
+
+
+def test_bad_hidden_rows():
+    hidden, weight = torch.zeros(3, 5), torch.zeros(7, 5)
+    for row, error, match in [
+        (torch.tensor([0, 3]), ValueError, r"hidden_row: .* expected integers in \[0, 3\)"),
+        (torch.tensor([[0]]), ValueError, r"hidden_row: got shape \[1, 1\]"),
+        (torch.tensor([0], dtype=torch.int32), TypeError, "hidden_row: got dtype torch.int32"),
+    ]:
+        with pytest.raises(error, match=match):
+            linear_sample(hidden, weight, hidden_row=row)
+    with pytest.raises(ValueError, match=r"sequence: got shape \[3\], expected \[2\]"):
+        linear_sample(hidden, weight, hidden_row=torch.tensor([0, 1]), sequence=torch.arange(3))
+
+
 @pytest.mark.refuses_values
 @pytest.mark.parametrize(
     ("op", "impl"),
@@ -335,10 +365,11 @@ def test_opcheck(impl, rng_seed):
 @pytest.mark.parametrize("impl", DRAWING)
 def test_opcheck_of_linear_sample(impl, rng_seed):
     hidden, weight, index = torch.randn(7, 5), torch.randn(21, 5), torch.arange(7)
-    torch.library.opcheck(
-        import_module("pmc_fast.ops.linear_sample")._linear_sample,
-        (hidden, weight, None, None, 1.0, 0.9, None, 0.9, 0.0, 3, index, index, impl),
-    )
+    for hidden_row, at in [(None, index), (torch.tensor([2, 0, 2]), index[:3])]:
+        torch.library.opcheck(
+            import_module("pmc_fast.ops.linear_sample")._linear_sample,
+            (hidden, weight, None, None, 1.0, 0.9, None, 0.9, 0.0, 3, at, at, hidden_row, impl),
+        )
 
 
 def test_compiles_without_a_graph_break(rng_seed):
