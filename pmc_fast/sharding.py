@@ -69,6 +69,17 @@ def begin_forward(root: nn.Module, model: nn.Module) -> None:
         model.unshard()
 
 
+def kind(module: nn.Module) -> type:
+    """The module's class; of one that ``fully_shard`` was applied to, that of before, whose forward it still has."""
+    made = type(module)
+    if not made.__module__.startswith(SHARDERS[0]):
+        return made
+    from torch.distributed.fsdp import FSDPModule
+
+    is_fsdp2 = made.__bases__[0] is FSDPModule and "forward" not in vars(made)
+    return made.__bases__[1] if is_fsdp2 else made
+
+
 def is_zero3(parameter: Tensor) -> bool:
     """Whether it is in the hands of DeepSpeed ZeRO-3, whole or not."""
     return hasattr(parameter, "ds_id")
