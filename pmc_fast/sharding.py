@@ -70,14 +70,13 @@ def begin_forward(root: nn.Module, model: nn.Module) -> None:
 
 
 def kind(module: nn.Module) -> type:
-    """The module's class; of one that ``fully_shard`` was applied to, that of before, whose forward it still has."""
-    made = type(module)
-    if not made.__module__.startswith(SHARDERS[0]):
-        return made
+    """The module's class, or what it was before ``fully_shard`` put a subclass in its place, which computes the same."""
+    cls = type(module)
+    if not cls.__module__.startswith(SHARDERS[0]):
+        return cls
     from torch.distributed.fsdp import FSDPModule
 
-    is_fsdp2 = made.__bases__[0] is FSDPModule and "forward" not in vars(made)
-    return made.__bases__[1] if is_fsdp2 else made
+    return cls.__bases__[1] if cls.__bases__[0] is FSDPModule else cls
 
 
 def is_zero3(parameter: Tensor) -> bool:
