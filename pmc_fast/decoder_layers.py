@@ -124,8 +124,18 @@ def _read_layers(lm, calls, norm, linear) -> Layers:
 def _is_hooked(model: nn.Module) -> bool:
     """Whether somebody but `fast_linear` watches or replaces what modules do."""
     return any(
-        module._forward_hooks or module._forward_pre_hooks or ("forward" in vars(module) and not is_fast(module))
+        module._forward_pre_hooks
+        or not all(map(_only_asks_for_gradients, module._forward_hooks.values()))
+        or ("forward" in vars(module) and not is_fast(module))
         for module in model.modules()
+    )
+
+
+def _only_asks_for_gradients(hook: Callable) -> bool:
+    """Whether it is what transformers puts on the embedding to train adapters with gradient checkpointing."""
+    name = f"{getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', '')}"
+    return name == (
+        "transformers.modeling_utils.PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
     )
 
 
