@@ -1,7 +1,11 @@
 """Sampling from a model sharded by FSDP2 decodes as with whole weights, and leaves nothing of them behind."""
 
 import weakref
+from itertools import chain
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import decoder_kernels
 import pytest
 import torch
 from collectives import CountingGathers, on_ranks
@@ -10,8 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pmc_fast import fast_linear, running_rows
+from pmc_fast import backend, fast_linear, running_rows, static_decoder
 from pmc_fast.packing import pad_left
+from pmc_fast.reference import decode_attention as reference
 from pmc_fast.sampler import Sampler
 from pmc_fast.sharding import kind
 
@@ -33,6 +38,7 @@ def test_two_ranks_decode_as_one_process(rng_seed, tmp_path):
         _low_precision,
         _parts_by_themselves,
         _changed_weights,
+        _fixed_memory,
         _other_peoples_changes,
         _nothing_stays,
     ]
@@ -120,6 +126,28 @@ def _changed_weights(rank, ranks, seed):
     )
 
 
+def _fixed_memory(rank, ranks, seed):
+    """The decoder for GPUs, torch in its kernels' place: what is kept for the next call knows where weights were gathered."""
+    chosen = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, "native"))
+    kernels = {"elementwise": decoder_kernels, "append_token": decoder_kernels, "decode_attention": reference}
+    with patch.multiple(static_decoder, backend=chosen, _kernels=kernels.get):
+        sampler, whole = Sampler(_shard(make_model(seed=seed)), keep_graphs=True), Sampler(make_model(seed=seed))
+        for scale in (1.0, 1.0, 1.5):
+            with torch.no_grad():
+                for parameter in chain(sampler.lm.model.parameters(), whole.lm.model.parameters()):
+                    parameter *= scale
+            _assert_same(sampler, whole, seed)
+            assert sampler.decoder == "cuda graph"
+            assert not any(tensor.untyped_storage().size() for tensor in _weights_read(sampler))
+
+
+def _weights_read(sampler):
+    for decoder in sampler._kept._used.values():
+        for layer in decoder._layers.layers:
+            yield layer.query.parts.weight
+            yield layer.norm.parts.weight
+
+
 def _watch(model):
     return model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 1.5 * out).remove
 
@@ -188,13 +216,10 @@ def _nothing_stays(rank, ranks, seed):
         note(rows)
         raise KeyError
 
-    running_rows.fused_decoder = watched
-    try:
+    with patch.object(running_rows, "fused_decoder", watched):
         _sample(sampler, seed, progress=note)
         with pytest.raises(KeyError):
             _sample(sampler, seed, progress=fail)
-    finally:
-        running_rows.fused_decoder = made
     assert held and not any(reference() for reference in held)
     assert len(storages) >= len(list(model.parameters()))
     assert not any(storage.size() for storage in storages.values())
