@@ -28,7 +28,7 @@ def test_two_ranks_agree_with_one_process(rng_seed, tmp_path):
 
 
 def _adapted(seed, family="llama"):
-    """A model with LoRA on every linear layer but the head, its adapters random instead of no-ops; r = 3: 2 does not divide it."""
+    """A model with LoRA on every linear layer but the head, its adapters random instead of no-ops; 2 does not divide r."""
     options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     torch.manual_seed(seed)
     model = peft.get_peft_model(make_model(family, seed), peft.LoraConfig(**options))
@@ -80,7 +80,6 @@ def _training(rank, ranks, seed, out):
         ]
         for pmc in (single, mine):
             pmc.initialise(QUESTIONS)
-        before = _sample(mine, seed)
         for batches in ([[0, 1, 2], [3, 4]], [[3], []]):
             for batch in batches:
                 (single.loss(batch, RETAIN) / ranks).backward()
@@ -102,7 +101,6 @@ def _training(rank, ranks, seed, out):
                     moved.add(name)
         got, want = _sample(mine, seed), _sample(single, seed)
         assert torch.equal(got.tokens, want.tokens) and mine.sampler.decoder == single.sampler.decoder == "native"
-        assert before.tokens.shape != got.tokens.shape or not torch.equal(before.tokens, got.tokens)
         with mine.lm.model.disable_adapter(), single.lm.model.disable_adapter():
             without = _sample(mine, seed)
             assert torch.equal(without.tokens, _sample(single, seed).tokens)
