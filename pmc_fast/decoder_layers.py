@@ -9,7 +9,9 @@ from typing import Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from pmc_fast.attention import AttentionCall
+from pmc_fast.fast_linear import is_fast
 from pmc_fast.models import LanguageModel
+from pmc_fast.sharding import kind
 
 # Layers of this form in transformers: h += attention(norm(h)), then h += down(silu(gate(norm(h))) * up(norm(h))).
 GATED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -104,7 +106,7 @@ def _read_layers(lm, calls, norm, linear) -> Layers:
     if _is_hooked(lm.model):
         raise Unknown
     backbone = lm.backbone
-    if type(backbone.embed_tokens) is not nn.Embedding:
+    if kind(backbone.embed_tokens) is not nn.Embedding:
         raise Unknown
     layers = backbone.layers[: lm.model.config.num_hidden_layers]
     return Layers(
@@ -120,23 +122,31 @@ def _read_layers(lm, calls, norm, linear) -> Layers:
 
 
 def _is_hooked(model: nn.Module) -> bool:
-    """Whether somebody watches or replaces what modules do; `fast_linear` replaces that of nn.Linear."""
+    """Whether somebody but `fast_linear` watches or replaces what modules do."""
     return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or ("forward" in vars(module) and type(module) is not nn.Linear)
+        module._forward_pre_hooks
+        or not all(map(_only_asks_for_gradients, module._forward_hooks.values()))
+        or ("forward" in vars(module) and not is_fast(module))
         for module in model.modules()
     )
 
 
+def _only_asks_for_gradients(hook: Callable) -> bool:
+    """Whether it is what transformers puts on the embedding to train adapters with gradient checkpointing."""
+    name = f"{getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', '')}"
+    return name == (
+        "transformers.modeling_utils.PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
+    )
+
+
 def _layer(layer: nn.Module, call: AttentionCall, norm: Callable, linear: Callable) -> Layer:
-    kind, attention, mlp = type(layer).__name__, layer.self_attn, layer.mlp
-    if not type(layer).__module__.startswith("transformers.models.") or kind not in GATED + PARALLEL:
+    cls, attention, mlp = kind(layer), layer.self_attn, layer.mlp
+    if not cls.__module__.startswith("transformers.models.") or cls.__name__ not in GATED + PARALLEL:
         raise Unknown
-    gated = kind in GATED
+    gated = cls.__name__ in GATED
     if getattr(attention, "qk_layernorm", False):
         raise Unknown
-    if type(mlp.act_fn if gated else mlp.activation_fn).__name__ != (
+    if kind(mlp.act_fn if gated else mlp.activation_fn).__name__ != (
         "SiLUActivation" if gated else "NewGELUActivation"
     ):
         raise Unknown
@@ -158,19 +168,19 @@ def _layer(layer: nn.Module, call: AttentionCall, norm: Callable, linear: Callab
 
 def _norm(module: nn.Module) -> NormParts:
     weight = module.weight.detach()
-    if type(module) is nn.LayerNorm:
+    if kind(module) is nn.LayerNorm:
         return NormParts(weight, None if module.bias is None else module.bias.detach(), module.eps, True)
-    if not type(module).__name__.endswith("RMSNorm"):
+    if not kind(module).__name__.endswith("RMSNorm"):
         raise Unknown
     return NormParts(weight, None, module.variance_epsilon, False)
 
 
 def _linear(module: nn.Module) -> LinearParts:
-    if type(module) is nn.Linear:
+    if kind(module) is nn.Linear:
         return LinearParts(module.weight.detach(), None if module.bias is None else module.bias.detach(), ())
-    if (type(module).__module__, type(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
+    if (kind(module).__module__, kind(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
         raise Unknown
-    if type(module.base_layer) is not nn.Linear or module.fan_in_fan_out or (module.merged and module.disable_adapters):
+    if kind(module.base_layer) is not nn.Linear or module.fan_in_fan_out or (module.merged and module.disable_adapters):
         raise Unknown
     base = _linear(module.base_layer)
     if module.merged or module.disable_adapters:
@@ -183,6 +193,6 @@ def _linear(module: nn.Module) -> LinearParts:
 
 def _adapter(module: nn.Module, name: str) -> Adapter:
     down, up = module.lora_A[name], module.lora_B[name]
-    if any(type(part) is not nn.Linear or part.bias is not None for part in (down, up)):
+    if any(kind(part) is not nn.Linear or part.bias is not None for part in (down, up)):
         raise Unknown
     return Adapter(down.weight.detach(), up.weight.detach(), module.scaling[name])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pmc_fast.errors import BackendUnavailable
 from pmc_fast.native import library, packed_linear
+from pmc_fast.sharding import kind
 
 # Weights copied into the library's own layout at most, for the time of one sampling call.
 PACKED_BYTES = 2 << 30
@@ -93,11 +94,11 @@ def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iter
     from (at most PACKED_BYTES of them), which pays when few rows are multiplied many times.
 
     Args:
-        model: its layers of type nn.Linear are changed and, in the end, restored.
+        model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
         rows: how many rows most products will have, for the choice of layout.
         head: a weight [V, D] that is multiplied outside of the model's layers: see `packed`.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    layers = [module for module in model.modules() if kind(module) is nn.Linear and "forward" not in vars(module)]
     room, held = PACKED_BYTES, {}
     for layer in layers if _has_onednn() else []:
         if not _gains(layer.weight):
@@ -123,6 +124,12 @@ def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iter
 def product_with(weight: Tensor) -> Product | None:
     """The product with this weight, if there is a `fast_linear` block around that copied it."""
     return _products.get().get(_identity(weight))
+
+
+def is_fast(layer: nn.Module) -> bool:
+    """Whether a `fast_linear` block around replaces the layer's forward."""
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
 
 
 def packed(weight: Tensor) -> packed_linear.PackedWeight | None:
@@ -158,7 +165,7 @@ def _gains(weight: Tensor) -> bool:
 
 
 def _forward(layer: nn.Linear, multiply: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
-    changed = type(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
+    changed = kind(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
     if changed or x.dtype != layer.weight.dtype or not x.numel():
         return nn.functional.linear(x, layer.weight, layer.bias)
     bias = None if layer.bias is None else layer.bias.float()

@@ -74,7 +74,7 @@ class Sampler:
 
     Attributes:
         decoder: what decoded in the last call: "cuda graph", "native" (this library's CPU kernels) or "modules" (the
-            model's own, where a part of it is of no known kind, is watched or replaced, or is sharded).
+            model's own, where a part of it is of no known kind, or is watched or replaced).
 
     Raises:
         UserError: the model has no head this library knows.

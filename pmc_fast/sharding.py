@@ -50,8 +50,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def begin_forward(root: nn.Module, model: nn.Module) -> None:
-    """Within root's forward, have FSDP2 do for the model's own weights what it would in the model's, which is not called.
+def begin_forward(root: nn.Module, backbone: nn.Module) -> None:
+    """Within root's forward, have FSDP2 gather the weights of modules between root and the backbone, which are not called.
 
     Raises:
         UserError: ``fully_shard`` was applied to modules in root, but not to root: it would leave out gradients of others.
@@ -60,13 +60,25 @@ def begin_forward(root: nn.Module, model: nn.Module) -> None:
         return
     from torch.distributed.fsdp import FSDPModule
 
-    if not isinstance(root, FSDPModule) and any(isinstance(module, FSDPModule) for module in model.modules()):
+    inside = [module for module in root.modules() if isinstance(module, FSDPModule) and module is not root]
+    if inside and not isinstance(root, FSDPModule):
         name = type(root).__name__
         raise UserError(
             f"{name}: holds modules that fully_shard was applied to; expected it applied to {name}, too, as the last"
         )
-    if isinstance(model, FSDPModule):
-        model.unshard()
+    for module in inside:
+        if module is not backbone and backbone in module.modules():
+            module.unshard()
+
+
+def kind(module: nn.Module) -> type:
+    """The module's class, or what it was before ``fully_shard`` put a subclass in its place, which computes the same."""
+    cls = type(module)
+    if not cls.__module__.startswith(SHARDERS[0]):
+        return cls
+    from torch.distributed.fsdp import FSDPModule
+
+    return cls.__bases__[1] if cls.__bases__[0] is FSDPModule else cls
 
 
 def is_zero3(parameter: Tensor) -> bool:

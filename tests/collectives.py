@@ -1,6 +1,27 @@
-"""Counting what processes exchange."""
+"""Several processes on this machine, and counting what they exchange."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def on_ranks(ranks: int, checks: list[Callable], seed: int, store: Path, *args):
+    """Runs check(rank, ranks, seed, *args) of each check, one after the other, in so many gloo processes."""
+    torch.multiprocessing.spawn(_rank, (ranks, checks, seed, str(store), args), nprocs=ranks)
+
+
+def _rank(rank, ranks, checks, seed, store, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        for check in checks:
+            torch.manual_seed(seed)
+            check(rank, ranks, seed, *args)
+    finally:
+        dist.destroy_process_group()
 
 
 class CountingGathers(TorchDispatchMode):

@@ -27,7 +27,7 @@ NOT_RUN = {
     "distributed.md": ['title="Not run: needs DeepSpeed"'],
     "integrations.md": ['title="Not run: lines of another repository"', 'title="Not run: needs vLLM and a GPU"'],
 }
-NEEDS = {"integrations.md": ("accelerate", "peft")}
+NEEDS = {"distributed.md": ("peft",), "integrations.md": ("accelerate", "peft")}
 
 
 def blocks(page, language):
@@ -61,6 +61,7 @@ def test_the_python_of_a_page_runs(page, alone, tmp_path, monkeypatch, rng_seed)
     retain = [QA(f"What is {name}?", f"The river {name}.") for name in ("Ob", "Po", "Oder")]
     given = {
         "model": make_model(seed=rng_seed),
+        "base_model": make_model(seed=rng_seed),
         "tokenizer": make_tokenizer(),
         "forget_rows": forget,
         "forget_questions": [row.question for row in forget],

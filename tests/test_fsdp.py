@@ -5,8 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from collectives import CountingGathers
+from collectives import CountingGathers, on_ranks
 from tiny import make_model, make_tokenizer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,29 +27,13 @@ MODULES = LAYERS + 1  # that fully_shard is applied to: the layers, and the root
 
 @pytest.mark.parametrize(("ranks", "family"), [(2, "llama"), (3, "gemma2")])  # gemma2: the head is the embedding
 def test_ranks_agree_with_one_process(ranks, family, rng_seed, tmp_path):
-    torch.multiprocessing.spawn(_rank, (ranks, family, rng_seed, str(tmp_path / "store")), nprocs=ranks)
-
-
-def _rank(rank, ranks, family, seed, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    try:
-        for check in (_training, _training_without_whole_model, _sampling, _low_precision, _blocks, _refusals):
-            torch.manual_seed(seed)
-            check(rank, ranks, family, seed)
-    finally:
-        dist.destroy_process_group()
-
-
-def _with_a_hook(model):
-    """The model, now decoded by its own modules, as a sharded one is: in bfloat16 they round differently."""
-    model.register_forward_hook(lambda *_: None)
-    return model
+    checks = [_training, _training_without_whole_model, _sampling, _low_precision, _blocks, _refusals]
+    on_ranks(ranks, checks, rng_seed, tmp_path / "store", family)
 
 
 def _make_pmc(family, seed, shard=None, whole_model=True):
     """A PMC and its LossModule; `shard` is applied to each layer, to the whole model unless told not to, and to the latter."""
-    model = _with_a_hook(make_model(family, seed))
+    model = make_model(family, seed)
     if shard is not None:
         for module in [*model.model.layers, model] if whole_model else model.model.layers:
             shard(module)
@@ -71,7 +54,7 @@ def _is_sharded(module):
     return all(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def _training(rank, ranks, family, seed, whole_model=True):
+def _training(rank, ranks, seed, family, whole_model=True):
     """Over a split forget set it ends as one process that accumulates the same micro-batches."""
     (single, _), (mine, loss_module) = _make_pmc(family, seed), _make_pmc(family, seed, fully_shard, whole_model)
     for pmc in () if whole_model else (single, mine):
@@ -119,7 +102,7 @@ def _prompts(pmc, count):
     return pad_left([pmc.prompts.prompt_ids(question) for question in QUESTIONS[:count]], pmc.prompts.pad_id)
 
 
-def _sampling(rank, ranks, family, seed):
+def _sampling(rank, ranks, seed, family):
     """The tokens of whole weights, from one gather however long the answers, and as many prompts as each rank likes."""
     (single, _), (mine, loss_module) = _make_pmc(family, seed), _make_pmc(family, seed, fully_shard)
     for tokens in (1, 3, 12):
@@ -143,7 +126,7 @@ def _sampling(rank, ranks, family, seed):
     assert count.gathers == 1 + 2 * LAYERS  # nothing is left to sample
 
 
-def _low_precision(rank, ranks, family, seed):
+def _low_precision(rank, ranks, seed, family):
     """Under a policy of bfloat16 samples and loss are those of a model with bfloat16 weights."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     mine, loss_module = _make_pmc(family, seed, lambda module: fully_shard(module, mp_policy=policy))
@@ -161,7 +144,7 @@ def _low_precision(rank, ranks, family, seed):
     assert all(parameter.grad.dtype == torch.float32 for parameter in mine.lm.model.parameters())
 
 
-def _blocks(rank, ranks, family, seed):
+def _blocks(rank, ranks, seed, family):
     """Weights are whole within and shared out behind a block, whatever happens in it; other people's hooks stay on."""
     mine, loss_module = _make_pmc(family, seed, fully_shard, whole_model=False)
     layer, calls = mine.lm.model.model.layers[0], []
@@ -184,7 +167,7 @@ def _blocks(rank, ranks, family, seed):
     assert count.gathers == 2 + 3 * LAYERS and _is_sharded(loss_module)
 
 
-def _refusals(rank, ranks, family, seed):
+def _refusals(rank, ranks, seed, family):
     parts = r"model: got weights in parts, .*fully_shard\(parallel.LossModule\(pmc\)\)"
     for whole_model in (True, False):
         mine, loss_module = _make_pmc(family, seed, fully_shard, whole_model)

@@ -278,6 +278,16 @@ def test_other_kinds_of_layers_are_left_to_their_modules(family, changes, built,
     assert built == [None]
 
 
+def test_a_product_that_somebody_replaced_is_left_to_the_modules(built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed).to(DEVICE)
+    before = sample(model, rng_seed)
+    linear = model.model.layers[0].self_attn.o_proj
+    linear.forward = lambda x, forward=linear.forward: 1.5 * forward(x)
+    got = sample(model, rng_seed)
+    assert built[0] is not None and built[1] is None
+    assert before.tokens.shape != got.tokens.shape or not torch.equal(before.tokens, got.tokens)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_in_bfloat16_it_is_near_the_exact_model(family, built, rng_seed):

@@ -33,7 +33,7 @@ class LossModule(nn.Module):
                 "forget: got a batch that is not prepared, while ZeRO-3 has begun to gather weights for the forward pass; "
                 "call pmc.prepare([forget]) before"
             )
-        begin_forward(self, self.model)
+        begin_forward(self, self.pmc.lm.backbone)
         return self.pmc.loss(forget, retain)
 
 
