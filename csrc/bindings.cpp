@@ -3,8 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
+#include "cpu/decoder.h"
 #include "cpu/isa.h"
 #include "cpu/rouge_l_recall.h"
 
@@ -25,6 +29,39 @@ pmc::CachedPositions positions(const Positions& from) {
     const auto& [key, value, key_stride, value_stride, length] = from;
     const auto strides = [](const Strides& s) { return pmc::CacheStrides{s[0], s[1], s[2]}; };
     return {pointer<const void>(key), pointer<const void>(value), strides(key_stride), strides(value_stride), length};
+}
+
+// A decoder's weights, as native/decoder.py hands them over.
+using Norm = std::tuple<uintptr_t, uintptr_t, float, bool>;
+using Adapter = std::tuple<uintptr_t, uintptr_t, int64_t>;
+using Linear = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
+using Layer = std::tuple<Norm, Linear, Linear, Linear, std::optional<Norm>, std::optional<Norm>, Linear,
+                         std::optional<Norm>, std::optional<Linear>, Linear, Linear, int64_t, float, float>;
+
+pmc::NormWeights norm(const Norm& from) {
+    const auto& [weight, bias, epsilon, centered] = from;
+    return {pointer<const float>(weight), pointer<const float>(bias), epsilon, centered};
+}
+
+pmc::LinearWeights linear(const Linear& from) {
+    const auto& [packed, bias, out_features, in_features, adapters] = from;
+    pmc::LinearWeights to{pointer<const float>(packed), pointer<const float>(bias), out_features, in_features, {}};
+    for (const auto& [down, up, rank] : adapters)
+        to.adapters.push_back({pointer<const float>(down), pointer<const float>(up), rank});
+    return to;
+}
+
+template <class From, class Read>
+auto maybe(const std::optional<From>& from, const Read& read) {
+    return from ? std::make_optional(read(*from)) : std::nullopt;
+}
+
+pmc::DecoderLayer decoder_layer(const Layer& from) {
+    const auto& [first_norm, query, key, value, query_norm, key_norm, output, mlp_norm, gate, up, down, window, scale,
+                 softcap] = from;
+    return {norm(first_norm),        linear(query),         linear(key),  linear(value), maybe(query_norm, norm),
+            maybe(key_norm, norm),   linear(output),        maybe(mlp_norm, norm),       maybe(gate, linear),
+            linear(up),              linear(down),          window,       scale,         softcap};
 }
 
 #ifdef _OPENMP
@@ -137,33 +174,33 @@ PYBIND11_MODULE(_C, m) {
         },
         release());
 
-    m.attr("SILU") = static_cast<int>(pmc::Activation::kSilu);
-    m.attr("GELU_TANH") = static_cast<int>(pmc::Activation::kGeluTanh);
-    m.def(
-        "normalize",
-        [](uintptr_t x, int64_t rows, int64_t size, int64_t x_stride, uintptr_t weight, uintptr_t bias, float epsilon,
-           bool centered, uintptr_t y, int64_t y_stride, int threads) {
-            pmc::kernels().normalize({pointer<const float>(x), rows, size, x_stride, pointer<const float>(weight),
-                                      pointer<const float>(bias), epsilon, centered, pointer<float>(y), y_stride,
-                                      threads});
-        },
-        release());
-    m.def(
-        "activate",
-        [](uintptr_t x, uintptr_t up, int64_t rows, int64_t size, int activation, int threads) {
-            pmc::kernels().activate({pointer<float>(x), pointer<const float>(up), rows, size,
-                                     static_cast<pmc::Activation>(activation), threads});
-        },
-        release());
-    m.def(
-        "rotate",
-        [](uintptr_t x, int64_t rows, int64_t heads, int64_t dim, int64_t x_stride, uintptr_t cosine, uintptr_t sine,
-           int64_t rotated, uintptr_t y, int64_t y_row_stride, int64_t y_head_stride, int dtype, int threads) {
-            pmc::kernels().rotate({pointer<const float>(x), rows, heads, dim, x_stride, pointer<const float>(cosine),
-                                   pointer<const float>(sine), rotated, pointer<void>(y), y_row_stride, y_head_stride,
-                                   static_cast<pmc::Dtype>(dtype), threads});
-        },
-        release());
+    py::class_<pmc::Decoder>(m, "Decoder")
+        .def(py::init([](const std::vector<Layer>& layers, const Norm& final_norm, int64_t head_dim) {
+            std::vector<pmc::DecoderLayer> read;
+            for (const Layer& layer : layers) read.push_back(decoder_layer(layer));
+            return pmc::Decoder(std::move(read), norm(final_norm), head_dim);
+        }))
+        .def(
+            "step",
+            [](pmc::Decoder& decoder, uintptr_t hidden, int64_t rows, uintptr_t cosine, uintptr_t sine, int64_t rotated,
+               int dtype, const std::vector<Positions>& own, const std::vector<Positions>& prefix, int64_t held,
+               uintptr_t prefix_row, uintptr_t first, int threads) {
+                pmc::DecoderStep step{pointer<float>(hidden),
+                                      rows,
+                                      pointer<const float>(cosine),
+                                      pointer<const float>(sine),
+                                      rotated,
+                                      static_cast<pmc::Dtype>(dtype),
+                                      {},
+                                      {},
+                                      pointer<const int64_t>(prefix_row),
+                                      pointer<const int64_t>(first),
+                                      threads};
+                for (const Positions& layer : own) step.own.push_back(positions(layer)), step.own.back().length = held;
+                for (const Positions& layer : prefix) step.prefix.push_back(positions(layer));
+                return decoder.step(step);
+            },
+            release());
 
     m.def(
         "gumbel",

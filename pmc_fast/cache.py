@@ -40,11 +40,6 @@ class _Layer(CacheLayerMixin):
         self.values[: self.rows, :, begin : self.length] = value_states
         return self.filled()
 
-    def next_position(self) -> tuple[Tensor, Tensor]:
-        """One more position [rows, heads, head_dim] of keys and of values, to be written."""
-        self.length += 1
-        return self.keys[: self.rows, :, self.length - 1], self.values[: self.rows, :, self.length - 1]
-
     def filled(self) -> tuple[Tensor, Tensor]:
         return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
 
@@ -61,7 +56,7 @@ class _Layer(CacheLayerMixin):
         self.keys, self.values = self._allocate(self.keys, rows), self._allocate(self.values, rows)
 
     def arrange(self, source: Tensor, destination: Tensor, rows: int) -> None:
-        for held in (self.keys, self.values):
+        for held in (self.keys, self.values) if len(source) else ():
             held[destination, :, : self.length] = held[source, :, : self.length]
         self.rows = rows
 

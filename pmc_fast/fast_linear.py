@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pmc_fast.errors import BackendUnavailable
-from pmc_fast.native import library, packed_linear
+from pmc_fast.native import library
+from pmc_fast.native.packed_linear import PackedWeight, pack, packed_bytes, packed_linear
 from pmc_fast.sharding import kind
 
 # Weights copied into the library's own layout at most, for the time of one sampling call.
 PACKED_BYTES = 2 << 30
 
-# The products of the block under way, by the identity of the weights that they hold copies of.
-_products: ContextVar[Mapping[tuple, Product]] = ContextVar("pmc_fast_products", default={})  # noqa: B039
+# The copies of the block under way, by the identity of the weights that they are of.
+_packed: ContextVar[Mapping[tuple, PackedWeight]] = ContextVar("pmc_fast_packed", default={})  # noqa: B039
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,42 +53,8 @@ def _is_intel() -> bool:
         return False
 
 
-class Product:
-    """A float32 copy of a weight in the layout that multiplies fastest; product(x, bias) is x @ weight.T + bias."""
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def add_to(self, total: Tensor, x: Tensor, bias: Tensor | None) -> None:
-        """total += x @ weight.T + bias."""
-        total += self(x, bias)
-
-
-class _Panels(Product):
-    """This library's own layout and product."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = packed_linear.pack(weight)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return packed_linear.packed_linear(x, self.weight, bias)
-
-    def add_to(self, total: Tensor, x: Tensor, bias: Tensor | None) -> None:
-        packed_linear.packed_linear(x, self.weight, bias, total, accumulate=True)
-
-
-class _Reordered(Product):
-    """oneDNN's, for about so many rows."""
-
-    def __init__(self, weight: Tensor, rows: int) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().float(), max(1, rows))
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _onednn(x, self._weight, bias)
-
-
 @contextmanager
-def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iterator[None]:
+def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     """Within a with block, the model's nn.Linear layers on a CPU multiply faster; for use without gradients.
 
     Their weights must not change meanwhile: they are packed once, as float32, into the layout that the library multiplies
@@ -95,35 +62,28 @@ def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iter
 
     Args:
         model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
-        rows: how many rows most products will have, for the choice of layout.
         head: a weight [V, D] that is multiplied outside of the model's layers: see `packed`.
     """
     layers = [module for module in model.modules() if kind(module) is nn.Linear and "forward" not in vars(module)]
-    room, held = PACKED_BYTES, {}
-    for layer in layers if _has_onednn() else []:
+    room, held = PACKED_BYTES if _multiplies_packed() else 0, {}
+    for layer in layers:
         if not _gains(layer.weight):
             continue
-        if (needed := _packed_bytes(layer.weight)) > room:
-            layer.forward = partial(_forward, layer, _widen(layer.weight))
-            continue
-        room -= needed
-        product = _Panels(layer.weight) if _multiplies_packed() else _Reordered(layer.weight, rows)
-        held[_identity(layer.weight)] = product
-        layer.forward = partial(_forward, layer, product)
-    if head is not None and _gains(head) and _multiplies_packed() and _packed_bytes(head) <= room:
-        held[_identity(head)] = _Panels(head)
-    token = _products.set(held)
+        if (needed := layer.weight.numel() and packed_bytes(layer.weight)) <= room:
+            room -= needed
+            held[_identity(layer.weight)] = weight = pack(layer.weight)
+            layer.forward = partial(_forward, layer, partial(packed_linear, weight=weight))
+        elif _has_onednn():
+            layer.forward = partial(_forward, layer, partial(_widened, weight=layer.weight))
+    if head is not None and _gains(head) and packed_bytes(head) <= room:
+        held[_identity(head)] = pack(head)
+    token = _packed.set(held)
     try:
         yield
     finally:
-        _products.reset(token)
+        _packed.reset(token)
         for layer in layers:
             vars(layer).pop("forward", None)
-
-
-def product_with(weight: Tensor) -> Product | None:
-    """The product with this weight, if there is a `fast_linear` block around that copied it."""
-    return _products.get().get(_identity(weight))
 
 
 def is_fast(layer: nn.Module) -> bool:
@@ -132,10 +92,9 @@ def is_fast(layer: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func is _forward
 
 
-def packed(weight: Tensor) -> packed_linear.PackedWeight | None:
+def packed(weight: Tensor) -> PackedWeight | None:
     """The copy of this weight in the library's own layout, if there is a `fast_linear` block around that made one."""
-    product = product_with(weight)
-    return product.weight if isinstance(product, _Panels) else None
+    return _packed.get().get(_identity(weight))
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -143,20 +102,11 @@ def _identity(weight: Tensor) -> tuple:
 
 
 def _multiplies_packed() -> bool:
-    """Whether this library's own product is the faster one: with AVX2; with AVX-512 oneDNN's takes 5 to 20 % less."""
+    """Whether this library's own product is here, and at least as fast as torch's on the whole."""
     try:
-        return library().instruction_set() == "avx2"
+        return library().instruction_set() != "baseline"
     except BackendUnavailable:
         return False
-
-
-def _packed_bytes(weight: Tensor) -> int:
-    return packed_linear.packed_bytes(weight) if _multiplies_packed() else weight.numel() * 4
-
-
-def _widen(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """x, bias -> x @ weight.T + bias in float32, from the weight as it is."""
-    return lambda x, bias: _onednn(x, weight.float(), bias)
 
 
 def _gains(weight: Tensor) -> bool:
@@ -164,12 +114,17 @@ def _gains(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.numel() > 0 and (weight.dtype == torch.float32 or slow)
 
 
-def _forward(layer: nn.Linear, multiply: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, multiply: Callable[..., Tensor], x: Tensor) -> Tensor:
     changed = kind(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
     if changed or x.dtype != layer.weight.dtype or not x.numel():
         return nn.functional.linear(x, layer.weight, layer.bias)
     bias = None if layer.bias is None else layer.bias.float()
-    return multiply(x.float(), bias).to(x.dtype)
+    return multiply(x.float(), bias=bias).to(x.dtype)
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32, from the weight as it is."""
+    return _onednn(x, weight.float(), bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -43,9 +43,10 @@ class RunningRows:
         self._prompt = torch.arange(prompts, device=device)  # of each row
         self._generated = 0
         self._shares = filled.suits_decode_attention and self._attends_natively()
-        self._decoder: FusedDecoder | None = fused_decoder(lm, filled.calls) if self._shares else None
+        self._decoder: FusedDecoder | None = None
         if self._shares:
             self._cache.share(len(self.slot), steps)
+            self._decoder = fused_decoder(lm, filled.calls, self._cache)
         else:
             self._cache.grow(len(self.slot), steps)
 
@@ -90,7 +91,7 @@ class RunningRows:
         position = self._filled.position[self._prompt] + self._generated
         first = self._filled.padding[self._prompt] if self._shares else None
         if self._decoder is not None:
-            return self._decoder.step(token, position, self._cache, first, self._prompt)
+            return self._decoder.step(token, position, first, self._prompt)
         attending, options = nullcontext(), {}
         if self._shares:
             attending = attention.decoding(self._cache, first, self._prompt)

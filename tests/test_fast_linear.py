@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pmc_fast import fast_linear as the_module
-from pmc_fast.fast_linear import fast_linear, linear
+from pmc_fast.fast_linear import fast_linear, linear, packed
+from pmc_fast.native.packed_linear import packed_bytes
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -40,7 +41,7 @@ def test_the_model_computes_the_same_and_is_left_as_it_was(rng_seed):
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     want, calls = model(ids).logits, []
     hook = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(KeyError), fast_linear(model, 2):
+    with pytest.raises(KeyError), fast_linear(model):
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
         raise KeyError
     assert calls == [1]
@@ -60,42 +61,27 @@ def test_layers_with_a_forward_of_their_own_keep_it(rng_seed):
     patched.forward = lambda x: x
     model = nn.Sequential(Doubled(3, 3), patched)
     x = torch.randn(5, 3)
-    with torch.no_grad(), fast_linear(model, 2):
+    with torch.no_grad(), fast_linear(model):
         assert torch.equal(model(x), 2 * F.linear(x, model[0].weight, model[0].bias))
     assert "forward" in vars(patched) and "forward" not in vars(model[0])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("room", [0, 4 * 32 * 48, 1 << 30], ids=["none packed", "one layer packed", "all packed"])
-def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(room, monkeypatch, rng_seed):
+@pytest.mark.parametrize("packs", [0, 1, 2])
+def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(packs, monkeypatch, rng_seed):
     monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: False)
-    monkeypatch.setattr(the_module, "PACKED_BYTES", room)
+    monkeypatch.setattr(the_module, "_multiplies_packed", lambda: True)
     layers = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 33, bias=False)).bfloat16()
+    room = sum(packed_bytes(layer.weight) for layer in layers[:packs])
+    monkeypatch.setattr(the_module, "PACKED_BYTES", room)
     x = torch.randn(5, 32).bfloat16()
-    with fast_linear(layers, 5):
+    with fast_linear(layers):
         got = layers(x)
+        assert [packed(layer.weight) is not None for layer in layers] == [packs > 0, packs > 1]
     middle = F.linear(x.double(), layers[0].weight.double(), layers[0].bias.double()).bfloat16()
     want = F.linear(middle.double(), layers[1].weight.double())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)  # one of the middle may round the other way
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("ours", [True, False])
-def test_products_of_the_block(ours, monkeypatch, rng_seed):
-    """They hold copies, in either layout; oneDNN's is no layout of ours."""
-    monkeypatch.setattr(the_module, "_multiplies_packed", lambda: ours)
-    layer, x, total = nn.Linear(33, 20), torch.randn(6, 33), torch.randn(6, 20)
-    assert the_module.product_with(layer.weight) is None
-    with fast_linear(layer, 6):
-        product = the_module.product_with(layer.weight)
-        want = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-        torch.testing.assert_close(product(x, layer.bias).double(), want, rtol=1e-5, atol=1e-5)
-        sums = total.clone()
-        product.add_to(sums, x, layer.bias)
-        torch.testing.assert_close(sums.double(), total + want, rtol=1e-5, atol=1e-5)
-        assert (the_module.packed(layer.weight) is not None) == ours
-    assert the_module.product_with(layer.weight) is None
 
 
 @pytest.mark.parametrize(
@@ -119,5 +105,5 @@ def test_weights_are_packed_again_in_the_next_block(rng_seed):
     for _ in range(2):
         with torch.no_grad():
             layer.weight.copy_(torch.randn(5, 9))
-            with fast_linear(layer, 3):
+            with fast_linear(layer):
                 torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 from tiny import VOCAB, make_model
 
 from pmc_fast import fused_decoder
+from pmc_fast.native import library
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
@@ -18,10 +19,13 @@ FUSED = {
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 
 
-@pytest.fixture(autouse=True, params=["ours", "oneDNN's"])
-def layout(request, monkeypatch):
-    """Of the weights that are multiplied."""
-    monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: request.param == "ours")
+@pytest.fixture(params=library().instruction_sets())
+def isa(request, monkeypatch):
+    before = library().instruction_set()
+    library().use_instruction_set(request.param)
+    monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: True)
+    yield request.param
+    library().use_instruction_set(before)
 
 
 @pytest.fixture
@@ -29,8 +33,8 @@ def built(monkeypatch):
     """What `fused_decoder` made, call by call."""
     made = []
 
-    def watched(lm, calls):
-        made.append(fused_decoder.fused_decoder(lm, calls))
+    def watched(*args):
+        made.append(fused_decoder.fused_decoder(*args))
         return made[-1]
 
     monkeypatch.setattr("pmc_fast.running_rows.fused_decoder", watched)
@@ -47,13 +51,13 @@ def sample(model, seed, prompts=PROMPTS):
 
 def by_modules(model, seed, monkeypatch, **options):
     with monkeypatch.context() as patch:
-        patch.setattr("pmc_fast.running_rows.fused_decoder", lambda lm, calls: None)
+        patch.setattr("pmc_fast.running_rows.fused_decoder", lambda *args: None)
         return sample(model, seed, **options)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
 @pytest.mark.parametrize("family", FUSED)
-def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_seed):
+def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed, **FUSED[family])
     got = sample(model, rng_seed, prompts=prompts)
     assert len(built) == 1 and built[0] is not None

@@ -77,7 +77,7 @@ def test_head_and_layers_are_packed_within_the_block_only(rng_seed, monkeypatch)
     lm = LanguageModel(make_model(seed=rng_seed))
     weight = lm.head.weight
     layer = lm.backbone.layers[0].mlp.down_proj
-    with fast_linear(lm.backbone, 4, weight):
+    with fast_linear(lm.backbone, weight):
         assert isinstance(packed(layer.weight), PackedWeight)
         assert isinstance(packed(weight), PackedWeight)
         assert packed(weight[1:]) is None and packed(weight.clone()) is None

@@ -105,7 +105,7 @@ void normalize(const NormalizeArgs& args) {
 
 void activate(const ActivateArgs& args) {
     for_rows(args.rows, args.threads, [&](int64_t row) {
-        activate_row(args, args.x + row * args.size, args.up ? args.up + row * args.size : nullptr);
+        activate_row(args, args.x + row * args.stride, args.up ? args.up + row * args.stride : nullptr);
     });
 }
 

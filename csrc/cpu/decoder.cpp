@@ -1,0 +1,132 @@
+#include "cpu/decoder.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "common/host_device.h"
+#include "cpu/isa.h"
+
+namespace pmc {
+
+namespace {
+
+// Between the rows that products read: rows a multiple of 4 KiB apart would compete for the same lines of the cache.
+constexpr int64_t kPadding = 16;
+
+void grow(std::vector<float>& buffer, int64_t floats) {
+    if (buffer.size() < static_cast<size_t>(floats)) buffer.resize(static_cast<size_t>(floats));
+}
+
+}  // namespace
+
+struct Decoder::Rows {
+    float* at;
+    int64_t size, stride;
+};
+
+Decoder::Decoder(std::vector<DecoderLayer> layers, const NormWeights& final_norm, int64_t head_dim)
+    : layers_(std::move(layers)), final_norm_(final_norm), head_dim_(head_dim) {}
+
+Decoder::Rows Decoder::rows_of(std::vector<float>& buffer, int64_t size, int64_t padding) const {
+    grow(buffer, rows_ * (size + padding));
+    return {buffer.data(), size, size + padding};
+}
+
+void Decoder::normalize(const NormWeights& norm, const Rows& x, const Rows& y) const {
+    kernels().normalize({x.at, rows_, x.size, x.stride, norm.weight, norm.bias, norm.epsilon, norm.centered, y.at,
+                         y.stride, threads_});
+}
+
+void Decoder::multiply(const LinearWeights& linear, const Rows& x, const Rows& y, bool accumulate) {
+    kernels().packed_linear({x.at, rows_, x.stride, linear.packed, linear.bias, linear.out_features,
+                             linear.in_features, y.at, y.stride, accumulate, threads_});
+    for (const LinearWeights::Adapter& adapter : linear.adapters) {
+        const Rows low = rows_of(low_rank_, adapter.rank, kPadding);
+        kernels().packed_linear({x.at, rows_, x.stride, adapter.down, nullptr, adapter.rank, linear.in_features, low.at,
+                                 low.stride, false, threads_});
+        kernels().packed_linear({low.at, rows_, low.stride, adapter.up, nullptr, linear.out_features, adapter.rank,
+                                 y.at, y.stride, true, threads_});
+    }
+}
+
+// query_, key_ and value_, already multiplied, to attended_.
+int64_t Decoder::attend(const DecoderStep& step, size_t index) {
+    const DecoderLayer& layer = layers_[index];
+    const int64_t heads = layer.query.out_features / head_dim_, kv_heads = layer.key.out_features / head_dim_;
+    const auto normalize_heads = [&](const std::optional<NormWeights>& norm, std::vector<float>& states, int64_t of) {
+        if (norm)
+            kernels().normalize({states.data(), rows_ * of, head_dim_, head_dim_, norm->weight, norm->bias,
+                                 norm->epsilon, norm->centered, states.data(), head_dim_, threads_});
+    };
+    normalize_heads(layer.query_norm, query_, heads);
+    normalize_heads(layer.key_norm, key_, kv_heads);
+
+    const bool wide = step.dtype == Dtype::kFloat32;
+    const int64_t width = heads * head_dim_, bytes = wide ? 4 : 2;
+    const CachedPositions &own = step.own[index], &prefix = step.prefix[index];
+    // To [rows, of, head_dim], whose rows and heads are so far apart.
+    const auto rotate = [&](const std::vector<float>& states, int64_t of, int64_t rotated, void* to, int64_t row_stride,
+                            int64_t head_stride) {
+        kernels().rotate({states.data(), rows_, of, head_dim_, of * head_dim_, step.cosine, step.sine, rotated, to,
+                          row_stride, head_stride, step.dtype, threads_});
+    };
+    const auto last = [&](const void* base, const CacheStrides& stride) {
+        return static_cast<std::byte*>(const_cast<void*>(base)) + (own.length - 1) * stride.position * bytes;
+    };
+    rotate(key_, kv_heads, step.rotated, last(own.key, own.key_stride), own.key_stride.row, own.key_stride.head);
+    rotate(value_, kv_heads, 0, last(own.value, own.value_stride), own.value_stride.row, own.value_stride.head);
+    turned_.resize(static_cast<size_t>(rows_ * width * bytes));
+    rotate(query_, heads, step.rotated, turned_.data(), width, head_dim_);
+
+    const int64_t seen = prefix.length + own.length;
+    for (int64_t r = 0; r < rows_; ++r)
+        first_[static_cast<size_t>(r)] = layer.window ? std::max(step.first[r], seen - layer.window) : step.first[r];
+    const int64_t slice = decode_attention_workspace_floats(seen, head_dim_);
+    grow(workspace_, threads_ * slice);
+    if (!wide) narrow_.resize(turned_.size());
+    void* const out = wide ? static_cast<void*>(attended_.data()) : narrow_.data();
+    const int64_t bad = kernels().decode_attention(
+        {turned_.data(), step.dtype, rows_, heads, kv_heads, head_dim_, own, prefix, step.prefix_row, first_.data(),
+         nullptr, layer.scale, layer.softcap, out, workspace_.data(), threads_});
+    if (!wide)
+        std::transform(static_cast<uint16_t*>(out), static_cast<uint16_t*>(out) + rows_ * width, attended_.begin(),
+                       [](uint16_t x) { return widen(x); });
+    return bad;
+}
+
+int64_t Decoder::step(const DecoderStep& step) {
+    rows_ = step.rows, threads_ = step.threads;
+    first_.resize(static_cast<size_t>(rows_));
+    const int64_t size = layers_.front().query.in_features;
+    const Rows hidden{step.hidden, size, size};
+    int64_t bad_row = kAllRowsFinite;
+    for (size_t index = 0; index < layers_.size(); ++index) {
+        const DecoderLayer& layer = layers_[index];
+        const Rows x = rows_of(normed_, size, kPadding);
+        const Rows query = rows_of(query_, layer.query.out_features, 0);
+        const Rows key = rows_of(key_, layer.key.out_features, 0), value = rows_of(value_, layer.value.out_features, 0);
+        const Rows attended = rows_of(attended_, layer.query.out_features, 0);
+        const Rows up = rows_of(up_, layer.up.out_features, kPadding);
+        normalize(layer.norm, hidden, x);
+        multiply(layer.query, x, query, false);
+        multiply(layer.key, x, key, false);
+        multiply(layer.value, x, value, false);
+        if (const int64_t bad = attend(step, index); bad_row == kAllRowsFinite) bad_row = bad;
+        multiply(layer.output, attended, hidden, true);
+        if (layer.mlp_norm) normalize(*layer.mlp_norm, hidden, x);
+        multiply(layer.up, x, up, false);
+        if (layer.gate) {
+            const Rows gate = rows_of(gate_, layer.gate->out_features, kPadding);
+            multiply(*layer.gate, x, gate, false);
+            kernels().activate({gate.at, up.at, rows_, gate.size, gate.stride, Activation::kSilu, threads_});
+            multiply(layer.down, gate, hidden, true);
+        } else {
+            kernels().activate({up.at, nullptr, rows_, up.size, up.stride, Activation::kGeluTanh, threads_});
+            multiply(layer.down, up, hidden, true);
+        }
+    }
+    normalize(final_norm_, hidden, hidden);
+    return bad_row;
+}
+
+}  // namespace pmc

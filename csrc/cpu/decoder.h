@@ -1,0 +1,82 @@
+// The layers of a decoder, run for one token per row by the kernels in use.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace pmc {
+
+struct NormWeights {
+    const float *weight, *bias;  // bias may be null
+    float epsilon;
+    bool centered;
+};
+
+// x W^T + bias, and (x down^T) up^T for each adapter; all weights packed.
+struct LinearWeights {
+    struct Adapter {
+        const float *down, *up;
+        int64_t rank;
+    };
+    const float *packed, *bias;  // bias may be null
+    int64_t out_features, in_features;
+    std::vector<Adapter> adapters;
+};
+
+// h += output(attention(norm(h))), then h += down(silu(gate(y)) * up(y)) with y = mlp_norm(h); without a gate
+// h += output(attention(norm(h))) + down(gelu(up(norm(h)))).
+struct DecoderLayer {
+    NormWeights norm;
+    LinearWeights query, key, value;
+    std::optional<NormWeights> query_norm, key_norm;  // of each head
+    LinearWeights output;
+    std::optional<NormWeights> mlp_norm;
+    std::optional<LinearWeights> gate;
+    LinearWeights up, down;
+    int64_t window;  // positions that a token sees, its own included; 0: all
+    float scale, softcap;
+};
+
+struct DecoderStep {
+    float* hidden;  // [rows, size], the embedded tokens, which become the last hidden states
+    int64_t rows;
+    const float* cosine;  // [rows, rotated]
+    const float* sine;    // [rows, rotated]
+    int64_t rotated;
+    Dtype dtype;                               // of all keys and values
+    std::vector<CachedPositions> own, prefix;  // of each layer; the last of `own`'s positions are written
+    const int64_t* prefix_row;                 // [rows]
+    const int64_t* first;                      // [rows], the first position that a row sees but for the window
+    int threads;
+};
+
+class Decoder {
+  public:
+    Decoder(std::vector<DecoderLayer> layers, const NormWeights& final_norm, int64_t head_dim);
+
+    // Returns the first row whose attention scores are not finite, or kAllRowsFinite.
+    int64_t step(const DecoderStep& step);
+
+  private:
+    struct Rows;  // as many rows of floats as a step has
+
+    void normalize(const NormWeights& norm, const Rows& x, const Rows& y) const;
+    void multiply(const LinearWeights& linear, const Rows& x, const Rows& y, bool accumulate);
+    int64_t attend(const DecoderStep& step, size_t layer);
+
+    Rows rows_of(std::vector<float>& buffer, int64_t size, int64_t padding) const;
+
+    std::vector<DecoderLayer> layers_;
+    NormWeights final_norm_;
+    int64_t head_dim_, rows_ = 0;
+    int threads_ = 1;
+    std::vector<float> normed_, query_, key_, value_, attended_, gate_, up_, low_rank_, workspace_;
+    std::vector<std::byte> turned_, narrow_;  // of the cache's dtype: queries; what comes of them, where it is not float32
+    std::vector<int64_t> first_;
+};
+
+}  // namespace pmc

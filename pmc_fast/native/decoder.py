@@ -1,0 +1,136 @@
+"""A decoder's layers, one token further by the C++ kernels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmc_fast.errors import scores_not_finite
+from pmc_fast.native import dtype_code, library
+from pmc_fast.native.decode_attention import where
+from pmc_fast.native.packed_linear import PackedWeight
+
+
+class Norm(NamedTuple):
+    """(x - mean) / sqrt(variance + epsilon) * weight + bias, float32; the mean is 0 unless `centered`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+    centered: bool
+
+
+class Linear(NamedTuple):
+    """x @ weight.T + bias, and (x @ down.T) @ up.T for each pair of adapters."""
+
+    weight: PackedWeight
+    bias: Tensor | None
+    adapters: tuple[tuple[PackedWeight, PackedWeight], ...]
+
+
+class Layer(NamedTuple):
+    """h += output(attention(norm(h))), then h += down(silu(gate(mlp_norm(h))) * up(mlp_norm(h))).
+
+    Without mlp_norm and gate, h += output(attention(norm(h))) + down(gelu_tanh(up(norm(h)))). window: how many positions a
+    token sees, its own included; 0 is all of them.
+    """
+
+    norm: Norm
+    query: Linear
+    key: Linear
+    value: Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    output: Linear
+    mlp_norm: Norm | None
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    window: int
+    scale: float
+    softcap: float
+
+
+class Decoder:
+    """Layers, and the norm after the last of them, over one cache.
+
+    Args:
+        keys, values: of each layer, float32 or bfloat16 [rows, heads, T, head_dim], which a step writes one position of.
+        prefix_keys, prefix_values: of each layer, [prompts, heads, S, head_dim], which come before.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        final: Norm,
+        head_dim: int,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        prefix_keys: Sequence[Tensor],
+        prefix_values: Sequence[Tensor],
+    ) -> None:
+        self._held = (layers, final, keys, values, prefix_keys, prefix_values)  # what C++ has the addresses of
+        self._decoder = library().Decoder([_layer(layer) for layer in layers], _norm(final), head_dim)
+        self._own = [where(*pair) for pair in zip(keys, values, strict=True)]
+        self._prefix = [where(*pair) for pair in zip(prefix_keys, prefix_values, strict=True)]
+        self._dtype = dtype_code(keys[0].dtype)
+
+    def step(
+        self, hidden: Tensor, cosine: Tensor, sine: Tensor, held: int, prefix_row: Tensor, first: Tensor
+    ) -> Tensor:
+        """The last hidden states of one more token per row, written over what it is given.
+
+        Args:
+            hidden: contiguous float32 [N, D], the tokens embedded.
+            cosine, sine: contiguous float32 [N, R], of the tokens' positions.
+            held: positions of the cache that are filled, this token's included.
+            prefix_row: contiguous int64 [N], each row's prompt.
+            first: contiguous int64 [N], the first position that each row sees.
+
+        Raises:
+            ValueError: scores of attention that are not finite.
+        """
+        bad = self._decoder.step(
+            hidden.data_ptr(),
+            len(hidden),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            cosine.shape[1],
+            self._dtype,
+            self._own,
+            self._prefix,
+            held,
+            prefix_row.data_ptr(),
+            first.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if bad >= 0:
+            raise scores_not_finite(bad)
+        return hidden
+
+
+def _layer(layer: Layer) -> tuple:
+    return tuple(_part(part) for part in layer)
+
+
+def _part(part: Norm | Linear | float | None) -> tuple | float | None:
+    if isinstance(part, Norm):
+        return _norm(part)
+    return _linear(part) if isinstance(part, Linear) else part
+
+
+def _norm(norm: Norm) -> tuple:
+    return norm.weight.data_ptr(), _address(norm.bias), norm.epsilon, norm.centered
+
+
+def _linear(linear: Linear) -> tuple:
+    weight = linear.weight
+    adapters = [(down.panels.data_ptr(), up.panels.data_ptr(), down.out_features) for down, up in linear.adapters]
+    return weight.panels.data_ptr(), _address(linear.bias), weight.out_features, weight.in_features, adapters
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
