@@ -111,7 +111,9 @@ class FinetuneTrainer(Trainer):
 
 def load_trainer(folder, registry, dataset, model=None, name="tokenizer", pad=PAD, training=None, **method):
     """As its load_trainer makes one from a configuration."""
-    args = arguments(folder, **{"save_strategy": "steps", "save_steps": 1, "remove_unused_columns": False, **(training or {})})
+    args = arguments(
+        folder, **{"save_strategy": "steps", "save_steps": 1, "remove_unused_columns": False, **(training or {})}
+    )
     return registry["PMC"](
         model=make_model() if model is None else model,
         train_dataset=dataset,

@@ -152,10 +152,11 @@ def pmc_trainer(base: type[Trainer]) -> type[Trainer]:
                     torch.default_generator.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
                 return super().get_batch_samples(*args)
 
-        def micro_batch(self, batch: Mapping[str, Any], number: int) -> tuple[list[int], list[QA]]:
-            asked = _rows(_original(batch["forget"]))
-            kept = _rows(batch["retain"]) if "retain" in batch else []
-            return [self._index[prompt] for prompt, _ in asked], [QA(*row) for row in kept]
+        def forget_indices(self, batch: Mapping[str, Any]) -> list[int]:
+            return [self._index[prompt] for prompt, _ in _rows(_original(batch["forget"]))]
+
+        def retain_rows(self, batch: Mapping[str, Any], number: int, count: int) -> list[QA]:
+            return [QA(*row) for row in _rows(batch["retain"])[:count]] if "retain" in batch else []
 
     return PMC
 

@@ -52,11 +52,12 @@ class PMCMethods:
     repeats = False
     _since_log: tuple[dict[str, Any], ...] = ()  # the statistics of micro-batches
 
-    def micro_batch(self, batch: Mapping[str, Any], number: int) -> tuple[list[int], list[QA]]:
-        """The forget questions' indices and as many retain rows, or none, of a batch.
+    def forget_indices(self, batch: Mapping[str, Any]) -> list[int]:
+        """The forget questions of a batch."""
+        raise NotImplementedError
 
-        number: of the batch among all ranks' in its optimizer step.
-        """
+    def retain_rows(self, batch: Mapping[str, Any], number: int, count: int) -> list[QA]:
+        """The retain rows that come with a batch's first `count` questions; its number is that in its optimizer step."""
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
@@ -74,16 +75,15 @@ class PMCMethods:
         if self.repeats and is_distributed(self.args):
             parallel.merge_ledgers(self.pmc)
         rank, ranks = self.args.process_index, self.args.world_size
-        held = [self.micro_batch(batch, number * ranks + rank) for number, batch in enumerate(batches)]
-        if held:
-            forget, retain = held[-1]
-            mine, busy = self._unrepeated(len(forget))
-            held[-1] = forget[:mine], retain[:mine]
-            # Trainer and DDP divide by all micro-batches.
-            scale = len(held) * ranks / ((len(held) - 1) * ranks + busy)
-            for batch, rows in zip(batches, held, strict=True):
-                batch["pmc"] = *rows, scale
-        self.pmc.prepare([rows[0] for rows in held if any(rows)])
+        forget = [self.forget_indices(batch) for batch in batches]
+        if batches:
+            mine, busy = self._unrepeated(len(forget[-1]))
+            forget[-1] = forget[-1][:mine]
+            # Trainer and DDP divide by the number of all micro-batches.
+            scale = len(batches) * ranks / ((len(batches) - 1) * ranks + busy)
+        for number, (batch, asked) in enumerate(zip(batches, forget, strict=True)):
+            batch["pmc"] = asked, self.retain_rows(batch, number * ranks + rank, len(asked)), scale
+        self.pmc.prepare([asked for asked in forget if asked])
         return batches, count
 
     def compute_loss(
@@ -98,7 +98,7 @@ class PMCMethods:
         forget, retain, scale = inputs["pmc"]
         with self.accelerator.autocast():
             loss = scale * (model if is_distributed(self.args) else self.pmc.loss)(forget, retain)
-        if forget or retain:
+        if forget:
             self._since_log += (self.pmc.stats,)
         return (loss, {}) if return_outputs else loss
 
@@ -179,7 +179,7 @@ class _Loss(parallel.LossModule):
     """With a forward also for ranks that have nothing in a micro-batch."""
 
     def forward(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
-        if forget or retain:
+        if forget:
             return super().forward(forget, retain)
         # 0, from all parameters: DDP waits for the gradient of each.
         return sum(parameter.flatten()[:0].sum() for parameter in self.parameters() if parameter.requires_grad)

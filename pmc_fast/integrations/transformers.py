@@ -91,11 +91,13 @@ class PMCTrainer(PMCMethods, Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
 
-    def micro_batch(self, batch: Mapping[str, Any], number: int) -> tuple[list[int], list[QA]]:
+    def forget_indices(self, batch: Mapping[str, Any]) -> list[int]:
+        return batch["forget"]
+
+    def retain_rows(self, batch: Mapping[str, Any], number: int, count: int) -> list[QA]:
         draw = np.random.default_rng((self.args.seed, self.state.global_step, number))
-        size = len(batch["forget"])
-        chosen = draw.choice(len(self._retain), size, replace=len(self._retain) < size)
-        return batch["forget"], [self._retain[row] for row in chosen]
+        chosen = draw.choice(len(self._retain), count, replace=len(self._retain) < count)
+        return [self._retain[row] for row in chosen]
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

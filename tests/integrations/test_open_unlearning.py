@@ -143,7 +143,7 @@ def test_end_tokens_that_pad_are_part_of_the_prompt(registry, tmp_path):
     """As with Llama 3's <|eot_id|>, which the collator masks wherever it stands."""
     dataset = ForgetRetain([make_row([5, END, 6], [7]), make_row([8, 9, 10, END, 11], [12, 13])], [make_row()])
     trainer = load_trainer(tmp_path, registry, dataset, pad=END)
-    assert trainer.micro_batch(collate([dataset[1], dataset[0]], pad=END), 0)[0] == [1, 0]
+    assert trainer.forget_indices(collate([dataset[1], dataset[0]], pad=END)) == [1, 0]
 
 
 def test_other_end_tokens_come_from_the_generation_config(registry, tmp_path):
