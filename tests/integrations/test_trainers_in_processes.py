@@ -38,7 +38,8 @@ def options(micro_batches, **changes):
         "save_strategy": "steps",
         "save_steps": 1,
         "eval_dataset": EVALUATED,
-        "eval_strategy": "epoch",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
         "per_device_eval_batch_size": 2,
         **changes,
     }
