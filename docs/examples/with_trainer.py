@@ -1,4 +1,7 @@
-"""PMC as a transformers Trainer: python with_trainer.py MODEL FORGET.jsonl RETAIN.jsonl OUT"""
+"""PMC as a transformers Trainer: python with_trainer.py MODEL FORGET.jsonl RETAIN.jsonl OUT
+
+In two processes: torchrun --nproc-per-node=2 with_trainer.py MODEL FORGET.jsonl RETAIN.jsonl OUT
+"""
 
 import sys
 

@@ -46,10 +46,10 @@ def initialise(
 ) -> None:
     """As ``pmc.initialise(forget_questions)`` on every rank; each rank answers a part of the questions.
 
-    The batches are those of one process, dealt out in turn. All ranks of the group call it, with the same model.
+    The batches are those of one process, dealt out in turn. All ranks of the group call it.
 
     Args:
-        pmc: a model with whole weights on every rank: where they are sharded, ``pmc.initialise`` gathers them for all ranks.
+        pmc: with the same model on every rank.
         forget_questions: the same on every rank.
         progress: called with the number of questions answered after each of this rank's batches.
         group: the process group; None is the default one.
@@ -67,11 +67,9 @@ def initialise(
     order = sorted(range(len(questions)), key=lambda question: len(pmc.prompts.prompt_ids(questions[question])))
     mine = [question for begin in range(rank * size, len(order), ranks * size) for question in order[begin:][:size]]
     answers = pmc.greedy_answers([questions[question] for question in mine], progress)
-    found = {
-        question: answer
-        for part in from_all_ranks(dict(zip(mine, answers, strict=True)), group)
-        for question, answer in part.items()
-    }
+    found: dict[int, str] = {}
+    for part in from_all_ranks(dict(zip(mine, answers, strict=True)), group):
+        found.update(part)
     pmc.initialise(questions, answers=[found[question] for question in range(len(questions))])
 
 

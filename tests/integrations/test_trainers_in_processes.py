@@ -177,6 +177,15 @@ def _resuming(rank, ranks, seed, folder, want):
         trainer = make_trainer(folder / "resumed", seed=seed, **options(ROUNDS, save_strategy="no"))
         trainer.train(resume_from_checkpoint=str(folder / run / "checkpoint-1"))
         assert_alike(outcome(trainer), want["ours"])
+    # With other steps: as many more as Trainer makes it, and ranks still agree.
+    trainer = make_trainer(folder / "resumed", seed=seed, **options(1, save_strategy="no"))
+    trainer.train(resume_from_checkpoint=str(folder / "ranks" / "checkpoint-1"))
+    assert trainer.state.global_step == 3 * -(-len(FORGET) // (2 * ranks))
+    got = outcome(trainer)
+    for other in parallel.data.from_all_ranks(got):
+        assert other["ledger"] == got["ledger"] and all(
+            map(torch.equal, other["weights"].values(), got["weights"].values())
+        )
 
 
 def _training_again(rank, ranks, seed, folder, want):

@@ -265,6 +265,13 @@ def test_what_several_processes_or_gpus_cannot_do(change, message, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_without_arguments_several_gpus_are_refused_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(UserError, match="args: got 2 GPUs in one process"):
+        make_trainer(tmp_path, args=None)
+
+
 def test_datasets_with_columns_and_torch_datasets_are_read():
     from pmc_fast.integrations import columns
 
