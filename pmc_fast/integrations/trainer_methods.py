@@ -112,6 +112,11 @@ class PMCMethods:
             self._since_log = ()
         super().log(logs, *args, **kwargs)
 
+    def _finalize_training(self, *args: Any):
+        if is_distributed(self.args):  # what was not logged: Trainer would take this rank's for all
+            self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        return super()._finalize_training(*args)
+
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """In several processes, DDP around the loss: around the model it would see no forward pass."""
         if not (training and is_distributed(self.args) and model is self.model):
@@ -211,6 +216,12 @@ def check_arguments(args: TrainingArguments) -> None:
                 f"args.{name}: got {given}, expected none: the Trainer holds the whole model in every process; for one "
                 "that is shared out over processes write the loop yourself, see docs/distributed.md"
             )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > args.world_size:
+        raise UserError(
+            f"args.use_cpu: got {args.use_cpu} in one of {launched} processes that have no GPU, each of which Trainer would "
+            "take for the only one; expected True"
+        )
     if args.world_size > 1:
         if not args.accelerator_config.even_batches or args.accelerator_config.dispatch_batches:
             raise UserError(

@@ -28,7 +28,7 @@ class PMCTrainer(PMCMethods, Trainer):
     answers are noted that samples are scored against; they are kept in the checkpoints' ``pmc.json`` and in no other
     file.
 
-    Under torchrun or accelerate launch the questions are split over the processes (DDP: each holds the whole model). A step
+    Under torchrun the questions are split over the processes (DDP: each holds the whole model). A step
     then is that of one process with as many times ``gradient_accumulation_steps``, but for floating point and dropout. No
     question is repeated to fill the last batches of an epoch. The retain rows of a micro-batch depend on (``args.seed``,
     step, its number in the step) alone; of n processes the r-th has the numbers r, r + n, r + 2n and so on.

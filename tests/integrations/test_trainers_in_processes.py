@@ -217,6 +217,8 @@ def _theirs(rank, ranks, seed, folder, want):
     trainer = load_theirs(folder / "theirs", ROUNDS, seed)
     trainer.train()
     assert_alike(outcome(trainer), want["theirs"])
+    summary = want["theirs"]["logs"][-1]
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(summary["train_loss"], rel=1e-3)
     assert trainer.evaluate() == {"own": "theirs"}
 
 

@@ -244,6 +244,10 @@ def test_bad_input(change, message, tmp_path):
         ({"deepspeed": {"zero": 3}}, r"args.deepspeed: got {'zero': 3}, expected none: .*docs/distributed.md"),
         ({"parallelism_config": "x"}, r"args.parallelism_config: got 'x', expected none"),
         ({"ACCELERATE_USE_FSDP": "true"}, r"args.fsdp: got true through ACCELERATE_USE_FSDP, expected none"),
+        (
+            {"WORLD_SIZE": "2", "use_cpu": False},
+            "args.use_cpu: got False in one of 2 processes that have no GPU, .* expected True",
+        ),
         ({"world_size": 2, "torch_compile": True}, r"args.torch_compile: got True, expected False with several"),
         ({"world_size": 2, "even_batches": False}, r"args.accelerator_config: got even_batches=False or"),
         ({"world_size": 2, "dispatch_batches": True}, r"args.accelerator_config: got .* dispatch_batches=True"),
