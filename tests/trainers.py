@@ -42,10 +42,11 @@ def arguments(folder, **changes):
 def make_trainer(folder, model=None, seed=0, **changes):
     names = inspect.signature(PMCTrainer).parameters
     options = {name: changes.pop(name) for name in list(changes) if name in names}
+    if "args" not in options:
+        options["args"] = arguments(folder, **changes)
     return PMCTrainer(
         make_model(seed=seed) if model is None else model,
         **{
-            "args": arguments(folder, **changes),
             "forget_dataset": FORGET,
             "retain_dataset": RETAIN,
             "processing_class": make_tokenizer(),

@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 from pmc_fast import PMC, PMCConfig, UserError, parallel
 
 pytest.importorskip("accelerate")
-from trainers import FinetuneTrainer, ForgetRetain, load_trainer, make_row, make_trainer, weights  # noqa: E402
+from trainers import FinetuneTrainer, ForgetRetain, Length, load_trainer, make_row, make_trainer, weights  # noqa: E402
 
 from pmc_fast.integrations.open_unlearning import pmc_trainer  # noqa: E402
+from pmc_fast.parallel.data import from_all_ranks  # noqa: E402
 
 # In batches of 2 over two or three processes, something is left for one rank alone, and half a batch of it.
 FORGET = [{"question": f"Who is {name}?"} for name in ("Ada", "Bo", "Cyril", "Di", "Ed", "Flo", "Gus", "Hal", "Ida")]
@@ -50,14 +51,14 @@ def dataset():
     return ForgetRetain(forget, [make_row([i, 7], [8, 9, i]) for i in range(4)])
 
 
-def load_theirs(folder, micro_batches, seed, data=None):
+def load_theirs(folder, micro_batches, seed, data=None, **method):
     training = {name: value for name, value in options(micro_batches).items() if name != "e"}
     training = {
         name: training[name]
         for name in ("gradient_accumulation_steps", "num_train_epochs", "learning_rate", "optim", "save_strategy")
     }
     registry = {"PMC": pmc_trainer(FinetuneTrainer)}
-    return load_trainer(folder, registry, data or dataset(), make_model(seed=seed), training=training)
+    return load_trainer(folder, registry, data or dataset(), make_model(seed=seed), training=training, **method)
 
 
 def outcome(trainer):
@@ -159,7 +160,7 @@ def _training(rank, ranks, seed, folder, want):
     assert trainer.model is model and trainer.accelerator.unwrap_model(model) is model
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert watch.reductions == trainer.state.global_step  # the tiny model is one bucket
-    everyones = [question for part in parallel.data.from_all_ranks(met) for question in part]
+    everyones = [question for part in from_all_ranks(met) for question in part]
     assert sorted(everyones) == sorted(3 * list(range(len(FORGET))))
     first = -(-len(FORGET) // CONFIG.batch_size)  # batches of initial answers
     first = len(range(rank, first, ranks))
@@ -182,7 +183,7 @@ def _resuming(rank, ranks, seed, folder, want):
     trainer.train(resume_from_checkpoint=str(folder / "ranks" / "checkpoint-1"))
     assert trainer.state.global_step == 3 * -(-len(FORGET) // (2 * ranks))
     got = outcome(trainer)
-    for other in parallel.data.from_all_ranks(got):
+    for other in from_all_ranks(got):
         assert other["ledger"] == got["ledger"] and all(
             map(torch.equal, other["weights"].values(), got["weights"].values())
         )
@@ -206,7 +207,7 @@ def _training_again(rank, ranks, seed, folder, want):
         assert {n for n in after if not torch.equal(after[n], before[n])} == {n for n in after if "lora" in n}
         assert trainer.state.global_step == steps
         assert trainer.pmc.ledger.visits == [epochs] * len(FORGET)
-        for theirs in parallel.data.from_all_ranks(after):
+        for theirs in from_all_ranks(after):
             assert all(torch.equal(after[name], theirs[name]) for name in after)
         losses.append(trainer.evaluate()["eval_loss"])
     assert all(one != other for one, other in pairwise(losses))
@@ -230,17 +231,18 @@ class Drawn(ForgetRetain):
 
 
 def _questions_that_repeat(rank, ranks, seed, folder, want):
-    """Where a question is met twice in an epoch, no rank draws for it what another has drawn before; and retain rows differ."""
-    forget = [make_row([10 + i % 2, 11], [12, 13, i]) for i in range(9)]
+    """Where an epoch meets questions twice, no rank draws again what another has drawn before; and retain rows differ."""
+    forget = [make_row([10 + i % 5, 11], [12, 13, i]) for i in range(9)]
     data = Drawn(forget, [make_row([i, 7], [8, 9, i]) for i in range(200)])
     runs = []
     for _ in range(2):
-        trainer = load_theirs(folder / "repeated", 1, seed, data)
-        seen, kept = [], []
+        trainer = load_theirs(folder / "repeated", 1, seed, data, reward=Length())
+        drawn, kept = [], []
         prepare, retain_rows = trainer.pmc.prepare, trainer.retain_rows
 
-        def spied_prepare(batches, seen=seen, trainer=trainer, prepare=prepare):
-            seen.append(list(trainer.pmc.ledger.visits))
+        def spied_prepare(batches, drawn=drawn, trainer=trainer, prepare=prepare):
+            for question in {question for batch in batches for question in batch}:
+                drawn.append((question, trainer.pmc.ledger.visits[question], trainer.state.global_step))
             prepare(batches)
 
         def spied_rows(*args, kept=kept, retain_rows=retain_rows):
@@ -250,11 +252,12 @@ def _questions_that_repeat(rank, ranks, seed, folder, want):
 
         trainer.pmc.prepare, trainer.retain_rows = spied_prepare, spied_rows
         trainer.train()
-        assert all(visits == seen for visits in parallel.data.from_all_ranks(seen))
-        assert len({tuple(visits) for visits in seen}) > 1
-        others = parallel.data.from_all_ranks(kept)
-        assert len({tuple(rows) for rows in others}) == ranks
-        runs.append(kept)
+        steps = {}
+        for question, visit, step in (one for part in from_all_ranks(drawn) for one in part):
+            steps.setdefault((question, visit), set()).add(step)
+        assert len(steps) > 9 and all(len(of) == 1 for of in steps.values())
+        assert len({tuple(rows[:2]) for rows in from_all_ranks(kept)}) == ranks
+        runs.append((drawn, kept))
     assert runs[0] == runs[1]
 
 

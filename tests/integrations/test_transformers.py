@@ -245,8 +245,8 @@ def test_bad_input(change, message, tmp_path):
         ({"parallelism_config": "x"}, r"args.parallelism_config: got 'x', expected none"),
         ({"ACCELERATE_USE_FSDP": "true"}, r"args.fsdp: got true through ACCELERATE_USE_FSDP, expected none"),
         (
-            {"WORLD_SIZE": "2", "use_cpu": False},
-            "args.use_cpu: got False in one of 2 processes that have no GPU, .* expected True",
+            {"WORLD_SIZE": "2"},
+            "args.use_cpu: got True in one of 2 processes that have no GPU, .* expected True",
         ),
         ({"world_size": 2, "torch_compile": True}, r"args.torch_compile: got True, expected False with several"),
         ({"world_size": 2, "even_batches": False}, r"args.accelerator_config: got even_batches=False or"),
@@ -255,6 +255,7 @@ def test_bad_input(change, message, tmp_path):
 )
 def test_what_several_processes_or_gpus_cannot_do(change, message, tmp_path, monkeypatch):
     args = arguments(tmp_path / "run")
+    assert args.world_size == 1  # looked at now, before the environment changes
     for name, value in change.items():
         if name.isupper():
             monkeypatch.setenv(name, value)
