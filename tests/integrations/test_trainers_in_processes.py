@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -22,7 +23,7 @@ from pmc_fast.parallel.data import from_all_ranks  # noqa: E402
 
 # In batches of 2 over two or three processes, something is left for one rank alone, and half a batch of it.
 FORGET = [{"question": f"Who is {name}?"} for name in ("Ada", "Bo", "Cyril", "Di", "Ed", "Flo", "Gus", "Hal", "Ida")]
-EVALUATED = [{"question": f"What is {c}?", "answer": f"the letter {c}" * (1 + ord(c) % 2)} for c in "abcdefghi"]
+EVALUATED = [{"question": f"What is {c}?", "answer": c} for c in "abcdefghi"]
 # Initial answers as long as their batch leaves room for.
 CONFIG = PMCConfig(num_samples=3, max_new_tokens=None, max_length=40, batch_size=2, seed=5)
 ROUNDS = 2  # micro-batches of a rank in an optimizer step
@@ -52,11 +53,9 @@ def dataset():
 
 
 def load_theirs(folder, micro_batches, seed, data=None, **method):
-    training = {name: value for name, value in options(micro_batches).items() if name != "e"}
-    training = {
-        name: training[name]
-        for name in ("gradient_accumulation_steps", "num_train_epochs", "learning_rate", "optim", "save_strategy")
-    }
+    names = ("gradient_accumulation_steps", "num_train_epochs", "learning_rate", "optim")
+    training = {name: options(micro_batches)[name] for name in names}
+    training |= {"logging_steps": 4, "save_strategy": "no"}  # the last steps are not logged; saving would merge ledgers
     registry = {"PMC": pmc_trainer(FinetuneTrainer)}
     return load_trainer(folder, registry, data or dataset(), make_model(seed=seed), training=training, **method)
 
@@ -66,7 +65,7 @@ def outcome(trainer):
 
 
 def assert_alike(got, want):
-    """Weights but for floating point, the ledger but for the scores' last digits, and what was logged."""
+    """Weights and what was logged but for floating point, the ledger; not what depends on micro-batches per process."""
     for name, weight in want["weights"].items():
         torch.testing.assert_close(
             got["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -110,15 +109,7 @@ def _rank(rank, ranks, seed, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
     want = torch.load(folder / "want.pt", weights_only=False)
     try:
-        for check in (
-            _training,
-            _resuming,
-            _training_again,
-            _theirs,
-            _questions_that_repeat,
-            _initial_answers,
-            _errors,
-        ):
+        for check in (_training, _resuming, _training_again, _theirs, _repeated_questions, _initial_answers, _errors):
             check(rank, ranks, seed, folder, want)
     finally:
         dist.destroy_process_group()
@@ -133,11 +124,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         def reduce(_, bucket):
             self.reductions += 1
-            return (
-                dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
-                .get_future()
-                .then(lambda future: future.value()[0])
-            )
+            return allreduce_hook(None, bucket)
 
         assert kwargs["model"] is self.trainer.model
         self.trainer.model_wrapped.register_comm_hook(None, reduce)
@@ -230,7 +217,7 @@ class Drawn(ForgetRetain):
         return {"forget": self.forget[index], "retain": self.retain[torch.randint(0, len(self.retain), (1,)).item()]}
 
 
-def _questions_that_repeat(rank, ranks, seed, folder, want):
+def _repeated_questions(rank, ranks, seed, folder, want):
     """Where an epoch meets questions twice, no rank draws again what another has drawn before; and retain rows differ."""
     forget = [make_row([10 + i % 5, 11], [12, 13, i]) for i in range(9)]
     data = Drawn(forget, [make_row([i, 7], [8, 9, i]) for i in range(200)])
