@@ -83,29 +83,32 @@ class PMC:
         self._prepared: set[int] = set()
         self._ahead = _no_samples()  # what `prepare` did since the last loss
 
-    def initialise(self, forget_questions: Sequence[str], progress: Callable[[int], object] | None = None) -> None:
+    def initialise(
+        self,
+        forget_questions: Sequence[str],
+        progress: Callable[[int], object] | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> None:
         """Remember what the model answers to the forget questions now (greedily): what samples are scored against.
 
         Warns if the reward can see no word in some of the answers: every sample would be perfect.
 
-        Raises:
-            UserError: there is no question.
-        """
-        from pmc_fast.evaluation import greedy_answers
+        Args:
+            forget_questions: at least one.
+            progress: called with the number of questions answered after each batch.
+            answers: one for each question, if they are known; default ``greedy_answers(forget_questions)``.
 
+        Raises:
+            UserError: there is no question, or another number of answers.
+        """
         questions = list(forget_questions)
         if not questions:
             raise UserError("forget_questions: got none, expected at least one")
-        answers = greedy_answers(
-            self.lm,
-            self.prompts,
-            questions,
-            max_new_tokens=self.config.max_new_tokens,
-            max_length=self.config.max_length,
-            batch_size=self.config.batch_size,
-            progress=progress,
-            sampler=self.sampler,
-        )
+        answers = self.greedy_answers(questions, progress) if answers is None else list(answers)
+        if len(answers) != len(questions):
+            raise UserError(
+                f"answers: got {len(answers)}, expected one for each of the {len(questions)} forget_questions"
+            )
         self.ledger = Ledger(questions, answers)
         words = getattr(self.reward, "words", None)
         if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
@@ -115,6 +118,21 @@ class PMC:
                 "outside a-z and 0-9 give PMC a reward with a fitting tokenizer, RougeRecall(tokenizer=...)",
                 stacklevel=2,
             )
+
+    def greedy_answers(self, questions: Sequence[str], progress: Callable[[int], object] | None = None) -> list[str]:
+        """What the model answers now, token by token the most probable, in batches of ``config.batch_size``."""
+        from pmc_fast.evaluation import greedy_answers
+
+        return greedy_answers(
+            self.lm,
+            self.prompts,
+            questions,
+            max_new_tokens=self.config.max_new_tokens,
+            max_length=self.config.max_length,
+            batch_size=self.config.batch_size,
+            progress=progress,
+            sampler=self.sampler,
+        )
 
     def prepare(self, batches: Sequence[Sequence[int]]) -> None:
         """Sample for the coming micro-batches of an optimizer step in one call: they share the weights.

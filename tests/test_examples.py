@@ -15,15 +15,16 @@ from pmc_fast.data import QA, write_jsonl
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "docs" / "examples").glob("*.py"))
 NEEDS = {"with_accelerate": "accelerate", "with_trainer": "accelerate"}
-PROCESSES = {"fsdp": 2}
+PROCESSES = {"fsdp": (2,), "with_trainer": (1, 2)}  # where not just one
+RUNS = [(path, count) for path in EXAMPLES for count in PROCESSES.get(path.stem, (1,))]
 
 
 def test_there_are_examples():
     assert {"plain_torch", *NEEDS, *PROCESSES} <= {path.stem for path in EXAMPLES}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path, tmp_path, monkeypatch, rng_seed):
+@pytest.mark.parametrize(("path", "count"), RUNS, ids=lambda value: getattr(value, "stem", str(value)))
+def test_example(path, count, tmp_path, monkeypatch, rng_seed):
     pytest.importorskip(NEEDS.get(path.stem, "torch"))
     model = make_model(seed=rng_seed)
     model.save_pretrained(tmp_path / "model")
@@ -32,8 +33,8 @@ def test_example(path, tmp_path, monkeypatch, rng_seed):
     write_jsonl(tmp_path / "retain.jsonl", [QA(f"What is {c}?", f"The river {c}.") for c in "uvwxyz"])
     command = [str(path), *(str(tmp_path / name) for name in ("model", "forget.jsonl", "retain.jsonl", "out"))]
     monkeypatch.chdir(tmp_path)
-    if path.stem in PROCESSES:
-        _run_in_processes(PROCESSES[path.stem], command)
+    if count > 1:
+        _run_in_processes(count, command)
     else:
         monkeypatch.setattr(sys, "argv", command)
         runpy.run_path(str(path), run_name="__main__")

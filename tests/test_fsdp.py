@@ -115,8 +115,10 @@ def _sampling(rank, ranks, seed, family):
         assert torch.equal(got.tokens, want.tokens)
         torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-4, atol=1e-4)
         assert count.gathers == MODULES and _is_sharded(loss_module)
+    single.initialise(QUESTIONS)
+    parallel.initialise(mine, QUESTIONS)
+    assert mine.ledger.state_dict() == single.ledger.state_dict() and _is_sharded(loss_module)
     for pmc in (single, mine):
-        pmc.initialise(QUESTIONS)
         with CountingGathers() as count:
             pmc.prepare([[rank], [3 + rank]] if rank else [[], []])
     assert count.gathers == MODULES and _is_sharded(loss_module)

@@ -173,6 +173,9 @@ def test_bad_input():
         fresh.loss([0], RETAIN)
     with pytest.raises(UserError, match="forget_questions: got none"):
         fresh.initialise([])
+    with pytest.raises(UserError, match="answers: got 1, expected one for each of the 2 forget_questions"):
+        fresh.initialise(["a", "b"], answers=["c"])
+    assert fresh.ledger is None
     with pytest.raises(UserError, match="forget: got index 3"):
         make_pmc().loss([3], RETAIN)
     with pytest.raises(UserError, match="both are empty"):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
@@ -15,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError
-from pmc_fast.integrations.trainer_methods import Initialise, PMCMethods, check_arguments
+from pmc_fast.integrations.trainer_methods import KeepLedger, PMCMethods, check_arguments
 from pmc_fast.models import LanguageModel
 from pmc_fast.pmc import PMC as Objective
 from pmc_fast.prompts import Prompts
@@ -96,7 +97,8 @@ def pmc_trainer(base: type[Trainer]) -> type[Trainer]:
         _register_trainer(pmc_trainer(FinetuneTrainer))
 
     The prompts are those of its forget set, token by token; the answers there are not trained on. What it picks is trained
-    on as the tokens that were sampled. Logs and checkpoints are those of ``PMCTrainer``.
+    on as the tokens that were sampled. Logs, checkpoints and the use of several processes are those of ``PMCTrainer``; there,
+    the rows that its dataset draws at random for a step depend on (``args.seed``, step, process) alone.
 
     Its arguments: those that ``load_trainer`` gives, and as method_args the fields of ``PMCConfig`` that concern sampling,
     selection and loss, and ``reward``.
@@ -106,7 +108,7 @@ def pmc_trainer(base: type[Trainer]) -> type[Trainer]:
 
     Raises:
         UserError (the class, when it is made): train_dataset is no forget/retain set of prompts and answers, the model has no
-            head this library knows, several processes or GPUs.
+            head this library knows, or arguments that ``PMCTrainer`` refuses.
 
     Source: arXiv 2507.04219, equation 1 and algorithm 1.
     """
@@ -128,6 +130,8 @@ def pmc_trainer(base: type[Trainer]) -> type[Trainer]:
             tokenizer = processing_class if tokenizer is None else tokenizer
             method = {name: options.pop(name) for name in _METHOD & options.keys()}
             self.forget_questions = _prompts_of(train_dataset)
+            anchored = getattr(train_dataset, "anchor", "forget") == "forget"
+            self.repeats = not anchored or len(train_dataset) != len(self.forget_questions)
             self._index = {tuple(prompt): index for index, prompt in enumerate(self.forget_questions)}
             config = PMCConfig(**method, reencode=False)
             self.pmc = Objective(model, _TokenPrompts(tokenizer, model), config, reward)
@@ -136,14 +140,23 @@ def pmc_trainer(base: type[Trainer]) -> type[Trainer]:
                 model=model,
                 train_dataset=train_dataset,
                 processing_class=tokenizer,
-                callbacks=[*(callbacks or []), Initialise(self.pmc, self.forget_questions)],
+                callbacks=[*(callbacks or []), KeepLedger(self.pmc, self.forget_questions)],
                 **options,
             )
 
-        def micro_batch(self, batch: Mapping[str, Any], number: int) -> tuple[list[int], list[QA]]:
-            asked = _rows(_original(batch["forget"]))
-            kept = _rows(batch["retain"]) if "retain" in batch else []
-            return [self._index[prompt] for prompt, _ in asked], [QA(*row) for row in kept]
+        def get_batch_samples(self, *args: Any):
+            several = self.args.world_size > 1
+            with torch.random.fork_rng(devices=[], enabled=several):
+                if several:  # the dataset draws rows from the generator, which Trainer seeds alike on all ranks
+                    seed = (self.args.seed, self.state.global_step, self.args.process_index)
+                    torch.default_generator.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
+                return super().get_batch_samples(*args)
+
+        def forget_indices(self, batch: Mapping[str, Any]) -> list[int]:
+            return [self._index[prompt] for prompt, _ in _rows(_original(batch["forget"]))]
+
+        def retain_rows(self, batch: Mapping[str, Any], number: int, count: int) -> list[QA]:
+            return [QA(*row) for row in _rows(batch["retain"])[:count]] if "retain" in batch else []
 
     return PMC
 

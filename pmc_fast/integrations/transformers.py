@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
 from pmc_fast.integrations import columns
-from pmc_fast.integrations.trainer_methods import Initialise, PMCMethods, check_arguments
+from pmc_fast.integrations.trainer_methods import KeepLedger, PMCMethods, check_arguments
 from pmc_fast.pmc import PMC
 from pmc_fast.rewards import Reward
 from pmc_fast.sampler import SampleSource
@@ -26,11 +26,17 @@ class PMCTrainer(PMCMethods, Trainer):
     forget questions: ``per_device_train_batch_size`` of them make a micro-batch, an optimizer step samples for all of
     its micro-batches in one call, and their gradients are averaged as any Trainer's are. When training begins, the model's
     answers are noted that samples are scored against; they are kept in the checkpoints' ``pmc.json`` and in no other
-    file. The retain rows of a step depend on (``args.seed``, step) alone.
+    file.
+
+    Under torchrun the questions are split over the processes (DDP: each holds the whole model). A step
+    then is that of one process with as many times ``gradient_accumulation_steps``, but for floating point and dropout. No
+    question is repeated to fill the last batches of an epoch. The retain rows of a micro-batch depend on (``args.seed``,
+    step, its number in the step) alone; of n processes the r-th has the numbers r, r + n, r + 2n and so on.
 
     Logged beside the loss: collapse_loss, retain_loss, score (means), sampled_tokens, trained_tokens, pruned_samples,
     pruned_tokens, empty_picks, truncated_picks (sums since the last log; see ``PMC.loss``), sample_seconds,
-    score_seconds. An evaluation's loss is the mean negative log-likelihood of its rows' answer tokens.
+    score_seconds (sums), each over all processes' micro-batches. An evaluation's loss is the mean negative log-likelihood of
+    its rows' answer tokens.
 
     Args:
         model: a transformers causal language model, with PEFT adapters on its layers or without.
@@ -47,8 +53,8 @@ class PMCTrainer(PMCMethods, Trainer):
         pmc: the ``PMC``.
 
     Raises:
-        UserError: a dataset without those columns, a model without a head this library knows, several processes or GPUs,
-            or an argument that would publish the ledger or have no effect.
+        UserError: a dataset without those columns, a model without a head this library knows, several GPUs in one process,
+            DeepSpeed, FSDP, or another argument that would publish the ledger, have no effect or does not work with PMC.
 
     Source: arXiv 2507.04219, equation 1 and algorithm 1.
     """
@@ -69,8 +75,8 @@ class PMCTrainer(PMCMethods, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
-        if args is not None:
-            check_arguments(args)
+        args = TrainingArguments("tmp_trainer") if args is None else args  # Trainer's default
+        check_arguments(args)
         self.forget_questions = columns.questions("forget_dataset", forget_dataset)
         self._retain = columns.rows("retain_dataset", retain_dataset)
         self.pmc = PMC(model, processing_class, pmc_config, reward, sampler)
@@ -81,22 +87,27 @@ class PMCTrainer(PMCMethods, Trainer):
             train_dataset=range(len(self.forget_questions)),
             eval_dataset=_evaluated(eval_dataset),
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), Initialise(self.pmc, self.forget_questions)],
+            callbacks=[*(callbacks or []), KeepLedger(self.pmc, self.forget_questions)],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
 
-    def micro_batch(self, batch: Mapping[str, Any], number: int) -> tuple[list[int], list[QA]]:
+    def forget_indices(self, batch: Mapping[str, Any]) -> list[int]:
+        return batch["forget"]
+
+    def retain_rows(self, batch: Mapping[str, Any], number: int, count: int) -> list[QA]:
         draw = np.random.default_rng((self.args.seed, self.state.global_step, number))
-        size = len(batch["forget"])
-        chosen = draw.choice(len(self._retain), size, replace=len(self._retain) < size)
-        return batch["forget"], [self._retain[row] for row in chosen]
+        chosen = draw.choice(len(self._retain), count, replace=len(self._retain) < count)
+        return [self._retain[row] for row in chosen]
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
+        rows = inputs["rows"]
+        mine, _ = self._unrepeated(len(rows))
         with torch.no_grad(), self.accelerator.autocast():
-            return self.pmc.supervised_loss(inputs["rows"]), None, None
+            # Trainer drops the losses of ranks that only have repeated rows.
+            return self.pmc.supervised_loss(rows[:mine] or rows), None, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
         """As Trainer's, of rows with "question" and "answer"."""

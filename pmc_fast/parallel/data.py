@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,6 +38,48 @@ class LossModule(nn.Module):
         return self.pmc.loss(forget, retain)
 
 
+def initialise(
+    pmc: PMC,
+    forget_questions: Sequence[str],
+    progress: Callable[[int], object] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """As ``pmc.initialise(forget_questions)`` on every rank; each rank answers a part of the questions.
+
+    The batches are those of one process, dealt out in turn. All ranks of the group call it.
+
+    Args:
+        pmc: with the same model on every rank.
+        forget_questions: the same on every rank.
+        progress: called with the number of questions answered after each of this rank's batches.
+        group: the process group; None is the default one.
+
+    Raises:
+        UserError: there is no question, or the questions differ between ranks.
+    """
+    questions, size = list(forget_questions), pmc.config.batch_size
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    for other, theirs in enumerate(from_all_ranks(questions, group)):
+        if theirs != questions:
+            raise UserError(
+                f"forget_questions: rank {rank} got others than rank {other}, expected the same on every rank"
+            )
+    order = sorted(range(len(questions)), key=lambda question: len(pmc.prompts.prompt_ids(questions[question])))
+    mine = [question for begin in range(rank * size, len(order), ranks * size) for question in order[begin:][:size]]
+    answers = pmc.greedy_answers([questions[question] for question in mine], progress)
+    found: dict[int, str] = {}
+    for part in from_all_ranks(dict(zip(mine, answers, strict=True)), group):
+        found.update(part)
+    pmc.initialise(questions, answers=[found[question] for question in range(len(questions))])
+
+
+def from_all_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """Each rank's value, a picklable object, in the order of ranks."""
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def merge_ledgers(pmc: PMC, group: dist.ProcessGroup | None = None) -> None:
     """Give every rank what all ranks found since the last merge: each question's best answer, and all visits.
 
@@ -50,13 +93,12 @@ def merge_ledgers(pmc: PMC, group: dist.ProcessGroup | None = None) -> None:
     Raises:
         UserError: a ledger that is empty on some rank, or ledgers that did not start from the same one.
     """
-    states: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(states, pmc.ledger, group=group)
-    if any(ledger is None for ledger in states):
+    ledgers = from_all_ranks(pmc.ledger, group)
+    if any(ledger is None for ledger in ledgers):
         raise UserError(
             "pmc: the ledger is empty on some rank; call initialise(forget_questions) or load it on every rank"
         )
-    pmc.ledger = _merged(states)
+    pmc.ledger = _merged(ledgers)
 
 
 def _merged(ledgers: list[Ledger]) -> Ledger:

@@ -7,41 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import make_model, make_tokenizer
+from tiny import make_model
 from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import Trainer, TrainingArguments
 
 from pmc_fast import PMCConfig, UserError
 from pmc_fast.models import LanguageModel
 
 pytest.importorskip("accelerate")
+from trainers import END, PAD, FinetuneTrainer, ForgetRetain, collate, load_trainer, make_dataset, make_row  # noqa: E402
+
 from pmc_fast.integrations import open_unlearning  # noqa: E402
 from pmc_fast.integrations.open_unlearning import fused_batch_nll, pmc_trainer  # noqa: E402
-
-PAD, END = 256, 257
-
-
-def make_row(prompt=None, answer=None):
-    prompt = torch.randint(0, 256, (int(torch.randint(1, 6, ())),)) if prompt is None else torch.tensor(prompt)
-    answer = torch.randint(0, 256, (int(torch.randint(1, 6, ())),)) if answer is None else torch.tensor(answer)
-    ids = torch.cat([prompt, answer, torch.tensor([END])])
-    labels = torch.where(torch.arange(len(ids)) < len(prompt), -100, ids)
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "index": 0}
-
-
-def collate(rows, side="right", pad=PAD):
-    """Nested like the rows; padded, and masked wherever the padding token stands, even within a row."""
-    if "input_ids" not in rows[0]:
-        return {name: collate([row[name] for row in rows], side, pad) for name in rows[0]}
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(name, value):
-        fill = [torch.full((width - len(row[name]),), value) for row in rows]
-        pairs = [(row[name], f) if side == "right" else (f, row[name]) for row, f in zip(rows, fill, strict=True)]
-        return torch.stack([torch.cat(pair) for pair in pairs])
-
-    ids = padded("input_ids", pad)
-    return {"input_ids": ids, "attention_mask": ids.ne(pad), "labels": padded("labels", -100)}
 
 
 def batch_nll(model, inputs):
@@ -124,66 +100,10 @@ def test_models_that_accelerate_has_prepared_run_in_its_precision(rng_seed):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-class ForgetRetain:
-    """Items like those of its ForgetRetainDataset."""
-
-    def __init__(self, forget, retain):
-        self.forget, self.retain = forget, retain
-
-    def __len__(self):
-        return len(self.forget)
-
-    def __getitem__(self, index):
-        kept = {} if self.retain is None else {"retain": self.retain[index % len(self.retain)]}
-        return {"forget": self.forget[index], **kept}
-
-
-class FinetuneTrainer(Trainer):
-    def __init__(self, evaluators=None, template_args=None, *args, **kwargs):
-        self.evaluators, self.template_args = evaluators, template_args
-        super().__init__(*args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        return {"own": self.evaluators}
-
-
-def load_trainer(folder, registry, dataset, model=None, name="tokenizer", pad=PAD, **method):
-    """As its load_trainer makes one from a configuration."""
-    args = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        num_train_epochs=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        remove_unused_columns=False,
-        report_to="none",
-        use_cpu=True,
-    )
-    return registry["PMC"](
-        model=make_model() if model is None else model,
-        train_dataset=dataset,
-        eval_dataset=None,
-        data_collator=lambda rows: collate(rows, pad=pad),
-        args=args,
-        evaluators="theirs",
-        template_args={},
-        **{name: make_tokenizer()},
-        **{"num_samples": 3, "max_new_tokens": 5, "max_length": None, **method},
-    )
-
-
 @pytest.fixture
 def registry():
     trainer = pmc_trainer(FinetuneTrainer)
     return {trainer.__name__: trainer}
-
-
-def make_dataset(wrap=lambda row: row, count=5):
-    forget = [wrap(make_row([10 + i, 11], [12, 13, i])) for i in range(count)]
-    return ForgetRetain(forget, [make_row() for _ in range(3)])
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "processing_class"])
@@ -223,7 +143,7 @@ def test_end_tokens_that_pad_are_part_of_the_prompt(registry, tmp_path):
     """As with Llama 3's <|eot_id|>, which the collator masks wherever it stands."""
     dataset = ForgetRetain([make_row([5, END, 6], [7]), make_row([8, 9, 10, END, 11], [12, 13])], [make_row()])
     trainer = load_trainer(tmp_path, registry, dataset, pad=END)
-    assert trainer.micro_batch(collate([dataset[1], dataset[0]], pad=END), 0)[0] == [1, 0]
+    assert trainer.forget_indices(collate([dataset[1], dataset[0]], pad=END)) == [1, 0]
 
 
 def test_other_end_tokens_come_from_the_generation_config(registry, tmp_path):

@@ -1,69 +1,18 @@
 """PMCTrainer: a Trainer whose loss is PMC's, with all that Trainers do around it."""
 
-import inspect
 import json
 
-import numpy as np
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback, TrainingArguments
 
-from pmc_fast import PMC, PMCConfig, UserError
+from pmc_fast import PMC, UserError
 from pmc_fast.data import QA
 
 pytest.importorskip("accelerate")
-from pmc_fast.integrations.transformers import PMCTrainer  # noqa: E402
-
-FORGET = [{"question": f"Who is {name}?"} for name in ("Ada", "Bo", "Cy", "Di", "Ed")]
-RETAIN = [{"question": f"What is {c}?", "answer": f"the letter {c}", "topic": 3} for c in "uvwxyz"]
-CONFIG = PMCConfig(num_samples=3, max_new_tokens=6, max_length=None, seed=5)
-
-
-class Length:
-    """A reward that is never final, so that every visit samples again."""
-
-    def score(self, references, candidates):
-        return np.array([1.0 + len(candidate) for candidate in candidates])
-
-
-def arguments(folder, **changes):
-    """2 epochs of 2 optimizer steps: micro-batches of 2, 2 and then 1 questions, accumulated by two."""
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **changes,
-    }
-    return TrainingArguments(str(folder), **options)
-
-
-def make_trainer(folder, model=None, seed=0, **changes):
-    names = inspect.signature(PMCTrainer).parameters
-    options = {name: changes.pop(name) for name in list(changes) if name in names}
-    return PMCTrainer(
-        make_model(seed=seed) if model is None else model,
-        arguments(folder, **changes),
-        **{
-            "forget_dataset": FORGET,
-            "retain_dataset": RETAIN,
-            "processing_class": make_tokenizer(),
-            "pmc_config": CONFIG,
-            "reward": Length(),
-            **options,
-        },
-    )
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+from trainers import CONFIG, FORGET, RETAIN, Length, arguments, make_trainer, weights  # noqa: E402
 
 
 def assert_same(first, second):
@@ -287,10 +236,45 @@ def test_bad_input(change, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(UserError, match="args: got 2 processes"):
-        make_trainer(tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_gpu": 3}, r"args: got 3 GPUs in one process, .*nn.DataParallel, .*torchrun --nproc-per-node=3"),
+        ({"fsdp": True}, r"args.fsdp: got True, expected none: .*docs/distributed.md"),
+        ({"deepspeed": {"zero": 3}}, r"args.deepspeed: got {'zero': 3}, expected none: .*docs/distributed.md"),
+        ({"parallelism_config": "x"}, r"args.parallelism_config: got 'x', expected none"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"args.fsdp: got true through ACCELERATE_USE_FSDP, expected none"),
+        (
+            {"WORLD_SIZE": "2"},
+            "args.use_cpu: got True in one of 2 processes that have no GPU, .* expected True",
+        ),
+        ({"world_size": 2, "torch_compile": True}, r"args.torch_compile: got True, expected False with several"),
+        ({"world_size": 2, "even_batches": False}, r"args.accelerator_config: got even_batches=False or"),
+        ({"world_size": 2, "dispatch_batches": True}, r"args.accelerator_config: got .* dispatch_batches=True"),
+    ],
+)
+def test_what_several_processes_or_gpus_cannot_do(change, message, tmp_path, monkeypatch):
+    args = arguments(tmp_path / "run")
+    assert args.world_size == 1  # looked at now, before the environment changes
+    for name, value in change.items():
+        if name.isupper():
+            monkeypatch.setenv(name, value)
+        elif hasattr(args.accelerator_config, name):
+            setattr(args.accelerator_config, name, value)
+        elif isinstance(getattr(TrainingArguments, name, None), property):
+            monkeypatch.setattr(TrainingArguments, name, value)
+        else:
+            setattr(args, name, value)
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path / "run", args=args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_arguments_several_gpus_are_refused_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(UserError, match="args: got 2 GPUs in one process"):
+        make_trainer(tmp_path, args=None)
 
 
 def test_datasets_with_columns_and_torch_datasets_are_read():
