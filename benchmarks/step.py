@@ -38,6 +38,7 @@ class Turn:
     train_s: float
     total_s: float
     sampled_tokens: int
+    decoded_tokens: int | None  # of those, what went through the model, as far as that is known
     peak_bytes: int | None
 
 
@@ -223,7 +224,7 @@ class Published:
                 loop.score(pending, samples)
             with Stopwatch(device) as train:
                 loop.train(self._indices, self._task.forget, self._task.retain, self._optimizer)
-        return Turn(sample.seconds, score.seconds, train.seconds, total.seconds, samples.count, peak.bytes)
+        return Turn(sample.seconds, score.seconds, train.seconds, total.seconds, samples.count, None, peak.bytes)
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:
@@ -271,7 +272,8 @@ class PmcFast:
         sample, score = stats["seconds"]["sample"], stats["seconds"]["score"]
         # whatever is neither sampling nor scoring is training, so that nothing goes uncounted
         train = total.seconds - sample - score
-        return Turn(sample, score, train, total.seconds, stats["sampled_tokens"], peak.bytes)
+        tokens = stats["sampled_tokens"], stats["decoded_tokens"]
+        return Turn(sample, score, train, total.seconds, *tokens, peak.bytes)
 
 
 def check(task: Task, contestants: Mapping[str, Contestant]) -> dict[str, float]:
@@ -323,7 +325,7 @@ def summary(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
         columns = {name: [getattr(turn, name) for turn in taken] for name in names}
         spreads = {name: None if None in column else Spread.of(column) for name, column in columns.items()}
         median[contestant] = {name: s and s.median for name, s in spreads.items()}
-        for name in ("sampled_tokens", "peak_bytes"):
+        for name in ("sampled_tokens", "decoded_tokens", "peak_bytes"):
             if median[contestant][name] is not None:
                 median[contestant][name] = round(median[contestant][name])
         spread[contestant] = {name: s and [s.p20, s.p80] for name, s in spreads.items()}
@@ -364,10 +366,11 @@ def table(result: Mapping[str, Any], repeats: int) -> str:
         ("train_s", "train", 1, "s"),
         ("total_s", "total", 1, "s"),
         ("sampled_tokens", "sampled tokens", 1, ""),
+        ("decoded_tokens", "decoded tokens", 1, ""),
         ("peak_bytes", "peak extra memory", 1e-9, "GB"),
     ):
         values = [result[contestant][name] for contestant in contestants]
-        form = "{:.0f}" if name == "sampled_tokens" else "{:.3g} " + unit
+        form = "{:.0f}" if name.endswith("tokens") else "{:.3g} " + unit
         lines.append(f"{title:24}" + "".join(f"{'-' if v is None else form.format(v * scale):>14}" for v in values))
     lines.append("")
     for name, title in (

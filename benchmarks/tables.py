@@ -50,11 +50,12 @@ def step(content: Content) -> str:
         ("train_s", "train", clock),
         ("total_s", "total", clock),
         ("sampled_tokens", "sampled tokens", "{:.0f}".format),
+        ("decoded_tokens", "decoded tokens", "{:.0f}".format),  # absent from results of before it was counted
         ("peak_bytes", "peak extra memory", size),
     ):
         line = [title]
         for contestant in CONTESTANTS:
-            value, spread = content[contestant][key], content["spread"][contestant][key]
+            value, spread = content[contestant].get(key), content["spread"][contestant].get(key)
             line += [or_dash(value, wording), "-" if spread is None else _ends(spread, repeats, wording)]
         lines.append(line)
     ratios = []

@@ -164,7 +164,8 @@ class PMC:
 
         Returns:
             float32 scalar; backward() reaches every parameter that requires a gradient. ``stats`` then holds
-            collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, trained_tokens,
+            collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, decoded_tokens (those
+            that went through the model: what a question's answers begin with in common does once), trained_tokens,
             pruned_samples (stopped early, since they could not be picked), pruned_tokens (that these could still have
             had at most), empty_picks (selected answers without a scorable word), truncated_picks, seconds (sample,
             score, train). What ``prepare`` did is counted in the first loss after it.
@@ -277,6 +278,7 @@ class PMC:
                 scores[~pruned] = self.reward.score([references[row] for row, _ in kept], list(texts.values()))
             picks = self._select(scores, finished, streams)
         self.stats["sampled_tokens"] += samples.count
+        self.stats["decoded_tokens"] += samples.count if samples.decoded is None else samples.decoded
         self.stats["pruned_samples"] += int(pruned.sum())
         self.stats["pruned_tokens"] += int(((limits[:, None] - samples.lengths.cpu()) * samples.pruned.cpu()).sum())
         for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
@@ -351,5 +353,6 @@ class PMC:
 
 def _no_samples() -> dict[str, Any]:
     """The part of ``PMC.stats`` that sampling adds to."""
-    counts = dict.fromkeys(("sampled_tokens", "pruned_samples", "pruned_tokens", "truncated_picks"), 0)
+    names = ("sampled_tokens", "decoded_tokens", "pruned_samples", "pruned_tokens", "truncated_picks")
+    counts = dict.fromkeys(names, 0)
     return {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, **counts}

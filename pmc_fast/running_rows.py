@@ -32,6 +32,7 @@ class RunningRows:
         hidden: [R, D], the rows' last hidden states.
         slot: int64 [A], the answers that are not done.
         row: int64 [A], the row of each.
+        decoded: how many tokens went through the model so far.
     """
 
     def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int) -> None:
@@ -41,7 +42,7 @@ class RunningRows:
         self.slot = torch.arange(prompts * num_samples, device=device)
         self.row = self.slot // num_samples
         self._prompt = torch.arange(prompts, device=device)  # of each row
-        self._generated = 0
+        self._generated = self.decoded = 0
         self._shares = filled.suits_decode_attention and self._attends_natively()
         self._decoder: FusedDecoder | None = None
         if self._shares:
@@ -70,6 +71,7 @@ class RunningRows:
         with phase("retire"):
             token = self._regroup(token, ~done)
         self._generated += 1
+        self.decoded += len(token)
         with phase("decode"):
             self.hidden = self._hidden(token)
         return True

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # Of the memory that is free when a call starts, how much its cache may take if nobody says.
 CACHE_SHARE = 0.5
 
-# Of some prompts' answers: tokens [rows, T], lengths, logprobs [rows, T], finished, pruned.
-Wave = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Of some prompts' answers: tokens [answers, T], lengths, logprobs [answers, T], finished, pruned; and the tokens decoded.
+Wave = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Samples:
     logprobs: float32 [B, n, L], nats, under the untempered, untruncated model; 0 past an answer's length.
     finished: bool [B, n]; False where the answer was cut off before an end token.
     pruned: bool [B, n]; True where it was cut off by ``prune``.
+    decoded: tokens that went through the model one by one, where those that answers to a prompt begin with in common count
+        once; None where that is not known.
     """
 
     tokens: Tensor
@@ -47,6 +49,7 @@ class Samples:
     logprobs: Tensor
     finished: Tensor
     pruned: Tensor
+    decoded: int | None = None
 
     @property
     def count(self) -> int:
@@ -195,7 +198,8 @@ class Sampler:
         if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
             self.decoder = "cuda graph"
             with torch.cuda.device_of(limit):  # where its kernels are launched
-                return decoder.sample(filled, sequence, limit, prune, progress)
+                wave = decoder.sample(filled, sequence, limit, prune, progress)
+            return *wave, int(wave[1].sum()) - len(limit)
         rows = RunningRows(self.lm, filled, num_samples, steps)
         self.decoder = "native" if rows.native else "modules"
         return _run(self.lm, rows, sequence, limit, ends, draw, prune, progress)
@@ -229,7 +233,7 @@ def _run(
     prune: Pruner | None,
     progress: Callable[[int], object] | None,
 ) -> Wave:
-    """Decode until no answer is left: tokens [answers, T], lengths, logprobs [answers, T], finished, pruned."""
+    """Decode until no answer is left."""
     total, device = len(limit), limit.device
     steps = int(limit.max()) if total else 0
     tokens = ends[0].expand(total, steps).clone()
@@ -258,7 +262,7 @@ def _run(
         if progress:
             progress(len(rows.slot))
     longest = int(lengths.max()) if total else 0
-    return tokens[:, :longest], lengths, logprobs[:, :longest], finished, pruned
+    return tokens[:, :longest], lengths, logprobs[:, :longest], finished, pruned, rows.decoded
 
 
 def _join(waves: list[Wave], prompts: int, num_samples: int, end: Tensor) -> Samples:
@@ -271,7 +275,7 @@ def _join(waves: list[Wave], prompts: int, num_samples: int, end: Tensor) -> Sam
         return torch.cat(parts).reshape(*shape, longest)
 
     lengths, finished, pruned = (torch.cat([wave[column] for wave in waves]).view(shape) for column in (1, 3, 4))
-    return Samples(wide(0, int(end)), lengths, wide(2, 0.0), finished, pruned)
+    return Samples(wide(0, int(end)), lengths, wide(2, 0.0), finished, pruned, sum(wave[5] for wave in waves))
 
 
 def answer_limits(

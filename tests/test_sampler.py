@@ -6,6 +6,7 @@ from distribution import assert_follows
 from tiny import FAMILIES, VOCAB, make_model
 
 from pmc_fast import attention, decode_attention
+from pmc_fast.cache import placed
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
@@ -165,6 +166,45 @@ def test_autocast_changes_no_answer(rng_seed):
         got = Sampler(model).sample(prompt, **options)
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs)
+
+
+def beginnings(samples):
+    """How many texts the answers had begun with when their next token was drawn, those of a prompt counted once."""
+    texts = set()
+    for prompt, (answers, lengths) in enumerate(zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)):
+        for answer, length in zip(answers, lengths, strict=True):
+            texts.update((prompt, *answer[:end]) for end in range(1, length))
+    return len(texts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_answers_begin_with_in_common_is_decoded_once(family, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    ids, mask = pad_left(PROMPTS, 256)
+    n, ends = 6, [257, *range(0, 256, 9)]
+    options = {"eos_token_id": ends, "seed": rng_seed, "top_k": 2, "max_new_tokens": torch.tensor([9, 4, 9, 7])}
+    together = Sampler(model).sample(ids, mask, num_samples=n, **options)
+    assert beginnings(together) == together.decoded < together.count - 4 * n
+    for i in range(n):
+        alone = Sampler(model).sample(ids, mask, sequence_ids=torch.arange(4) * n + i, **options)
+        assert torch.equal(alone.lengths[:, 0], together.lengths[:, i])
+        width = alone.tokens.shape[2]
+        assert torch.equal(alone.tokens[:, 0], together.tokens[:, i, :width])
+        torch.testing.assert_close(alone.logprobs[:, 0], together.logprobs[:, i, :width], rtol=1e-3, atol=1e-4)
+    greedy = Sampler(model).sample(ids, mask, num_samples=n, temperature=0, **options)
+    assert greedy.decoded == int((greedy.lengths[:, 0] - 1).sum())
+
+
+def test_rows_that_go_on_stay_where_they_can(rng_seed):
+    for _ in range(200):
+        before = int(torch.randint(1, 9, ()))
+        parent = torch.randint(before, (int(torch.randint(1, 12, ())),)).sort().values
+        place, source, destination = placed(parent)
+        held = torch.arange(12)
+        held[destination] = held[source]
+        assert torch.equal(held[place], parent) and torch.equal(place.sort().values, torch.arange(len(parent)))
+        stay = {p for p in parent.tolist() if p < len(parent)}
+        assert len(source) == len(parent) - len(stay)
 
 
 @pytest.mark.parametrize(

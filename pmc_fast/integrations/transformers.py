@@ -33,8 +33,8 @@ class PMCTrainer(PMCMethods, Trainer):
     question is repeated to fill the last batches of an epoch. The retain rows of a micro-batch depend on (``args.seed``,
     step, its number in the step) alone; of n processes the r-th has the numbers r, r + n, r + 2n and so on.
 
-    Logged beside the loss: collapse_loss, retain_loss, score (means), sampled_tokens, trained_tokens, pruned_samples,
-    pruned_tokens, empty_picks, truncated_picks (sums since the last log; see ``PMC.loss``), sample_seconds,
+    Logged beside the loss: collapse_loss, retain_loss, score (means), sampled_tokens, decoded_tokens, trained_tokens,
+    pruned_samples, pruned_tokens, empty_picks, truncated_picks (sums since the last log; see ``PMC.loss``), sample_seconds,
     score_seconds (sums), each over all processes' micro-batches. An evaluation's loss is the mean negative log-likelihood of
     its rows' answer tokens.
 

@@ -22,7 +22,7 @@ def test_step_writes_its_schema(tmp_path, capsys, rng_seed):
     assert result["schema"] == step.SCHEMA
     for contestant in ("published", "pmc_fast", "pmc_fast_pruned"):
         medians = result[contestant]
-        assert set(medians) == PARTS
+        assert set(medians) == PARTS | {"decoded_tokens"}
         assert all(medians[name] > 0 for name in PARTS - {"peak_bytes"})
         assert medians["sample_s"] + medians["score_s"] + medians["train_s"] == pytest.approx(
             medians["total_s"], rel=0.2
@@ -35,6 +35,8 @@ def test_step_writes_its_schema(tmp_path, capsys, rng_seed):
             assert min(turn[name] for turn in turns) <= low <= high <= max(turn[name] for turn in turns)
         assert turns[0]["sampled_tokens"] == turns[1]["sampled_tokens"]  # every turn finds the same weights and seed
     assert set(result["ratio"]) == set(result["spread"]["ratio"]) == RATIOS | {"sample_per_pick_pruned"}
+    assert result["published"]["decoded_tokens"] is None
+    assert 0 < result["pmc_fast"]["decoded_tokens"] < result["pmc_fast"]["sampled_tokens"]
     assert result["pmc_fast_pruned"]["sampled_tokens"] <= result["pmc_fast"]["sampled_tokens"]
     assert result["environment"]["seed"] == rng_seed
     assert {"cpu", "isa", "threads", "versions", "commit", "device"} <= set(result["environment"])
@@ -53,7 +55,7 @@ def test_ratios_compare_time_per_sampled_token():
 
 
 def test_summary_takes_medians():
-    turns = [Turn(s, 0.1, 2 * s, 3 * s + 0.1, 10, None) for s in (3.0, 1.0, 2.0)]
+    turns = [Turn(s, 0.1, 2 * s, 3 * s + 0.1, 10, 9, None) for s in (3.0, 1.0, 2.0)]
     result = step.summary({"published": turns, "pmc_fast": turns})
     assert result["published"]["sample_s"] == 2.0 and result["published"]["peak_bytes"] is None
     assert result["spread"]["published"]["sample_s"] == pytest.approx([1.4, 2.6])
