@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pmc_fast.attention import AttentionCall
 from pmc_fast.models import LanguageModel
+from pmc_fast.sharding import is_tensor_parallel
 
 # Layers of this form in transformers: h += attention(norm(h)), then h += down(silu(gate(norm(h))) * up(norm(h))).
 GATED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -101,7 +102,7 @@ def read_layers(
 
 
 def _read_layers(lm, calls, norm, linear) -> Layers:
-    if _is_hooked(lm.model):
+    if _is_hooked(lm) or is_tensor_parallel(lm.backbone):
         raise Unknown
     backbone = lm.backbone
     if type(backbone.embed_tokens) is not nn.Embedding:
@@ -119,13 +120,15 @@ def _read_layers(lm, calls, norm, linear) -> Layers:
     )
 
 
-def _is_hooked(model: nn.Module) -> bool:
-    """Whether somebody watches or replaces what modules do; `fast_linear` replaces that of nn.Linear."""
+def _is_hooked(lm: LanguageModel) -> bool:
+    """Whether somebody watches or replaces what modules do; `fast_linear` replaces that of nn.Linear, the head is not called."""
+    head = lm.head_module
     return any(
         module._forward_hooks
         or module._forward_pre_hooks
         or ("forward" in vars(module) and type(module) is not nn.Linear)
-        for module in model.modules()
+        for module in lm.model.modules()
+        if module is not head
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pmc_fast.errors import BackendUnavailable
 from pmc_fast.native import library, packed_linear
+from pmc_fast.sharding import is_dtensor
 
 # Weights copied into the library's own layout at most, for the time of one sampling call.
 PACKED_BYTES = 2 << 30
@@ -97,7 +98,11 @@ def fast_linear(model: nn.Module, rows: int, head: Tensor | None = None) -> Iter
         rows: how many rows most products will have, for the choice of layout.
         head: a weight [V, D] that is multiplied outside of the model's layers: see `packed`.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
+    ]
     room, held = PACKED_BYTES, {}
     for layer in layers if _has_onednn() else []:
         if not _gains(layer.weight):

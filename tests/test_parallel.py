@@ -2,6 +2,7 @@
 
 import copy
 import os
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -18,6 +19,7 @@ from pmc_fast.data import QA
 from pmc_fast.ledger import Entry
 from pmc_fast.parallel import VocabShards
 
+chunks = import_module("pmc_fast.parallel_head.linear_logprob")  # the function of that name hides it
 VOCAB, WIDTH, ROWS = 83, 19, 9  # odd: no rank's share begins at a multiple of 4
 IGNORED = -100
 QUESTIONS = [f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")]
@@ -65,7 +67,7 @@ def _losses(rank, ranks):
     """Values and gradients, in float64 against the reference and in float32."""
     for dtype, options, chunk in (
         (torch.float64, {"softcap": 3.0, "temperature": 0.7}, 2 * VOCAB),
-        (torch.float32, {"logit_scale": 0.5}, parallel.head.CHUNK),
+        (torch.float32, {"logit_scale": 0.5}, chunks.CHUNK),
         (torch.float64, {"ignore_index": None}, 1),
     ):
         hidden, weight, bias, target = _head(dtype)
@@ -76,7 +78,7 @@ def _losses(rank, ranks):
         part = [t.requires_grad_() for t in (hidden.clone(), *(_share(rank, ranks, t) for t in (weight, bias)))]
         shards = VocabShards.of(part[1], vocab=VOCAB)
         close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
-        parallel.head.CHUNK, default = chunk, parallel.head.CHUNK
+        chunks.CHUNK, default = chunk, chunks.CHUNK
 
         _compare(
             parallel.linear_logprob(part[0], part[1], target, shards=shards, bias=part[2], **options),
@@ -91,7 +93,7 @@ def _losses(rank, ranks):
         )
         torch.testing.assert_close(got.token_nll, want.token_nll, **close)
         _compare(got.loss, want.loss, upstream[0], part, whole, close)
-        parallel.head.CHUNK = default
+        chunks.CHUNK = default
 
 
 def _compare(got, want, upstream, part, whole, close):
@@ -163,7 +165,7 @@ def _dtensors(rank, ranks):
     torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
     token = parallel.linear_sample(hidden.float(), sharded.detach().float()).token
     assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
-    with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(0\),\)"):
+    with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(dim=0\),\)"):
         parallel.linear_sample(hidden, distribute_tensor(weight, mesh, [Shard(1)]))
 
 

@@ -1,9 +1,7 @@
 """Several processes: vocabulary-parallel heads and data-parallel training."""
 
 from pmc_fast.parallel.data import LossModule, merge_ledgers
-from pmc_fast.parallel.head import collapse_loss, linear_logprob
-from pmc_fast.parallel.sampling import linear_sample
-from pmc_fast.parallel.shards import VocabShards
+from pmc_fast.parallel_head import VocabShards, collapse_loss, linear_logprob, linear_sample
 from pmc_fast.sharding import gathered
 
 __all__ = ["LossModule", "VocabShards", "collapse_loss", "gathered", "linear_logprob", "linear_sample", "merge_ledgers"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pmc_fast.ops import Sample, _checks
 from pmc_fast.ops.sample import coordinates
-from pmc_fast.parallel.head import check_finite, local_head
-from pmc_fast.parallel.shards import VocabShards, shards_of
+from pmc_fast.parallel_head.head import check_finite, local_head
+from pmc_fast.parallel_head.shards import VocabShards, shards_of
 from pmc_fast.philox import gumbel
 from pmc_fast.reference import head
 

@@ -81,23 +81,25 @@ def gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 def mesh_group(name: str, tensor: DTensor) -> dist.ProcessGroup:
     """The process group over which a DTensor is sharded on dimension 0."""
     if tensor.placements != (Shard(0),):
+        dimensions = f"a mesh of {tensor.device_mesh.ndim} dimension{'s' * (tensor.device_mesh.ndim > 1)}"
         raise UserError(
-            f"{name}: got a DTensor placed {tensor.placements}, expected (Shard(0),) on a mesh of one dimension"
+            f"{name}: got a DTensor placed {tensor.placements} on {dimensions}, expected (Shard(dim=0),) on a mesh of one "
+            "dimension, such as mesh['tp']"
         )
     return tensor.device_mesh.get_group()
 
 
-def shards_of(weight: Tensor, shards: VocabShards | None) -> VocabShards:
-    """The shards given, or those that a DTensor tells without asking the other ranks."""
+def shards_of(weight: Tensor, shards: VocabShards | None, name: str = "weight") -> VocabShards:
+    """The shards given, or those that a DTensor, which an error calls `name`, tells without asking the other ranks."""
     if shards is not None:
         return shards
     if not isinstance(weight, DTensor):
         raise UserError(
             "shards: got None with a plain weight, expected VocabShards.of(weight, group) or a DTensor weight"
         )
-    group, vocab, ranks = mesh_group("weight", weight), weight.shape[0], weight.device_mesh.size()
+    group, vocab, ranks = mesh_group(name, weight), weight.shape[0], weight.device_mesh.size()
     rows = -(-vocab // ranks)  # as torch.chunk shares them out
     if rows * (ranks - 1) >= vocab:
-        raise UserError(f"weight: got {vocab} rows on {ranks} ranks, in shares of {rows}: the last rank has none")
+        raise UserError(f"{name}: got {vocab} rows on {ranks} ranks, in shares of {rows}: the last rank has none")
     begin = rows * dist.get_rank(group)
     return VocabShards(group, begin, min(begin + rows, vocab), vocab)

@@ -1,4 +1,4 @@
-"""`linear_logprob` and `collapse_loss` with a head whose vocabulary is shared out among ranks."""
+"""`linear_logprob` with a head whose vocabulary is shared out among ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmc_fast.errors import not_finite
-from pmc_fast.ops import CollapseLoss, _checks
-from pmc_fast.parallel.shards import VocabShards, shards_of
+from pmc_fast.ops import _checks
+from pmc_fast.parallel_head.head import check_finite, local_head
+from pmc_fast.parallel_head.shards import VocabShards, shards_of
 from pmc_fast.reference import head
 
 # Logits that are held at a time, of all rows and a rank's share of the vocabulary.
@@ -60,66 +60,6 @@ def linear_logprob(
     rows = slice(None) if ignore_index is None else (target != ignore_index).nonzero()[:, 0]
     picked = _LogProb.apply(hidden[rows], weight, bias, target[rows], shards, softcap, logit_scale, temperature)
     return picked.new_zeros(len(target)).index_put((torch.arange(len(target), device=target.device)[rows],), picked)
-
-
-def collapse_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    token_weight: Tensor,
-    *,
-    shards: VocabShards | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int | None = -100,
-) -> CollapseLoss:
-    """Weighted sum of the targets' negative log-likelihoods, under an output head of which each rank holds a part.
-
-    Equivalent to ``pmc_fast.collapse_loss(hidden, torch.cat(weights of all ranks), target, token_weight, ...)``. Unlike it,
-    this computes the logits again in the backward pass: no gradient is known before all ranks' masses are.
-
-    Args:
-        token_weight: float32 (float64 if hidden is) [N], the same on every rank.
-        The others: as in ``pmc_fast.parallel.linear_logprob``.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or range; weights or logits that are not finite.
-
-    Source: arXiv 2507.04219, equation 1.
-    """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    _checks.vector("token_weight", token_weight, hidden.shape[0], wide, hidden)
-    _checks.finite("token_weight", token_weight)
-    token_nll = -linear_logprob(
-        hidden,
-        weight,
-        target,
-        shards=shards,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-    )
-    return CollapseLoss((token_weight * token_nll).sum(), token_nll.detach())
-
-
-def local_head(
-    shards: VocabShards, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """This rank's weight and bias; checks the arguments of a head."""
-    weight = shards.local("weight", weight)
-    bias = None if bias is None else shards.local("bias", bias)
-    _checks.head(hidden, weight, bias, softcap, logit_scale)
-    return weight, bias
-
-
-def check_finite(name: str, top: Tensor) -> None:
-    """Raises on every rank if a row's maximum or log-sum-exp over all ranks is no number."""
-    if top.device.type != "cpu":
-        _checks.finite(f"{name}: the logits", top)
-    elif not torch.isfinite(top).all():
-        raise not_finite(name, int((~torch.isfinite(top)).nonzero()[0]))
 
 
 class _LogProb(torch.autograd.Function):
