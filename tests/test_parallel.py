@@ -130,9 +130,19 @@ def _samples(rank, ranks):
         options = {"seed": 12345, "sequence": sequence, "position": position, "softcap": 20.0} | truncation
         got = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **options)
         want = pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **options)
-        assert torch.equal(got.token, want.token), truncation
-        for name in ("logprob", "sampling_logprob", "kept_mass"):
-            torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name)
+        _same_draw(got, want, truncation)
+    bias = bias.clone()
+    bias[: VOCAB // ranks + 1] = -torch.inf  # all that rank 0 holds
+    shard, shard_bias = _share(rank, ranks, weight), _share(rank, ranks, bias)
+    for truncation in ({}, {"temperature": 0.0}, {"top_k": 70}, {"top_p": 0.9, "temperature": 4.0}):
+        got = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
+        _same_draw(got, pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **truncation), truncation)
+
+
+def _same_draw(got, want, options):
+    assert torch.equal(got.token, want.token), options
+    for name in ("logprob", "sampling_logprob", "kept_mass"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name)
 
 
 def _ties_and_bad_rows(rank, ranks):

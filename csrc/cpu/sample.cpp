@@ -196,7 +196,8 @@ bool sample_row(const SampleArgs& args, int64_t r, char* workspace) {
     const float temperature = args.temperature, shift = top / temperature;
     if (!std::isfinite(shift)) return false;
     const double tempered_mass = temperature == 1 ? mass : sum_exp(row, vocab, temperature, shift);
-    const Draw draw{args.seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r])};
+    const Draw draw{args.seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r]),
+                    static_cast<uint32_t>(args.first_token / 4)};
     const bool by_rank = args.top_k > 0 && args.top_k < vocab,
                by_mass = args.top_p<1, by_floor = args.log_min_p> - kInfinity;
     if (!by_rank && !by_mass && !by_floor) {

@@ -1,4 +1,7 @@
-"""`linear_sample` with a head whose vocabulary is shared out among ranks."""
+"""`linear_sample` with a head whose vocabulary is shared out among ranks.
+
+Of a truncated draw a rank first finds the few tokens that could be kept; histograms and noise are of these alone.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from pmc_fast import backend
 from pmc_fast.ops import Sample, _checks
 from pmc_fast.ops.sample import coordinates
 from pmc_fast.parallel_head.head import check_finite, local_head
 from pmc_fast.parallel_head.shards import VocabShards, shards_of
-from pmc_fast.philox import gumbel
+from pmc_fast.philox import gumbel, gumbel_of
 from pmc_fast.reference import head
 
 _DIGIT = 8  # bits of a float's order that one histogram settles
@@ -63,50 +68,136 @@ def linear_sample(
     sequence, position = coordinates(hidden, sequence, position)
 
     logits = head.logits(hidden, weight, bias, softcap, logit_scale).float()
-    mass = shards.gather(logits.double().logsumexp(-1)).logsumexp(0)
-    check_finite("linear_sample", mass)
+    top = shards.gather(logits.amax(-1)).amax(0)
+    shift = top if temperature == 0 else top / temperature
+    check_finite("linear_sample", shift)
+    mass = _mass(shards, logits, top)
+    normalizer = top.double() + mass.log()
     if temperature == 0:
-        token, (logit,) = _winner(shards, logits, logits)
+        token = _first_of(logits, logits.amax(-1, keepdim=True))
+        token, logit = _winner(shards, token, *[logits.gather(1, token)] * 2)
         ones = torch.ones_like(mass)
-        return Sample(token, (logit - mass).float(), (0 * ones).float(), ones.float())
+        return Sample(token, (logit - normalizer).float(), (0 * ones).float(), ones.float())
 
-    scaled = logits / temperature
-    top = shards.gather(scaled.amax(-1)).amax(0)
-    check_finite("linear_sample", top)
-    masses = (scaled.double() - top[:, None]).exp()
-    total = _total(shards, masses)
-    kept = torch.ones_like(scaled, dtype=torch.bool)
-    if top_k is not None:
-        kept = _largest(shards, scaled, kept.double(), torch.full_like(total, top_k))
-    if top_p < 1:
-        remaining = masses * kept
-        kept &= _largest(shards, scaled, remaining, top_p * _total(shards, remaining))
-    if min_p > 0:
-        kept &= scaled >= top[:, None] + torch.tensor(math.log(min_p), dtype=torch.float32)
-    kept_mass = _total(shards, masses * kept)
+    scaled = logits if temperature == 1 else logits / temperature
+    total = mass if temperature == 1 else _mass(shards, scaled, shift)
+    if top_k is None and top_p == 1 and min_p == 0:
+        kept_mass = total
+        token, score = _best(shards, logits, scaled, temperature, seed, sequence, position)
+    else:
+        token, candidate = _candidates(shards, scaled, shift, total, top_k, top_p, min_p)
+        kept = token >= 0
+        token = token.clamp(min=0)
+        if top_k is not None:
+            kept &= _largest(shards, candidate, kept.double(), torch.full_like(total, top_k))
+        masses = (candidate.double() - shift[:, None]).exp()
+        if top_p < 1:
+            remaining = masses * kept
+            left = total if top_k is None else _total(shards, remaining)
+            kept &= _largest(shards, candidate, remaining, top_p * left)
+        if min_p > 0:
+            kept &= candidate >= _floor(shift, min_p)[:, None]
+        kept_mass = _total(shards, masses * kept)
+        noise = gumbel_of(seed, sequence, position, token + shards.begin)
+        score = (candidate + noise).masked_fill(~kept, -math.inf)
+        winner = _first_of(score, score.amax(-1, keepdim=True))
+        token, score = token.gather(1, winner), score.gather(1, winner)
+    token, logit, scaled_logit = _winner(shards, token, score, logits.gather(1, token), scaled.gather(1, token))
+    sampling_logprob = scaled_logit - shift.double() - kept_mass.log()
+    kept_share = (kept_mass / total).clamp(max=1)
+    return Sample(token, (logit - normalizer).float(), sampling_logprob.float(), kept_share.float())
 
-    noise = gumbel(seed, sequence, position, len(weight), begin=shards.begin)
-    score = (scaled + noise).masked_fill(~kept, -math.inf)
-    token, (logit, scaled_logit) = _winner(shards, score, logits, scaled)
-    sampling_logprob = scaled_logit - top.double() - kept_mass.log()
-    return Sample(token, (logit - mass).float(), sampling_logprob.float(), (kept_mass / total).float())
+
+def _mass(shards: VocabShards, values: Tensor, top: Tensor) -> Tensor:
+    """Each row's sum of exp(values - top) over the whole vocabulary, float64 [N]."""
+    return _total(shards, (values - top[:, None]).exp_())
 
 
 def _total(shards: VocabShards, values: Tensor) -> Tensor:
-    """Each row's sum over the whole vocabulary."""
-    return shards.gather(values.sum(-1)).sum(0)
+    """Each row's sum over the whole vocabulary, float64 [N]."""
+    return shards.gather(values.sum(-1).double()).sum(0)
 
 
-def _winner(shards: VocabShards, score: Tensor, *values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The token of the highest score over the whole vocabulary, the lowest id on ties, and its values as float64."""
-    index = torch.arange(score.shape[1], device=score.device)
-    local = torch.where(score == score.amax(-1, keepdim=True), index, score.shape[1]).amin(-1)[:, None]
-    parts = [score.gather(1, local), local + shards.begin, *(v.gather(1, local) for v in values)]
+def _floor(shift: Tensor, min_p: float) -> Tensor:
+    """What a token reaches at least that min-p keeps, float32 [N]."""
+    return shift + torch.tensor(math.log(min_p), dtype=torch.float32)
+
+
+def _candidates(
+    shards: VocabShards,
+    scaled: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor]:
+    """This rank's tokens that truncation might keep, in order, -1 after the last, and their scaled logits, -inf: [N, C]."""
+    if top_k is not None:
+        floor = scaled.topk(min(top_k, scaled.shape[1])).values[:, -1]
+    elif top_p < 1:  # what lies below holds less than 1 - top_p of the mass together, all ranks' tokens included
+        floor = (shift + ((1 - top_p) / shards.vocab * total).log()).float() - 1e-3
+        floor -= 1e-6 * floor.abs()
+    else:
+        floor = _floor(shift, min_p)
+    reach = scaled >= floor[:, None]
+    row, index = reach.nonzero().unbind(1)
+    count = reach.sum(1)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    token = index.new_full((len(scaled), max([1, *count.tolist()])), -1)
+    token[row, place] = index
+    return token, scaled.gather(1, token.clamp(min=0)).masked_fill(token < 0, -math.inf)
+
+
+def _best(
+    shards: VocabShards,
+    logits: Tensor,
+    scaled: Tensor,
+    temperature: float,
+    seed: int,
+    sequence: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """This rank's token of the highest score among all, and the score: [N, 1]."""
+    if backend.choose("sample", None, logits.device.type, logits.dtype) != "native":
+        score = scaled + gumbel(seed, sequence, position, logits.shape[1], begin=shards.begin)
+        best = score.amax(-1, keepdim=True)
+        return _first_of(score, best), best
+    from pmc_fast.native.sample import sample
+
+    nothing = scaled.amax(-1, keepdim=True) == -math.inf  # a row of which other ranks hold the likely tokens
+    logits = torch.where(nothing, 0.0, logits) if nothing.any() else logits
+    before = shards.begin % 4  # the kernel makes noise for four tokens at a time
+    token = sample(
+        F.pad(logits, (before, 0), value=-math.inf) if before else logits,
+        temperature=temperature,
+        top_k=None,
+        top_p=1.0,
+        min_p=0.0,
+        seed=seed,
+        sequence=sequence,
+        position=position,
+        op="linear_sample",
+        first_token=shards.begin - before,
+    )[0][:, None]
+    token -= before
+    score = scaled.gather(1, token) + gumbel_of(seed, sequence, position, token + shards.begin)
+    return token, score.masked_fill(nothing, -math.inf)
+
+
+def _first_of(values: Tensor, wanted: Tensor) -> Tensor:
+    """The first place in each row of the value wanted [N, 1], [N, 1]."""
+    return (values == wanted).int().argmax(-1, keepdim=True)
+
+
+def _winner(shards: VocabShards, token: Tensor, score: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Of the ranks' tokens [N, 1] that of the highest score, the lowest id on ties, and its values as float64: [N] each."""
+    parts = [score, token + shards.begin, *values]
     ranks = shards.gather(torch.cat([part.double() for part in parts], 1))  # [ranks, N, 2 + values]
     best = ranks[:, :, 0].amax(0)
-    rank = (ranks[:, :, 0] == best).int().cumsum(0).eq(0).sum(0)  # the first that has it
+    rank = (ranks[:, :, 0] == best).int().argmax(0)  # the first that has it
     token, *picked = ranks[rank, torch.arange(len(rank), device=rank.device), 1:].unbind(-1)
-    return token.long(), tuple(picked)
+    return token.long(), *picked
 
 
 def _largest(shards: VocabShards, values: Tensor, weights: Tensor, quota: Tensor) -> Tensor:
