@@ -186,6 +186,26 @@ def _bad_shards(rank, ranks):
         VocabShards.of(shard, vocab=VOCAB + 1)
     with pytest.raises(UserError, match="expected at least one row on each"):
         VocabShards.of(shard if rank else shard[:0])
+    for odd, complaint in (
+        (shard.to("meta"), "the devices (cpu, )+meta"),
+        (shard.float(), "the dtypes (torch.float64, )+torch.float32"),
+        (shard[0], r"the shapes .*expected 2 dimensions"),
+    ):
+        with pytest.raises(UserError, match=f"weight: got {complaint}"):
+            VocabShards.of(odd if rank == ranks - 1 else shard)
+    first = dist.new_group([0])
+    if rank:
+        with pytest.raises(UserError, match=f"group: got one that rank {rank} is not of"):
+            VocabShards.of(shard, first)
+    else:  # a group of fewer ranks than share the head
+        with pytest.raises(UserError, match=f"and {VOCAB} rows in all"):
+            VocabShards.of(shard, first, VOCAB)
+        with pytest.raises(ValueError, match=f"weight: got {VOCAB} rows, expected {len(shard)}, .* the 1 ranks of"):
+            parallel.linear_logprob(hidden, weight, target, shards=VocabShards.of(shard, first))
+    for call in (parallel.linear_logprob, parallel.linear_sample):
+        options = {"target": target} if call is parallel.linear_logprob else {}
+        with pytest.raises(ValueError, match="weight: got device cpu, expected meta, that of hidden"):
+            call(hidden.to("meta"), shard, **options, shards=VocabShards.of(shard))
     with pytest.raises(UserError, match="shards: got None with a plain weight"):
         parallel.linear_logprob(hidden, shard, target)
     with pytest.raises(ValueError, match=f"weight: got {VOCAB} rows, expected"):

@@ -33,7 +33,8 @@ class VocabShards:
             vocab: V, which the ranks' rows must add up to; None takes their sum.
 
         Raises:
-            UserError: shards that do not fit the group or one another.
+            UserError: shards that do not fit the group or one another, or are of several dtypes or devices; a group that
+                this rank is not of.
         """
         if isinstance(weight, DTensor):
             weight, group, vocab = weight.to_local(), mesh_group("weight", weight), weight.shape[0]
@@ -41,15 +42,26 @@ class VocabShards:
             group = dist.group.WORLD
         if group is None:
             raise UserError("group: got None without a default process group; call init_process_group first")
-        if weight.dim() != 2:
-            raise UserError(f"weight: got shape {list(weight.shape)}, expected 2 dimensions")
-        shapes = gather(torch.tensor(weight.shape, device=weight.device), group).tolist()
+        if dist.get_rank(group) < 0:
+            raise UserError(
+                f"group: got one that rank {dist.get_rank()} is not of, expected the group that shares the head"
+            )
+        parts: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, (list(weight.shape), str(weight.dtype), weight.device.type), group)
+        shapes, *kinds = zip(*parts, strict=True)
+        if any(len(shape) != 2 for shape in shapes):
+            raise UserError(f"weight: got the shapes {list(shapes)} on the ranks of the group, expected 2 dimensions")
+        for name, each in zip(("dtypes", "devices"), kinds, strict=True):
+            if len(set(each)) > 1:
+                raise UserError(
+                    f"weight: got the {name} {', '.join(each)} on the ranks of the group, expected the same"
+                )
         rows = [shape[0] for shape in shapes]
         if min(rows) == 0 or len({shape[1] for shape in shapes}) > 1 or (vocab is not None and sum(rows) != vocab):
             total = "" if vocab is None else f" and {vocab} rows in all"
             raise UserError(
-                f"weight: got the shapes {shapes} on the {len(shapes)} ranks of the group, expected at least one row on each"
-                f", one width{total}"
+                f"weight: got the shapes {list(shapes)} on the {len(shapes)} ranks of the group, expected at least one row "
+                f"on each, one width{total}"
             )
         begin = sum(rows[: dist.get_rank(group)])
         return cls(group, begin, begin + weight.shape[0], sum(rows))
@@ -62,7 +74,8 @@ class VocabShards:
             tensor = tensor.to_local()
         if len(tensor) != self.end - self.begin:
             raise ValueError(
-                f"{name}: got {len(tensor)} rows, expected {self.end - self.begin}, this rank's share of the vocabulary"
+                f"{name}: got {len(tensor)} rows, expected {self.end - self.begin}, this rank's share of the vocabulary "
+                f"among the {dist.get_world_size(self.group)} ranks of the shards' group"
             )
         return tensor
 
