@@ -95,6 +95,12 @@ def _losses(rank, ranks):
         _compare(got.loss, want.loss, upstream[0], part, whole, close)
         chunks.CHUNK = default
 
+    nothing, shard = torch.randn(0, WIDTH, requires_grad=True), torch.randn(3, WIDTH, requires_grad=True)
+    empty = torch.zeros(0, dtype=torch.int64)
+    loss = parallel.linear_logprob(nothing, shard, empty, shards=VocabShards.of(shard)).sum()
+    assert [g.abs().sum() for g in torch.autograd.grad(loss, [nothing, shard])] == [0, 0]
+    assert not len(parallel.linear_sample(nothing.detach(), shard, shards=VocabShards.of(shard), top_k=2).token)
+
 
 def _compare(got, want, upstream, part, whole, close):
     """Values, and the gradients of hidden, weight and bias that they lead to."""

@@ -25,7 +25,7 @@ def collapse_loss(
     """Weighted sum of the targets' negative log-likelihoods, under an output head of which each rank holds a part.
 
     Equivalent to ``pmc_fast.collapse_loss(hidden, torch.cat(weights of all ranks), target, token_weight, ...)``. Unlike it,
-    this computes the logits again in the backward pass: no gradient is known before all ranks' masses are.
+    no gradient is known before all ranks' masses are: up to CHUNK logits are kept for the backward pass, more are made again.
 
     Args:
         token_weight: float32 (float64 if hidden is) [N], the same on every rank.

@@ -63,52 +63,50 @@ def linear_logprob(
 
 
 class _LogProb(torch.autograd.Function):
-    """Log-probabilities of targets; chunks of rows, whose logits the backward pass computes again."""
+    """Log-probabilities of targets. The logits of a single chunk are kept; of several, the backward pass makes them again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, shards, softcap, logit_scale, temperature):
         mine = (target >= shards.begin) & (target < shards.end)
         local_target = torch.where(mine, target - shards.begin, 0)
-        masses, picked = [], []
-        for part in _chunks(hidden, weight):
-            scaled = head.logits(hidden[part], weight, bias, softcap, logit_scale) / temperature
-            masses.append(scaled.logsumexp(-1))
-            picked.append(scaled.gather(1, local_target[part, None])[:, 0])
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        local_mass = torch.cat(masses) if masses else hidden.new_empty(0, dtype=wide)
-        local_logit = torch.cat(picked) if picked else hidden.new_empty(0, dtype=wide)
-        masses, logits = shards.gather(torch.stack([local_mass, torch.where(mine, local_logit, 0)])).unbind(1)
+        logits, parts = None, _chunks(hidden, weight)
+        local_mass, local_logit = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(2))
+        for part in parts:
+            logits = head.logits(hidden[part], weight, bias, softcap, logit_scale)
+            local_mass[part] = (logits if temperature == 1 else logits / temperature).logsumexp(-1)
+            local_logit[part] = logits.gather(1, local_target[part, None])[:, 0] / temperature
+        masses, picked = shards.gather(torch.stack([local_mass, torch.where(mine, local_logit, 0)])).unbind(1)
         mass = masses.logsumexp(0)
         check_finite("linear_logprob", mass)
-        ctx.save_for_backward(hidden, weight, bias, local_target, mine, mass)
+        kept = logits if len(parts) == 1 and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, local_target, mine, mass, kept)
         ctx.options = shards, softcap, logit_scale, temperature
-        return logits.sum(0) - mass
+        return picked.sum(0) - mass
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        hidden, weight, bias, local_target, mine, mass = ctx.saved_tensors
+        hidden, weight, bias, local_target, mine, mass, kept = ctx.saved_tensors
         shards, softcap, logit_scale, temperature = ctx.options
-        d_hidden = torch.zeros_like(hidden, dtype=mass.dtype)
-        d_weight = torch.zeros_like(weight, dtype=mass.dtype)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=mass.dtype)
+        upstream = (upstream / temperature)[:, None]
+        d_hidden, d_weight, d_bias = torch.zeros_like(hidden, dtype=mass.dtype), None, None
         for part in _chunks(hidden, weight):
-            logits = head.logits(hidden[part], weight, bias, softcap, logit_scale)
-            grad_logits = -(logits / temperature - mass[part, None]).exp()
-            grad_logits.scatter_add_(1, local_target[part, None], mine[part, None].to(mass.dtype))
-            grad_logits *= upstream[part, None] / temperature
+            logits = head.logits(hidden[part], weight, bias, softcap, logit_scale) if kept is None else kept
+            scaled = logits if temperature == 1 else logits / temperature
+            grad_logits = (scaled - mass[part, None]).exp_().mul_(-upstream[part])
+            grad_logits.scatter_add_(1, local_target[part, None], mine[part, None] * upstream[part])
             d_hidden[part], weight_part, bias_part = head.gradients(
                 grad_logits, logits, hidden[part], weight, bias, softcap, logit_scale
             )
-            d_weight += weight_part
-            if bias is not None:
-                d_bias += bias_part
+            d_weight = weight_part if d_weight is None else d_weight.add_(weight_part)
+            d_bias = bias_part if d_bias is None or bias is None else d_bias.add_(bias_part)
         if ctx.needs_input_grad[0]:
             dist.all_reduce(d_hidden, group=shards.group)
         gradients = (
             d_hidden.to(hidden.dtype),
-            d_weight.to(weight.dtype),
-            None if bias is None else d_bias.to(bias.dtype),
+            torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype),
+            None if bias is None else torch.zeros_like(bias) if d_bias is None else d_bias.to(bias.dtype),
         )
         return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), *[None] * 5
 
