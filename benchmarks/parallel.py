@@ -55,7 +55,8 @@ class Case:
         else:
             weight = torch.full((self.rows,), 1 / self.rows)
             value = op(inputs.hidden, inputs.weight, target, weight, ignore_index=None, **shards).loss
-        return value.detach(), *torch.autograd.grad(value, [inputs.hidden, inputs.weight])
+        gradients = torch.autograd.grad(value, [inputs.hidden, inputs.weight])
+        return value.detach(), *(gradient.detach() for gradient in gradients)
 
 
 def cases(divide: int = 1) -> list[Case]:

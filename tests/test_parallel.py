@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pmc_fast
-from pmc_fast import PMC, PMCConfig, UserError, parallel
+from pmc_fast import PMC, PMCConfig, UserError, backend, parallel
 from pmc_fast.data import QA
 from pmc_fast.ledger import Entry
 from pmc_fast.parallel import VocabShards
@@ -142,6 +142,10 @@ def _samples(rank, ranks):
     shard, shard_bias = _share(rank, ranks, weight), _share(rank, ranks, bias)
     for truncation in ({}, {"temperature": 0.0}, {"top_k": 70}, {"top_p": 0.9, "temperature": 4.0}):
         got = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
+        with pytest.MonkeyPatch.context() as patch:  # as without the compiled module
+            patch.setattr(backend, "choose", lambda *_: "reference")
+            plain = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
+        assert torch.equal(got.token, plain.token)
         _same_draw(got, pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **truncation), truncation)
 
 

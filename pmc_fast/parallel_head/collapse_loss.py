@@ -24,8 +24,9 @@ def collapse_loss(
 ) -> CollapseLoss:
     """Weighted sum of the targets' negative log-likelihoods, under an output head of which each rank holds a part.
 
-    Equivalent to ``pmc_fast.collapse_loss(hidden, torch.cat(weights of all ranks), target, token_weight, ...)``. Unlike it,
-    no gradient is known before all ranks' masses are: up to CHUNK logits are kept for the backward pass, more are made again.
+    Equivalent to ``pmc_fast.collapse_loss(hidden, torch.cat(weights of all ranks), target, token_weight, ...)``. Here
+    no gradient is known before all ranks' masses are: a rank keeps its logits for the backward pass, or makes them again where
+    they are more than 2^25.
 
     Args:
         token_weight: float32 (float64 if hidden is) [N], the same on every rank.

@@ -142,7 +142,7 @@ def _candidates(
         floor = _floor(shift, min_p)
     reach = scaled >= floor[:, None]
     row, index = reach.nonzero().unbind(1)
-    count = reach.sum(1)
+    count = row.bincount(minlength=len(scaled))
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
     token = index.new_full((len(scaled), max([1, *count.tolist()])), -1)
     token[row, place] = index
