@@ -19,7 +19,7 @@ from pmc_fast.data import QA
 from pmc_fast.ledger import Entry
 from pmc_fast.parallel import VocabShards
 
-chunks = import_module("pmc_fast.parallel_head.linear_logprob")  # the function of that name hides it
+chunks, sampling = (import_module(f"pmc_fast.parallel_head.{op}") for op in ("linear_logprob", "linear_sample"))
 VOCAB, WIDTH, ROWS = 83, 19, 9  # odd: no rank's share begins at a multiple of 4
 IGNORED = -100
 QUESTIONS = [f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")]
@@ -145,7 +145,9 @@ def _samples(rank, ranks):
         with pytest.MonkeyPatch.context() as patch:  # as without the compiled module
             patch.setattr(backend, "choose", lambda *_: "reference")
             plain = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
-        assert torch.equal(got.token, plain.token)
+            patch.setattr(sampling, "_FEW", 0)  # candidates are counted, not exchanged
+            counted = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
+        assert torch.equal(got.token, plain.token) and torch.equal(got.token, counted.token)
         _same_draw(got, pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **truncation), truncation)
 
 
@@ -161,10 +163,13 @@ def _ties_and_bad_rows(rank, ranks):
     shard = _share(rank, ranks, weight)
     shards = VocabShards.of(shard)
     for truncation in ({"temperature": 0.0}, {"top_k": 60}, {"top_p": 0.505}, {"top_k": 50, "top_p": 0.81}):
-        got = parallel.linear_sample(hidden, shard, shards=shards, **truncation)
         want = pmc_fast.linear_sample(hidden, weight, impl="reference", **truncation)
-        assert torch.equal(got.token, want.token), truncation
-        torch.testing.assert_close(got.kept_mass, want.kept_mass)
+        for few in (sampling._FEW, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sampling, "_FEW", few)
+                got = parallel.linear_sample(hidden, shard, shards=shards, **truncation)
+            assert torch.equal(got.token, want.token), truncation
+            torch.testing.assert_close(got.kept_mass, want.kept_mass)
     if rank == 0:
         shard[3] = torch.nan
     hidden[2] = 1

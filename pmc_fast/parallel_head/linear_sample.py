@@ -1,6 +1,6 @@
 """`linear_sample` with a head whose vocabulary is shared out among ranks.
 
-Of a truncated draw a rank first finds the few tokens that could be kept; histograms and noise are of these alone.
+Of a truncated draw a rank first finds the few tokens that could be kept: all that follows, noise too, is about these alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pmc_fast.philox import gumbel, gumbel_of
 from pmc_fast.reference import head
 
 _DIGIT = 8  # bits of a float's order that one histogram settles
+_FEW = 2**_DIGIT  # candidates of a rank's row that are exchanged as they are: more are counted in histograms as large
+_BLOCK = 32  # tokens
 
 
 @torch.no_grad()
@@ -42,8 +44,9 @@ def linear_sample(
     """Draw one token per hidden state under an output head of which each rank holds a part.
 
     Equivalent to ``pmc_fast.linear_sample(hidden, torch.cat(weights of all ranks), ...)``: the same tokens, since noise
-    belongs to token ids (near-ties of floating point aside). Ranks exchange maxima, masses, histograms of 256 buckets and
-    winners, never logits. All ranks of the group call it with the same arguments but for weight and bias.
+    belongs to token ids (near-ties of floating point aside). Ranks exchange maxima, masses, winners and, to truncate, up to 256
+    candidates of a row each, or histograms of 256 buckets. All ranks of the group call it with the same arguments but for
+    weight and bias.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D], the same on every rank.
@@ -86,22 +89,24 @@ def linear_sample(
         token, score = _best(shards, logits, scaled, temperature, seed, sequence, position)
     else:
         token, candidate = _candidates(shards, scaled, shift, total, top_k, top_p, min_p)
+        token, candidate, holders = _exchanged(shards, token, candidate)
         kept = token >= 0
-        token = token.clamp(min=0)
         if top_k is not None:
-            kept &= _largest(shards, candidate, kept.double(), torch.full_like(total, top_k))
+            kept &= _largest(holders, candidate, kept.double(), torch.full_like(total, top_k))
         masses = (candidate.double() - shift[:, None]).exp()
         if top_p < 1:
             remaining = masses * kept
-            left = total if top_k is None else _total(shards, remaining)
-            kept &= _largest(shards, candidate, remaining, top_p * left)
+            left = total if top_k is None else _total(holders, remaining)
+            kept &= _largest(holders, candidate, remaining, top_p * left)
         if min_p > 0:
             kept &= candidate >= _floor(shift, min_p)[:, None]
-        kept_mass = _total(shards, masses * kept)
-        noise = gumbel_of(seed, sequence, position, token + shards.begin)
+        kept_mass = _total(holders, masses * kept)
+        noise = gumbel_of(seed, sequence, position, token.clamp(min=0))
         score = (candidate + noise).masked_fill(~kept, -math.inf)
         winner = _first_of(score, score.amax(-1, keepdim=True))
         token, score = token.gather(1, winner), score.gather(1, winner)
+        mine = (token >= shards.begin) & (token < shards.end)
+        token, score = torch.where(mine, token - shards.begin, 0), score.masked_fill(~mine, -math.inf)
     token, logit, scaled_logit = _winner(shards, token, score, logits.gather(1, token), scaled.gather(1, token))
     sampling_logprob = scaled_logit - shift.double() - kept_mass.log()
     kept_share = (kept_mass / total).clamp(max=1)
@@ -113,7 +118,7 @@ def _mass(shards: VocabShards, values: Tensor, top: Tensor) -> Tensor:
     return _total(shards, (values - top[:, None]).exp_())
 
 
-def _total(shards: VocabShards, values: Tensor) -> Tensor:
+def _total(shards: VocabShards | type[_Alone], values: Tensor) -> Tensor:
     """Each row's sum over the whole vocabulary, float64 [N]."""
     return shards.gather(values.sum(-1).double()).sum(0)
 
@@ -134,19 +139,50 @@ def _candidates(
 ) -> tuple[Tensor, Tensor]:
     """This rank's tokens that truncation might keep, in order, -1 after the last, and their scaled logits, -inf: [N, C]."""
     if top_k is not None:
-        floor = scaled.topk(min(top_k, scaled.shape[1])).values[:, -1]
+        floor = _reached(scaled, min(top_k, scaled.shape[1]))
     elif top_p < 1:  # what lies below holds less than 1 - top_p of the mass together, all ranks' tokens included
         floor = (shift + ((1 - top_p) / shards.vocab * total).log()).float() - 1e-3
         floor -= 1e-6 * floor.abs()
     else:
         floor = _floor(shift, min_p)
-    reach = scaled >= floor[:, None]
-    row, index = reach.nonzero().unbind(1)
+    row, index = (scaled >= floor[:, None]).nonzero().unbind(1)
     count = row.bincount(minlength=len(scaled))
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
     token = index.new_full((len(scaled), max([1, *count.tolist()])), -1)
     token[row, place] = index
-    return token, scaled.gather(1, token.clamp(min=0)).masked_fill(token < 0, -math.inf)
+    candidate = scaled.gather(1, token.clamp(min=0)).masked_fill(token < 0, -math.inf)
+    return torch.where(token < 0, token, token + shards.begin), candidate
+
+
+def _reached(values: Tensor, count: int) -> Tensor:
+    """A number for each row that at least `count` of its values reach, and not many more."""
+    blocks = values.shape[1] // _BLOCK
+    if blocks >= count:  # their maxima are so many values, and quickly searched
+        values = values[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(-1)
+    return values.topk(count).values[:, -1]
+
+
+class _Alone:
+    """In the place of shards, once every rank holds all ranks' candidates."""
+
+    rank = 0
+
+    @staticmethod
+    def gather(values: Tensor) -> Tensor:
+        return values[None]
+
+
+def _exchanged(
+    shards: VocabShards, token: Tensor, candidate: Tensor
+) -> tuple[Tensor, Tensor, VocabShards | type[_Alone]]:
+    """All ranks' candidates, in order, and _Alone, if each rank has few; otherwise this rank's, and shards."""
+    width = int(shards.gather(torch.tensor(token.shape[1], device=token.device)).amax())
+    if width > _FEW:
+        return token, candidate, shards
+    missing = (0, width - token.shape[1])
+    both = torch.stack([F.pad(token, missing, value=-1).double(), F.pad(candidate.double(), missing, value=-math.inf)])
+    token, candidate = shards.gather(both).permute(1, 2, 0, 3).flatten(2)  # [2, N, ranks * width]
+    return token.long(), candidate.float(), _Alone
 
 
 def _best(
@@ -200,7 +236,7 @@ def _winner(shards: VocabShards, token: Tensor, score: Tensor, *values: Tensor) 
     return token.long(), *picked
 
 
-def _largest(shards: VocabShards, values: Tensor, weights: Tensor, quota: Tensor) -> Tensor:
+def _largest(shards: VocabShards | type[_Alone], values: Tensor, weights: Tensor, quota: Tensor) -> Tensor:
     """Marks each row's largest values, ties by lower token id, until their weights reach the quota.
 
     A token is kept if the weights of those before it in that order sum to less than the quota. The value at which the
@@ -229,8 +265,7 @@ def _largest(shards: VocabShards, values: Tensor, weights: Tensor, quota: Tensor
     tied = key == edge
     tied_weights = weights * tied
     ranks = shards.gather(tied_weights.sum(-1))
-    rank = torch.distributed.get_rank(shards.group)
-    before = (above + ranks[:rank].sum(0))[:, None] + tied_weights.cumsum(1) - tied_weights
+    before = (above + ranks[: shards.rank].sum(0))[:, None] + tied_weights.cumsum(1) - tied_weights
     return (key > edge) | (tied & (before < quota[:, None]))
 
 

@@ -79,6 +79,11 @@ class VocabShards:
             )
         return tensor
 
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return dist.get_rank(self.group)
+
     def gather(self, values: Tensor) -> Tensor:
         """The values of all ranks, [ranks, ...]: the same bits on every rank."""
         return gather(values, self.group)
