@@ -24,6 +24,7 @@ COMMANDS = {
         "a whole short run of PMC by the published loop and by pmc_fast: time, and how fast the model unlearns"
     ),
     "ops": Command("each op against its peers, at the sizes that PMC meets"),
+    "parallel": Command("the ops with a head in parts over several ranks, against the same ops on one of them"),
     "profile": Command(
         "where the time of pmc_fast goes: phases, operators and a trace of a PMC step, a short run or one op"
     ),

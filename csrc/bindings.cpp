@@ -90,7 +90,8 @@ PYBIND11_MODULE(_C, m) {
         [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float logit_scale,
            float softcap, float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
            uintptr_t begin, uintptr_t order, uintptr_t sequence, uintptr_t position, uintptr_t token,
-           uintptr_t logprob, uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t workspace, int threads) {
+           uintptr_t logprob, uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t workspace, int threads,
+           int64_t first_token) {
             return pmc::kernels().sample({pointer<const void>(logits),
                                           static_cast<pmc::Dtype>(dtype),
                                           rows,
@@ -111,7 +112,8 @@ PYBIND11_MODULE(_C, m) {
                                           pointer<float>(sampling_logprob),
                                           pointer<float>(kept_mass),
                                           pointer<void>(workspace),
-                                          threads});
+                                          threads,
+                                          first_token});
         },
         release());
 

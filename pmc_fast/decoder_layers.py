@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pmc_fast.attention import AttentionCall
 from pmc_fast.fast_linear import is_fast
 from pmc_fast.models import LanguageModel
-from pmc_fast.sharding import kind
+from pmc_fast.sharding import is_tensor_parallel, kind
 
 # Layers of this form in transformers: h += attention(norm(h)), then h += down(silu(gate(norm(h))) * up(norm(h))).
 GATED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -103,7 +103,7 @@ def read_layers(
 
 
 def _read_layers(lm, calls, norm, linear) -> Layers:
-    if _is_hooked(lm.model):
+    if _is_hooked(lm) or is_tensor_parallel(lm.backbone):
         raise Unknown
     backbone = lm.backbone
     if kind(backbone.embed_tokens) is not nn.Embedding:
@@ -121,13 +121,15 @@ def _read_layers(lm, calls, norm, linear) -> Layers:
     )
 
 
-def _is_hooked(model: nn.Module) -> bool:
-    """Whether somebody but `fast_linear` watches or replaces what modules do."""
+def _is_hooked(lm: LanguageModel) -> bool:
+    """Whether somebody but `fast_linear` watches or replaces what modules do; the head's is not called."""
+    head = lm.head_module
     return any(
         module._forward_pre_hooks
         or not all(map(_only_asks_for_gradients, module._forward_hooks.values()))
         or ("forward" in vars(module) and not is_fast(module))
-        for module in model.modules()
+        for module in lm.model.modules()
+        if module is not head
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pmc_fast.errors import BackendUnavailable
 from pmc_fast.native import library
 from pmc_fast.native.packed_linear import PackedWeight, pack, packed_bytes, packed_linear
-from pmc_fast.sharding import kind
+from pmc_fast.sharding import is_dtensor, kind
 
 # Weights copied into the library's own layout at most, for the time of one sampling call.
 PACKED_BYTES = 2 << 30
@@ -64,7 +64,11 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
         head: a weight [V, D] that is multiplied outside of the model's layers: see `packed`.
     """
-    layers = [module for module in model.modules() if kind(module) is nn.Linear and "forward" not in vars(module)]
+    layers = [
+        module
+        for module in model.modules()
+        if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
+    ]
     room, held = PACKED_BYTES if _multiplies_packed() else 0, {}
     for layer in layers:
         if not _gains(layer.weight):

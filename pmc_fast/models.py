@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pmc_fast.errors import UserError
-from pmc_fast.ops import collapse_loss, linear_logprob, linear_sample
-from pmc_fast.sharding import gathered, refuse_parts
+from pmc_fast import ops
+from pmc_fast.errors import BackendUnavailable, UserError
+from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
+
+if TYPE_CHECKING:
+    from pmc_fast.parallel_head import VocabShards
+
+
+# What errors call the head's parameters.
+WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
 
 
 @dataclass(frozen=True)
 class Head:
-    """The output head: logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
+    """The output head: logits = softcap(logit_scale * (hidden @ weight.T + bias)).
 
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
+    With shards, its vocabulary is shared out among ranks: all call the same methods with the same arguments.
+    """
+
+    weight: Tensor  # [V, D]; of shards, this rank's [V_r, D]
+    bias: Tensor | None  # [V] or [V_r]
     softcap: float | None
     logit_scale: float
+    shards: VocabShards | None = None
 
-    def sample(self, hidden: Tensor, **options):
-        return linear_sample(hidden, self.weight, **self._options, **options)
+    def sample(self, hidden: Tensor, *, impl: str | None = None, **options):
+        if self.shards is None:
+            options["impl"] = impl
+        elif impl is not None:
+            raise BackendUnavailable(
+                f"linear_sample(impl={impl!r}): the model's head is shared out among ranks; want None"
+            )
+        return self._ops.linear_sample(hidden, self.weight, **self._options, **options)
 
     def logprob(self, hidden: Tensor, target: Tensor, **options) -> Tensor:
-        return linear_logprob(hidden, self.weight, target, **self._options, **options)
+        return self._ops.linear_logprob(hidden, self.weight, target, **self._options, **options)
 
     def collapse_loss(self, hidden: Tensor, target: Tensor, token_weight: Tensor, **options):
-        return collapse_loss(hidden, self.weight, target, token_weight, **self._options, **options)
+        return self._ops.collapse_loss(hidden, self.weight, target, token_weight, **self._options, **options)
+
+    @property
+    def _ops(self) -> ModuleType:
+        if self.shards is None:
+            return ops
+        from pmc_fast import parallel_head
+
+        return parallel_head
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        options = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return options if self.shards is None else {**options, "shards": self.shards}
 
 
 class LanguageModel:
@@ -43,11 +70,17 @@ class LanguageModel:
 
     Args:
         model: a transformers causal language model with a dense linear head, or one with PEFT adapters on layers other
-            than the head. It is used as it is: the same parameters, nothing copied.
+            than the head. It is used as it is: the same parameters, nothing copied. The weight of the head may be a DTensor
+            sharded on dimension 0, and the layers parallelized in any way whose last hidden states are plain tensors, the
+            same on every rank; all ranks then make the same calls with the same arguments.
         check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens.
 
+    Attributes:
+        shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
+
     Raises:
-        UserError: the model has no such head, or its logits are not what this class takes them to be.
+        UserError: the model has no such head, it is a DTensor placed otherwise, or its logits are not what this class takes
+            them to be.
     """
 
     def __init__(self, model: nn.Module, check: bool = True) -> None:
@@ -64,7 +97,7 @@ class LanguageModel:
         self.backbone = getattr(self._causal_lm, "base_model", None)
         if self.backbone is self._causal_lm:
             self.backbone = None
-        self._linear()
+        self.shards = self._shards()
         config = model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None)  # Granite
@@ -75,13 +108,16 @@ class LanguageModel:
     @property
     def head(self) -> Head:
         self.check_whole()
-        linear = self._linear()
-        bias = None if linear.bias is None else self._autocast(linear.bias)
-        return Head(self._autocast(linear.weight), bias, self._softcap, self._scale)
+        weight, bias = self.head_module.weight, self.head_module.bias
+        if self.shards is not None:
+            weight = self.shards.local(WEIGHT, weight)
+            bias = None if bias is None else self.shards.local(BIAS, bias)
+        bias = None if bias is None else self._autocast(bias)
+        return Head(self._autocast(weight), bias, self._softcap, self._scale, self.shards)
 
     @property
     def device(self) -> torch.device:
-        return self._linear().weight.device
+        return self.head_module.weight.device
 
     def hidden(self, input_ids: Tensor, **options) -> Tensor:
         """The last hidden states, [..., D]."""
@@ -89,10 +125,20 @@ class LanguageModel:
         return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
 
     def check_whole(self) -> None:
-        """A UserError if this rank holds only a part of the weights."""
-        refuse_parts(self._linear().weight)
+        """A UserError if this rank holds only a part of weights that are to be gathered."""
+        if self.shards is None:
+            refuse_parts(self.head_module.weight)
 
-    def _linear(self) -> nn.Linear:
+    def _shards(self) -> VocabShards | None:
+        weight = self.head_module.weight
+        if not (is_dtensor(weight) and is_tensor_parallel(self.model)):
+            return None
+        from pmc_fast.parallel_head.shards import shards_of
+
+        return shards_of(weight, None, WEIGHT)
+
+    @property
+    def head_module(self) -> nn.Linear:
         """The head, looked up each time: an adapter put on it later must not go unnoticed."""
         found = getattr(self._causal_lm, "get_output_embeddings", lambda: None)()
         if self.backbone is None or type(found) is not nn.Linear:
@@ -112,18 +158,28 @@ class LanguageModel:
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
         with gathered(self.model), evaluating(self.model):
-            ids = torch.tensor([[1, 2, 3]], device=self.device) % self._linear().weight.shape[0]
-            expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            hidden = self.hidden(ids, use_cache=False)[0]
+            ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head_module.weight.shape[0]
             head = self.head
+            expected = self._own_logits(ids)[0].float()
+            hidden = self.hidden(ids, use_cache=False)[0]
             z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-        error = (logits - expected).abs().max()
-        if not error <= 0.02 * expected.abs().max() + 1e-3:
+        error, largest = (logits - expected).abs().max(), expected.abs().max()
+        if self.shards is not None:
+            error, largest = self.shards.gather(torch.stack([error, largest])).amax(0)
+        if not error <= 0.02 * largest + 1e-3:
             raise UserError(
                 f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
+
+    def _own_logits(self, ids: Tensor) -> Tensor:
+        """What the model itself computes, of this rank's part of the vocabulary."""
+        if self.shards is None:
+            return self.model(input_ids=ids, use_cache=False).logits
+        from pmc_fast.parallel_head.own_logits import own_logits
+
+        return own_logits(self.model, self.backbone, ids, self.shards)
 
 
 class evaluating:  # noqa: N801

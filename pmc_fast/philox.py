@@ -60,10 +60,33 @@ def gumbel(
     first, rows = begin // 4, sequence.numel()
     blocks = (begin + vocab + 3) // 4 - first
     block = torch.arange(first, first + blocks, device=sequence.device).expand(rows, blocks)
+    words = _words(seed, sequence, position, block, stream)
+    return _noise(words.reshape(rows, 4 * blocks)[:, begin - 4 * first :][:, :vocab])
+
+
+def gumbel_of(seed: int, sequence: Tensor, position: Tensor, token: Tensor, stream: int = SAMPLE_STREAM) -> Tensor:
+    """The Gumbel noise of some tokens of every row.
+
+    Equivalent to ``gumbel(seed, sequence, position, V, stream).gather(1, token)``.
+
+    Args:
+        token: int64 [N, C], ids in [0, V).
+        others: as for `gumbel`.
+
+    Returns:
+        float32 [N, C].
+    """
+    words = _words(seed, sequence, position, token // 4, stream)
+    return _noise(words.gather(2, (token % 4)[:, :, None])[:, :, 0])
+
+
+def _words(seed: int, sequence: Tensor, position: Tensor, block: Tensor, stream: int) -> Tensor:
+    """The four words of each block [N, B], [N, B, 4]."""
     zero = torch.zeros((), dtype=torch.int64, device=sequence.device)
     words = philox_4x32((block, position[:, None] + zero, sequence[:, None] + zero, zero + stream), seed)
-    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(rows, 4 * blocks)[:, begin - 4 * first :][
-        :, :vocab
-    ]
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1)
+
+
+def _noise(word: Tensor) -> Tensor:
     u = (word.double() + 0.5) * 2.0**-32
     return (-torch.log(-torch.log1p(-u))).float()

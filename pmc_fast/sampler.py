@@ -18,7 +18,7 @@ from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
-from pmc_fast.sharding import gathered
+from pmc_fast.sharding import gathered, smallest
 from pmc_fast.static_decoder import KeptDecoders, Sizes, rounded, static_decoder
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Sampler:
 
     Attributes:
         decoder: what decoded in the last call: "cuda graph", "native" (this library's CPU kernels) or "modules" (the
-            model's own, where a part of it is of no known kind, or is watched or replaced).
+            model's own, where a part of it is of no known kind, is watched or replaced, or is tensor-parallel).
 
     Raises:
         UserError: the model has no head this library knows.
@@ -214,7 +214,7 @@ class Sampler:
             needed = self.cache_bytes(num_samples, rounded(width) + rounded(steps)) + self.cache_bytes(1, width)
         given = cache_budget is not None
         if not given:
-            cache_budget = int(free_bytes(input_ids.device) * CACHE_SHARE)
+            cache_budget = smallest(self.lm.model, int(free_bytes(input_ids.device) * CACHE_SHARE))
         if needed > cache_budget and given:
             raise ValueError(
                 f"cache_budget: got {cache_budget} bytes, expected at least {needed}, the keys and values of "

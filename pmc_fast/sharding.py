@@ -1,4 +1,4 @@
-"""Weights that several processes share out, whole for the time of a call: FSDP2 and DeepSpeed ZeRO-3."""
+"""Weights that several processes share out: FSDP2's and DeepSpeed ZeRO-3's, whole for the time of a call; tensor-parallel ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -22,13 +23,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
     Equivalent to ``unshard()`` of every module that ``fully_shard`` was applied to and that is sharded, then ``reshard()``;
     or to ``deepspeed.zero.GatheredParameters``. Meanwhile neither sees the modules' forward passes: they gather nothing and
     leave nothing behind for the next backward pass, so ranks may run different numbers of them. For use without gradients.
-    All ranks enter it together. Does nothing to a model that is not sharded.
+    All ranks enter it together. Does nothing to a model that is not sharded, or is tensor-parallel.
 
     Args:
         model: with all modules that hold its weights' shards: the root that ``fully_shard`` was applied to last.
 
     Raises:
-        UserError: a weight is still in parts, since a module around the model holds it, or it is tensor-parallel.
+        UserError: a weight is still in parts, since a module around the model holds it, or it is tensor-parallel besides.
     """
     if not _is_distributed():
         yield
@@ -43,8 +44,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
             import deepspeed
 
             after.enter_context(deepspeed.zero.GatheredParameters(partitioned))
-        for parameter in model.parameters():
-            refuse_parts(parameter)
+        if not is_tensor_parallel(model):
+            for parameter in model.parameters():
+                refuse_parts(parameter)
         for module in model.modules():
             after.enter_context(_unseen(module))
         yield
@@ -86,30 +88,55 @@ def is_zero3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether it holds DTensors that stay in parts: there is no FSDP2 module, which would gather them."""
+    if not _is_distributed():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(map(is_dtensor, model.parameters())) and not any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def smallest(model: nn.Module, value: int) -> int:
+    """The smallest of the values that the ranks bring which hold parts of a tensor-parallel model; otherwise this one."""
+    if not is_tensor_parallel(model):
+        return value
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in model.parameters() if is_dtensor(parameter))
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            total = torch.tensor(value, device=mesh.device_type)
+            dist.all_reduce(total, dist.ReduceOp.MIN, group)
+            value = int(total)
+    return value
+
+
 def refuse_parts(weight: Tensor) -> None:
     """A UserError if this rank holds only a part of a weight."""
     if _in_parts(weight):
         raise UserError(
             "model: got weights in parts, expected whole ones; call the loss as the forward of "
             "fully_shard(parallel.LossModule(pmc)), or of a DeepSpeed engine of the latter, and do all else within "
-            "parallel.gathered(loss_module); tensor-parallel models are not supported"
+            "parallel.gathered(loss_module); a tensor-parallel model must be one before PMC, Sampler or LanguageModel takes it, "
+            "and must not be given to fully_shard"
         )
 
 
 def _in_parts(weight: Tensor) -> bool:
     if is_zero3(weight):
         return weight.ds_status.name != "AVAILABLE"
-    return _is_distributed() and _is_dtensor(weight)
+    return is_dtensor(weight)
+
+
+def is_dtensor(weight: Tensor) -> bool:
+    if not _is_distributed():  # nothing is imported for those who have one process
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _is_dtensor(weight: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(weight, DTensor)
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -118,7 +145,7 @@ def _is_sharded(module: nn.Module) -> bool:
 
     inside = [child for child in module.modules() if child is not module and isinstance(child, FSDPModule)]
     theirs = {id(parameter) for child in inside for parameter in child.parameters()}
-    return any(_is_dtensor(p) for p in module.parameters() if id(p) not in theirs)
+    return any(is_dtensor(p) for p in module.parameters() if id(p) not in theirs)
 
 
 @contextmanager

@@ -102,6 +102,8 @@ def static_decoder(
         kept: holds decoders of an earlier call, of which one that fits serves again; None: this call has its own.
     """
     device, dtype = filled.hidden.device.type, filled.hidden.dtype
+    if lm.shards is not None:  # its ranks exchange between the head and the draw
+        return None
     if not filled.suits_decode_attention or backend.choose("decode_attention", None, device, dtype) != "triton":
         return None
     prefer = preferred(device, draw["temperature"], draw["top_k"], draw["top_p"])

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -13,11 +14,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pmc_fast
-from pmc_fast import PMC, PMCConfig, UserError, parallel
+from pmc_fast import PMC, PMCConfig, UserError, backend, parallel
 from pmc_fast.data import QA
 from pmc_fast.ledger import Entry
 from pmc_fast.parallel import VocabShards
 
+chunks, sampling = (import_module(f"pmc_fast.parallel_head.{op}") for op in ("linear_logprob", "linear_sample"))
 VOCAB, WIDTH, ROWS = 83, 19, 9  # odd: no rank's share begins at a multiple of 4
 IGNORED = -100
 QUESTIONS = [f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")]
@@ -65,7 +67,7 @@ def _losses(rank, ranks):
     """Values and gradients, in float64 against the reference and in float32."""
     for dtype, options, chunk in (
         (torch.float64, {"softcap": 3.0, "temperature": 0.7}, 2 * VOCAB),
-        (torch.float32, {"logit_scale": 0.5}, parallel.head.CHUNK),
+        (torch.float32, {"logit_scale": 0.5}, chunks.CHUNK),
         (torch.float64, {"ignore_index": None}, 1),
     ):
         hidden, weight, bias, target = _head(dtype)
@@ -76,7 +78,7 @@ def _losses(rank, ranks):
         part = [t.requires_grad_() for t in (hidden.clone(), *(_share(rank, ranks, t) for t in (weight, bias)))]
         shards = VocabShards.of(part[1], vocab=VOCAB)
         close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
-        parallel.head.CHUNK, default = chunk, parallel.head.CHUNK
+        chunks.CHUNK, default = chunk, chunks.CHUNK
 
         _compare(
             parallel.linear_logprob(part[0], part[1], target, shards=shards, bias=part[2], **options),
@@ -91,7 +93,13 @@ def _losses(rank, ranks):
         )
         torch.testing.assert_close(got.token_nll, want.token_nll, **close)
         _compare(got.loss, want.loss, upstream[0], part, whole, close)
-        parallel.head.CHUNK = default
+        chunks.CHUNK = default
+
+    nothing, shard = torch.randn(0, WIDTH, requires_grad=True), torch.randn(3, WIDTH, requires_grad=True)
+    empty = torch.zeros(0, dtype=torch.int64)
+    loss = parallel.linear_logprob(nothing, shard, empty, shards=VocabShards.of(shard)).sum()
+    assert [g.abs().sum() for g in torch.autograd.grad(loss, [nothing, shard])] == [0, 0]
+    assert not len(parallel.linear_sample(nothing.detach(), shard, shards=VocabShards.of(shard), top_k=2).token)
 
 
 def _compare(got, want, upstream, part, whole, close):
@@ -128,9 +136,25 @@ def _samples(rank, ranks):
         options = {"seed": 12345, "sequence": sequence, "position": position, "softcap": 20.0} | truncation
         got = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **options)
         want = pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **options)
-        assert torch.equal(got.token, want.token), truncation
-        for name in ("logprob", "sampling_logprob", "kept_mass"):
-            torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name)
+        _same_draw(got, want, truncation)
+    bias = bias.clone()
+    bias[: VOCAB // ranks + 1] = -torch.inf  # all that rank 0 holds
+    shard, shard_bias = _share(rank, ranks, weight), _share(rank, ranks, bias)
+    for truncation in ({}, {"temperature": 0.0}, {"top_k": 70}, {"top_p": 0.9, "temperature": 4.0}):
+        got = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
+        with pytest.MonkeyPatch.context() as patch:  # as without the compiled module
+            patch.setattr(backend, "choose", lambda *_: "reference")
+            plain = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
+            patch.setattr(sampling, "_FEW", 0)  # candidates are counted, not exchanged
+            counted = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **truncation)
+        assert torch.equal(got.token, plain.token) and torch.equal(got.token, counted.token)
+        _same_draw(got, pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **truncation), truncation)
+
+
+def _same_draw(got, want, options):
+    assert torch.equal(got.token, want.token), options
+    for name in ("logprob", "sampling_logprob", "kept_mass"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name)
 
 
 def _ties_and_bad_rows(rank, ranks):
@@ -139,10 +163,13 @@ def _ties_and_bad_rows(rank, ranks):
     shard = _share(rank, ranks, weight)
     shards = VocabShards.of(shard)
     for truncation in ({"temperature": 0.0}, {"top_k": 60}, {"top_p": 0.505}, {"top_k": 50, "top_p": 0.81}):
-        got = parallel.linear_sample(hidden, shard, shards=shards, **truncation)
         want = pmc_fast.linear_sample(hidden, weight, impl="reference", **truncation)
-        assert torch.equal(got.token, want.token), truncation
-        torch.testing.assert_close(got.kept_mass, want.kept_mass)
+        for few in (sampling._FEW, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sampling, "_FEW", few)
+                got = parallel.linear_sample(hidden, shard, shards=shards, **truncation)
+            assert torch.equal(got.token, want.token), truncation
+            torch.testing.assert_close(got.kept_mass, want.kept_mass)
     if rank == 0:
         shard[3] = torch.nan
     hidden[2] = 1
@@ -163,7 +190,7 @@ def _dtensors(rank, ranks):
     torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
     token = parallel.linear_sample(hidden.float(), sharded.detach().float()).token
     assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
-    with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(0\),\)"):
+    with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(dim=0\),\)"):
         parallel.linear_sample(hidden, distribute_tensor(weight, mesh, [Shard(1)]))
 
 
@@ -174,6 +201,26 @@ def _bad_shards(rank, ranks):
         VocabShards.of(shard, vocab=VOCAB + 1)
     with pytest.raises(UserError, match="expected at least one row on each"):
         VocabShards.of(shard if rank else shard[:0])
+    for odd, complaint in (
+        (shard.to("meta"), "the devices (cpu, )+meta"),
+        (shard.float(), "the dtypes (torch.float64, )+torch.float32"),
+        (shard[0], r"the shapes .*expected 2 dimensions"),
+    ):
+        with pytest.raises(UserError, match=f"weight: got {complaint}"):
+            VocabShards.of(odd if rank == ranks - 1 else shard)
+    first = dist.new_group([0])
+    if rank:
+        with pytest.raises(UserError, match=f"group: got one that rank {rank} is not of"):
+            VocabShards.of(shard, first)
+    else:  # a group of fewer ranks than share the head
+        with pytest.raises(UserError, match=f"and {VOCAB} rows in all"):
+            VocabShards.of(shard, first, VOCAB)
+        with pytest.raises(ValueError, match=f"weight: got {VOCAB} rows, expected {len(shard)}, .* the 1 ranks of"):
+            parallel.linear_logprob(hidden, weight, target, shards=VocabShards.of(shard, first))
+    for call in (parallel.linear_logprob, parallel.linear_sample):
+        options = {"target": target} if call is parallel.linear_logprob else {}
+        with pytest.raises(ValueError, match="weight: got device cpu, expected meta, that of hidden"):
+            call(hidden.to("meta"), shard, **options, shards=VocabShards.of(shard))
     with pytest.raises(UserError, match="shards: got None with a plain weight"):
         parallel.linear_logprob(hidden, shard, target)
     with pytest.raises(ValueError, match=f"weight: got {VOCAB} rows, expected"):

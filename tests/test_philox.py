@@ -7,7 +7,7 @@ import torch
 
 from pmc_fast.native import library
 from pmc_fast.native.sample import gumbel as native_gumbel
-from pmc_fast.philox import SELECTION_STREAM, gumbel, philox_4x32
+from pmc_fast.philox import SELECTION_STREAM, gumbel, gumbel_of, philox_4x32
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,9 @@ def test_noise_belongs_to_its_coordinates(rng_seed):
         rows = zip(sequence.tolist(), position.tolist(), strict=True)
         want = [[by_hand(seed, s, p, t, stream) for t in range(23)] for s, p in rows]
         assert torch.equal(got, torch.tensor(want, dtype=torch.float64).float())
+        assert torch.equal(gumbel(seed, sequence, position, 9, stream, begin=14), got[:, 14:])
+        some = torch.randint(0, 23, (3, 7))
+        assert torch.equal(gumbel_of(seed, sequence, position, some, stream), got.gather(1, some))
 
 
 @pytest.mark.parametrize("isa", library().instruction_sets())

@@ -18,6 +18,7 @@ constexpr float kMaxGumbel = 22.8739f;
 struct Draw {
     uint64_t seed;
     uint32_t sequence, position;
+    uint32_t first_block = 0;  // token t of a row draws the noise of token 4 * first_block + t
     static constexpr uint32_t stream = 0;
 };
 

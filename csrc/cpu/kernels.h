@@ -31,6 +31,7 @@ struct SampleArgs {
     float* kept_mass;              // [draws]
     void* workspace;               // threads * sample_workspace_bytes(vocab)
     int threads;
+    int64_t first_token = 0;  // a multiple of 4: what precedes the row's tokens in the vocabulary that noise belongs to
 };
 
 struct CrossEntropyArgs {

@@ -11,10 +11,10 @@ struct Block {
     Words word[4];
 };
 
-// Lane i of word[w] belongs to token 4 * block[i] + w.
+// Lane i of word[w] belongs to token 4 * block[i] + w of the row.
 inline Block philox(const Draw& draw, Words block) {
-    Words c0 = block, c1 = broadcast_word(draw.position), c2 = broadcast_word(draw.sequence),
-          c3 = broadcast_word(Draw::stream);
+    Words c0 = block + broadcast_word(draw.first_block), c1 = broadcast_word(draw.position),
+          c2 = broadcast_word(draw.sequence), c3 = broadcast_word(Draw::stream);
     philox_rounds(draw.seed, c0, c1, c2, c3,
                   [](Words a, uint32_t b, Words* high, Words* low) { multiply_wide(a, b, high, low); });
     return {{c0, c1, c2, c3}};

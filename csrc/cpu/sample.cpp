@@ -175,7 +175,8 @@ int64_t first_index_of(const float* row, int64_t size, float value) {
 template <class Visit>
 void for_each_draw(const SampleArgs& args, int64_t r, const Visit& visit) {
     const auto one = [&](int64_t i) {
-        visit(i, Draw{args.seed, static_cast<uint32_t>(args.sequence[i]), static_cast<uint32_t>(args.position[i])});
+        visit(i, Draw{args.seed, static_cast<uint32_t>(args.sequence[i]), static_cast<uint32_t>(args.position[i]),
+                      static_cast<uint32_t>(args.first_token / 4)});
     };
     if (!args.begin) return one(r);
     for (int64_t at = args.begin[r]; at < args.begin[r + 1]; ++at) one(args.order[at]);

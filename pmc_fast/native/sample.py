@@ -26,9 +26,11 @@ def sample(
     row: Tensor | None = None,
     op: str = "sample",
     first_row: int = 0,
+    first_token: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last five arguments are for `linear_sample`: the head's transform, the row of logits that each draw is from, and
-    what an error calls op and row.
+    """The last arguments are for `linear_sample`: the head's transform, the row of logits that each draw is from, and what an
+    error calls op and row; and for its parallel form: `first_token`, a multiple of 4, is the number by which the noise of a
+    row's first token is known.
     """
     lib, threads = library(), torch.get_num_threads()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -64,6 +66,7 @@ def sample(
         kept_mass.data_ptr(),
         workspace.data_ptr(),
         threads,
+        first_token,
     )
     if bad >= 0:
         raise not_finite(op, first_row + bad)

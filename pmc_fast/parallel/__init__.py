@@ -1,9 +1,7 @@
 """Several processes: vocabulary-parallel heads and data-parallel training."""
 
 from pmc_fast.parallel.data import LossModule, initialise, merge_ledgers
-from pmc_fast.parallel.head import collapse_loss, linear_logprob
-from pmc_fast.parallel.sampling import linear_sample
-from pmc_fast.parallel.shards import VocabShards
+from pmc_fast.parallel_head import VocabShards, collapse_loss, linear_logprob, linear_sample
 from pmc_fast.sharding import gathered
 
 __all__ = [

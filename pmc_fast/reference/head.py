@@ -12,7 +12,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
     """z = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap), in float32 or wider."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     z = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    z = z * logit_scale
+    z = z if logit_scale == 1 else z * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
@@ -26,7 +26,7 @@ def gradients(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of hidden, weight and bias from that of the logits, whose values are `values`; in the wide dtype."""
-    grad_z = grad_logits * logit_scale
+    grad_z = grad_logits if logit_scale == 1 else grad_logits * logit_scale
     if softcap is not None:
         grad_z = grad_z * (1 - (values / softcap) ** 2)
     wide = grad_z.dtype

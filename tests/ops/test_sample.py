@@ -9,6 +9,7 @@ from distribution import assert_follows
 
 from pmc_fast import BackendUnavailable, linear_sample, sample
 from pmc_fast.native import library
+from pmc_fast.native.sample import sample as native_sample
 from pmc_fast.ops import _checks
 
 IMPLS = ["reference", "native", "triton", "cuda"]
@@ -110,6 +111,13 @@ def test_native_draws_the_same_tokens(vocab, dtype, isa, rng_seed):
             ]
             assert torch.equal(both[0].token, both[1].token), options
             assert_same(both[1], both[0], logits, options)
+        for first in (4, 96, 4 * (vocab // 4)):  # the noise of a row's end, as if what precedes it could not be drawn
+            whole = torch.cat([torch.full((65, first), -math.inf, dtype=dtype), logits], 1)
+            for options in OPTIONS:
+                options = {"seed": rng_seed, "sequence": sequence, "position": position} | options
+                want = sample(whole, impl="reference", **options).token - first
+                options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0} | options
+                assert torch.equal(native_sample(logits, first_token=first, **options)[0], want), options
     finally:
         lib.use_instruction_set(before)
 
