@@ -137,6 +137,10 @@ def _samples(rank, ranks):
         got = parallel.linear_sample(hidden, shard, shards=shards, bias=shard_bias, **options)
         want = pmc_fast.linear_sample(hidden, weight, bias=bias, impl="reference", **options)
         _same_draw(got, want, truncation)
+    row = torch.randint(ROWS, (5,))
+    options = {"shards": shards, "bias": shard_bias, "temperature": 4.0, "top_k": 9}
+    got = parallel.linear_sample(hidden, shard, hidden_row=row, **options)
+    assert torch.equal(got.token, parallel.linear_sample(hidden[row], shard, **options).token)
     bias = bias.clone()
     bias[: VOCAB // ranks + 1] = -torch.inf  # all that rank 0 holds
     shard, shard_bias = _share(rank, ranks, weight), _share(rank, ranks, bias)
