@@ -34,7 +34,7 @@ pmc::CachedPositions positions(const Positions& from) {
 // A decoder's weights, as native/decoder.py hands them over.
 using Norm = std::tuple<uintptr_t, uintptr_t, float, bool>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, int64_t>;
-using Linear = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
+using Linear = std::tuple<uintptr_t, int, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
 using Layer = std::tuple<Norm, Linear, Linear, Linear, std::optional<Norm>, std::optional<Norm>, Linear,
                          std::optional<Norm>, std::optional<Linear>, Linear, Linear, int64_t, float, float>;
 
@@ -44,8 +44,9 @@ pmc::NormWeights norm(const Norm& from) {
 }
 
 pmc::LinearWeights linear(const Linear& from) {
-    const auto& [packed, bias, out_features, in_features, adapters] = from;
-    pmc::LinearWeights to{pointer<const float>(packed), pointer<const float>(bias), out_features, in_features, {}};
+    const auto& [packed, dtype, bias, out_features, in_features, adapters] = from;
+    pmc::LinearWeights to{pointer<const void>(packed), static_cast<pmc::Dtype>(dtype), pointer<const float>(bias),
+                          out_features, in_features, {}};
     for (const auto& [down, up, rank] : adapters)
         to.adapters.push_back({pointer<const float>(down), pointer<const float>(up), rank});
     return to;
@@ -153,9 +154,9 @@ PYBIND11_MODULE(_C, m) {
         release());
 
     m.def(
-        "packed_weight_floats",
+        "packed_weight_elements",
         [](int64_t out_features, int64_t in_features) {
-            return pmc::kernels().packed_weight_floats(out_features, in_features);
+            return pmc::kernels().packed_weight_elements(out_features, in_features);
         },
         py::arg("out_features"), py::arg("in_features"));
     m.def(
@@ -163,16 +164,16 @@ PYBIND11_MODULE(_C, m) {
         [](uintptr_t weight, int dtype, int64_t out_features, int64_t in_features, int64_t row_stride, uintptr_t packed,
            int threads) {
             pmc::kernels().pack_weight({pointer<const void>(weight), static_cast<pmc::Dtype>(dtype), out_features,
-                                        in_features, row_stride, pointer<float>(packed), threads});
+                                        in_features, row_stride, pointer<void>(packed), threads});
         },
         release());
     m.def(
         "packed_linear",
-        [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t packed, uintptr_t bias, int64_t out_features,
-           int64_t in_features, uintptr_t y, int64_t y_stride, bool accumulate, int threads) {
-            pmc::kernels().packed_linear({pointer<const float>(x), rows, x_stride, pointer<const float>(packed),
-                                          pointer<const float>(bias), out_features, in_features, pointer<float>(y),
-                                          y_stride, accumulate, threads});
+        [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t packed, int packed_dtype, uintptr_t bias,
+           int64_t out_features, int64_t in_features, uintptr_t y, int64_t y_stride, bool accumulate, int threads) {
+            pmc::kernels().packed_linear({pointer<const float>(x), rows, x_stride, pointer<const void>(packed),
+                                          static_cast<pmc::Dtype>(packed_dtype), pointer<const float>(bias),
+                                          out_features, in_features, pointer<float>(y), y_stride, accumulate, threads});
         },
         release());
 

@@ -57,8 +57,8 @@ def _is_intel() -> bool:
 def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     """Within a with block, the model's nn.Linear layers on a CPU multiply faster; for use without gradients.
 
-    Their weights must not change meanwhile: they are packed once, as float32, into the layout that the library multiplies
-    from (at most PACKED_BYTES of them), which pays when few rows are multiplied many times.
+    Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (at most
+    PACKED_BYTES of them), which pays when few rows are multiplied many times.
 
     Args:
         model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.

@@ -38,14 +38,14 @@ void Decoder::normalize(const NormWeights& norm, const Rows& x, const Rows& y) c
 }
 
 void Decoder::multiply(const LinearWeights& linear, const Rows& x, const Rows& y, bool accumulate) {
-    kernels().packed_linear({x.at, rows_, x.stride, linear.packed, linear.bias, linear.out_features,
+    kernels().packed_linear({x.at, rows_, x.stride, linear.packed, linear.dtype, linear.bias, linear.out_features,
                              linear.in_features, y.at, y.stride, accumulate, threads_});
     for (const LinearWeights::Adapter& adapter : linear.adapters) {
         const Rows low = rows_of(low_rank_, adapter.rank, kPadding);
-        kernels().packed_linear({x.at, rows_, x.stride, adapter.down, nullptr, adapter.rank, linear.in_features, low.at,
-                                 low.stride, false, threads_});
-        kernels().packed_linear({low.at, rows_, low.stride, adapter.up, nullptr, linear.out_features, adapter.rank,
-                                 y.at, y.stride, true, threads_});
+        kernels().packed_linear({x.at, rows_, x.stride, adapter.down, Dtype::kFloat32, nullptr, adapter.rank,
+                                 linear.in_features, low.at, low.stride, false, threads_});
+        kernels().packed_linear({low.at, rows_, low.stride, adapter.up, Dtype::kFloat32, nullptr, linear.out_features,
+                                 adapter.rank, y.at, y.stride, true, threads_});
     }
 }
 

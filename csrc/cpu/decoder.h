@@ -19,10 +19,12 @@ struct NormWeights {
 // x W^T + bias, and (x down^T) up^T for each adapter; all weights packed.
 struct LinearWeights {
     struct Adapter {
-        const float *down, *up;
+        const float *down, *up;  // float32
         int64_t rank;
     };
-    const float *packed, *bias;  // bias may be null
+    const void* packed;
+    Dtype dtype;
+    const float* bias;  // may be null
     int64_t out_features, in_features;
     std::vector<Adapter> adapters;
 };

@@ -84,19 +84,20 @@ struct DecodeAttentionArgs {
     int threads;
 };
 
-// A weight in the layout that packed_linear reads: float32, packed_weight_floats() of them.
+// A weight in the layout that packed_linear reads: packed_weight_elements() of its own dtype.
 struct PackWeightArgs {
     const void* weight;  // [out_features, in_features], row_stride elements apart
     Dtype dtype;
     int64_t out_features, in_features, row_stride;
-    float* packed;
+    void* packed;
     int threads;
 };
 
 struct PackedLinearArgs {
     const float* x;  // [rows, in_features], x_stride elements apart
     int64_t rows, x_stride;
-    const float* packed;
+    const void* packed;
+    Dtype packed_dtype;
     const float* bias;  // [out_features] or null
     int64_t out_features, in_features;
     float* y;  // [rows, out_features], y_stride elements apart
@@ -147,7 +148,7 @@ struct Kernels {
     int64_t (*cross_entropy)(const CrossEntropyArgs&);
     void (*gumbel)(const GumbelArgs&);
     int64_t (*decode_attention)(const DecodeAttentionArgs&);
-    int64_t (*packed_weight_floats)(int64_t out_features, int64_t in_features);
+    int64_t (*packed_weight_elements)(int64_t out_features, int64_t in_features);
     void (*pack_weight)(const PackWeightArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
     void (*normalize)(const NormalizeArgs&);

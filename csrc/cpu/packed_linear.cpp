@@ -1,4 +1,5 @@
-// y (+)= x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them.
+// y (+)= x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them, in its own
+// dtype: where rows are few, reading W is what takes the time.
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -15,25 +16,26 @@ constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 constexpr int64_t kDepth = 2048;
 // How far ahead of use a panel's lines are asked for, in inputs: they come from the second-level cache.
 constexpr int64_t kAhead = 8;
-constexpr int64_t kLineFloats = 16;
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLongestRun = 48;
 
+template <class T>
 struct Tile {
     const float* x;
     int64_t x_stride;
-    const float* panel;
+    const T* panel;
     int64_t depth;
     const float* bias;  // the sums begin with this row
     bool accumulate;    // and with what y holds
     float* y;
     int64_t y_stride;
-    const float* next;  // this tile's share of the next panel, fetched from memory a line at a time while it multiplies
+    const T* next;  // this tile's share of the next panel, fetched from memory a line at a time while it multiplies
     int64_t inputs_per_line;
 };
 
 // y[Rows, kPanel] = bias (+ y) + x[Rows, depth] panel[depth, kPanel]. Unrolled, or the sums would live in memory.
-template <int Rows>
-inline void multiply_tile(const Tile& tile) {
+template <int Rows, class T>
+inline void multiply_tile(const Tile<T>& tile) {
     Floats low[Rows], high[Rows];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
@@ -46,8 +48,9 @@ inline void multiply_tile(const Tile& tile) {
             __builtin_prefetch(tile.y + r * tile.y_stride, 1);
         }
     }
-    const float *x = tile.x, *panel = tile.panel, *next = tile.next;
-    for (int64_t begin = 0; begin < tile.depth; begin += tile.inputs_per_line, next += kLineFloats) {
+    const float* x = tile.x;
+    const T *panel = tile.panel, *next = tile.next;
+    for (int64_t begin = 0; begin < tile.depth; begin += tile.inputs_per_line, next += kLineBytes / sizeof(T)) {
         __builtin_prefetch(next, 0, 2);
         const int64_t end = std::min(tile.depth, begin + tile.inputs_per_line);
         for (int64_t k = begin; k < end; ++k, ++x, panel += kPanel) {
@@ -68,18 +71,19 @@ inline void multiply_tile(const Tile& tile) {
     }
 }
 
-template <int Rows>
-inline void multiply_tile(const Tile& tile, int64_t rows) {
+template <int Rows, class T>
+inline void multiply_tile(const Tile<T>& tile, int64_t rows) {
     if (rows == Rows) return multiply_tile<Rows>(tile);
     if constexpr (Rows > 1) multiply_tile<Rows - 1>(tile, rows);
 }
 
 // One panel's columns of y, for all rows.
+template <class T>
 void multiply_panel(const PackedLinearArgs& args, int64_t panel) {
     const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
     const bool whole = columns == kPanel;
     const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
-    const float* const weight = args.packed + panel * kPanel * args.in_features;
+    const T* const weight = static_cast<const T*>(args.packed) + panel * kPanel * args.in_features;
     float bias[kPanel] = {};
     if (args.bias) std::copy_n(args.bias + begin, columns, bias);
     for (int64_t k = 0; k < args.in_features; k += kDepth) {
@@ -87,16 +91,16 @@ void multiply_panel(const PackedLinearArgs& args, int64_t panel) {
             const int64_t row = args.rows * index / tiles, rows = args.rows * (index + 1) / tiles - row;
             float* const y = args.y + row * args.y_stride + begin;
             const int64_t depth = std::min(kDepth, args.in_features - k);
-            Tile tile{args.x + row * args.x_stride + k,
-                      args.x_stride,
-                      weight + k * kPanel,
-                      depth,
-                      bias,
-                      args.accumulate || k > 0,
-                      y,
-                      args.y_stride,
-                      weight + kPanel * (args.in_features + k + depth * index / tiles),
-                      std::max<int64_t>(1, tiles * kLineFloats / kPanel)};
+            Tile<T> tile{args.x + row * args.x_stride + k,
+                         args.x_stride,
+                         weight + k * kPanel,
+                         depth,
+                         bias,
+                         args.accumulate || k > 0,
+                         y,
+                         args.y_stride,
+                         weight + kPanel * (args.in_features + k + depth * index / tiles),
+                         std::max<int64_t>(1, tiles * kLineBytes / static_cast<int64_t>(kPanel * sizeof(T)))};
             float edge[kTileRows * kPanel] = {};  // the last columns, where a whole vector would leave the row
             if (!whole) {
                 tile.y = edge, tile.y_stride = kPanel;
@@ -115,16 +119,16 @@ template <class T>
 void pack_panel(const PackWeightArgs& args, int64_t panel) {
     const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
     const T* weight = static_cast<const T*>(args.weight) + begin * args.row_stride;
-    float* to = args.packed + begin * args.in_features;
+    T* to = static_cast<T*>(args.packed) + begin * args.in_features;
     for (int64_t k = 0; k < args.in_features; ++k)
-        for (int64_t c = 0; c < kPanel; ++c) *to++ = c < columns ? widen(weight[c * args.row_stride + k]) : 0.0f;
+        for (int64_t c = 0; c < kPanel; ++c) *to++ = c < columns ? weight[c * args.row_stride + k] : T{};
 }
 
 int64_t panels(int64_t out_features) { return (out_features + kPanel - 1) / kPanel; }
 
 }  // namespace
 
-int64_t packed_weight_floats(int64_t out_features, int64_t in_features) {
+int64_t packed_weight_elements(int64_t out_features, int64_t in_features) {
     return panels(out_features) * kPanel * in_features;
 }
 
@@ -141,7 +145,8 @@ void packed_linear(const PackedLinearArgs& args) {
     const int64_t run = std::min(kLongestRun, std::max<int64_t>(1, count / (args.threads * 3)));
     parallel_for((count + run - 1) / run, args.threads, [&](int64_t part, int) {
         for (int64_t panel = part * run; panel < std::min(count, (part + 1) * run); ++panel)
-            multiply_panel(args, panel);
+            args.packed_dtype == Dtype::kFloat32 ? multiply_panel<float>(args, panel)
+                                                 : multiply_panel<uint16_t>(args, panel);
     });
 }
 

@@ -10,7 +10,7 @@ int64_t sample(const SampleArgs& args);
 int64_t cross_entropy(const CrossEntropyArgs& args);
 void gumbel(const GumbelArgs& args);
 int64_t decode_attention(const DecodeAttentionArgs& args);
-int64_t packed_weight_floats(int64_t out_features, int64_t in_features);
+int64_t packed_weight_elements(int64_t out_features, int64_t in_features);
 void pack_weight(const PackWeightArgs& args);
 void packed_linear(const PackedLinearArgs& args);
 void normalize(const NormalizeArgs& args);
@@ -19,7 +19,7 @@ void rotate(const RotateArgs& args);
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    PMC_STRING(PMC_ISA), sample,    cross_entropy, gumbel, decode_attention, packed_weight_floats, pack_weight,
+    PMC_STRING(PMC_ISA), sample,    cross_entropy, gumbel, decode_attention, packed_weight_elements, pack_weight,
     packed_linear,       normalize, activate,      rotate};
 
 }  // namespace pmc::PMC_ISA

@@ -49,10 +49,10 @@ void fuzz_packed_linear(Case& c) {
             tolerance[r * outputs + o] = 0x1p-23 * static_cast<double>(inputs + 2) * magnitude;
         }
     c.for_each_isa([&] {
-        std::vector<float> packed(kernels().packed_weight_floats(outputs, inputs), kNaN);
+        Numbers packed(weight.dtype(), kernels().packed_weight_elements(outputs, inputs), kNaN);
         kernels().pack_weight({weight.data(), weight.dtype(), outputs, inputs, w_stride, packed.data(), threads});
         Numbers y = before;
-        kernels().packed_linear({static_cast<const float*>(x.data()), rows, x_stride, packed.data(),
+        kernels().packed_linear({static_cast<const float*>(x.data()), rows, x_stride, packed.data(), packed.dtype(),
                                  biased ? bias.data() : nullptr, outputs, inputs, static_cast<float*>(y.data()),
                                  y_stride, accumulate, threads});
         for (int64_t r = 0; r < rows; ++r) {

@@ -129,7 +129,8 @@ def _norm(norm: Norm) -> tuple:
 def _linear(linear: Linear) -> tuple:
     weight = linear.weight
     adapters = [(down.panels.data_ptr(), up.panels.data_ptr(), down.out_features) for down, up in linear.adapters]
-    return weight.panels.data_ptr(), _address(linear.bias), weight.out_features, weight.in_features, adapters
+    sizes = weight.out_features, weight.in_features
+    return weight.panels.data_ptr(), dtype_code(weight.panels.dtype), _address(linear.bias), *sizes, adapters
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -12,7 +12,7 @@ from pmc_fast.native import dtype_code, library
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A copy of a weight [out_features, in_features] in panels, float32; made by `pack`."""
+    """A copy of a weight [out_features, in_features] in panels, of its dtype; made by `pack`."""
 
     panels: Tensor
     out_features: int
@@ -21,13 +21,13 @@ class PackedWeight:
 
 def packed_bytes(weight: Tensor) -> int:
     """How much memory `pack(weight)` takes."""
-    return 4 * library().packed_weight_floats(*weight.shape)
+    return weight.element_size() * library().packed_weight_elements(*weight.shape)
 
 
 def pack(weight: Tensor) -> PackedWeight:
     """Copy a float32 or bfloat16 weight; the copy is valid while the instruction set in use stays the same."""
     weight = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
-    panels = torch.empty(library().packed_weight_floats(*weight.shape), dtype=torch.float32)
+    panels = torch.empty(library().packed_weight_elements(*weight.shape), dtype=weight.dtype)
     library().pack_weight(
         weight.data_ptr(),
         dtype_code(weight.dtype),
@@ -60,6 +60,7 @@ def packed_linear(
         len(rows),
         rows.stride(0),
         weight.panels.data_ptr(),
+        dtype_code(weight.panels.dtype),
         0 if bias is None else bias.data_ptr(),
         weight.out_features,
         weight.in_features,
