@@ -12,6 +12,7 @@ struct Device {
     int block_shared;   // bytes of shared memory that one block may have
     int shared;         // bytes of shared memory of a multiprocessor
     bool has_clusters;  // and the kernels were compiled for them
+    int multiprocessors;
 };
 
 // Blocks of `cluster` of them; the grid's size is a multiple of it.
@@ -24,6 +25,7 @@ struct Grid {
 constexpr int kMostThreads = 256;  // of a block; two of them with 128 registers a thread fill an SM
 constexpr int kMostCluster = 8;
 constexpr int kWarp = 32;
+constexpr int kSharedAlignment = 1024;  // of a block's shared memory
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 }  // namespace pmc::cuda

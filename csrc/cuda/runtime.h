@@ -9,8 +9,14 @@
 namespace pmc::cuda {
 
 inline __device__ unsigned char* shared_memory() {
-    extern __shared__ __align__(16) unsigned char dynamic_shared[];
+    extern __shared__ __align__(kSharedAlignment) unsigned char dynamic_shared[];
     return dynamic_shared;
+}
+
+// The value, but what follows from it is worked out anew in each round of a loop instead of being held in registers.
+inline __device__ uint64_t each_time(uint64_t value) {
+    asm volatile("" : "+l"(value));
+    return value;
 }
 
 // Before sm_90 a block is a cluster by itself.
@@ -84,7 +90,7 @@ Device current_device(const char* name, void (*kernel)(Args)) {
     cudaFuncAttributes code;
     check(cudaFuncGetAttributes(&code, kernel), name);
     return {kMostThreads, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), code.ptxVersion >= 90};
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), code.ptxVersion >= 90, attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 template <class Args>
