@@ -24,7 +24,7 @@ PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
 
     m.attr("MOST_LINEAR_SAMPLE_ROWS") = pmc::cuda::kMostLinearSampleRows;
 
-    py::class_<pmc::cuda::SampleArgs>(m, "Draw")
+    py::class_<pmc::cuda::SampleArgs>(m, "Draw", py::module_local())
         .def(py::init([](int64_t rows, int64_t vocab, uintptr_t bias, float logit_scale, float softcap,
                          float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
                          uintptr_t sequence, uintptr_t position, uintptr_t token, uintptr_t logprob,

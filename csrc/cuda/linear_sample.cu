@@ -39,7 +39,6 @@ struct HeadArgs {
 template <int kColumns_, int kHalves_>
 struct Shape {
     static constexpr int kColumns = kColumns_, kHalves = kHalves_, kRows = kColumns * kHalves;
-    static constexpr int kReaders = kHalves * kWarpgroup / kWarp;  // warps that read a stage
     static constexpr int kPartsOfBlock = kWarps / kHalves;         // warps that see a row
 
     static constexpr int kWeightBytes = kTokens * kTileRowBytes;
@@ -49,6 +48,7 @@ struct Shape {
     static constexpr int kFitting = (kMostShared - kFixedBytes) / kStageBytes;
     static constexpr int kStages = kFitting < 8 ? kFitting : 8;
     static constexpr int kBytes = kStages * kStageBytes + kFixedBytes;
+    static_assert(kStages >= 4 && kBytes <= kMostShared);
 };
 
 // A block's shared memory. Steps take stages in turn, and count on from tile to tile.
@@ -63,7 +63,8 @@ struct Stages {
     static __device__ void start_all() {
         for (int stage = 0; stage < S::kStages; ++stage) {
             start(full(stage), 1);
-            start(empty(stage), kCluster * S::kReaders);  // the other block's too, since what is copied is for both
+            // By each warp that reads it, the other block's too, since what is copied is for both.
+            start(empty(stage), kCluster * S::kHalves * kWarpgroup / kWarp);
         }
         for (int which = 0; which < kWarpgroups; ++which) start(passed(which), kWarpgroup / kWarp);
         publish_started();
@@ -82,6 +83,7 @@ struct Stages {
         if (turn > 0) wait(passed(turn - 1), (turn - 1) / kWarpgroups & 1);
     }
     static __device__ void pass_on(int turn, int lane) {
+        __syncwarp();
         if (lane == 0) arrive(passed(turn), cluster_rank());
     }
 
@@ -96,6 +98,8 @@ struct Stages {
 };
 
 // The tiles of a block: those of a cluster are neighbours. The last one may lie beyond the vocabulary.
+// A template, like all that only Hopper's code uses: for other targets nothing is left of it that could be unused.
+template <class S>
 class Turns {
   public:
     explicit __device__ Turns(const HeadArgs& args) : args_(args) {}
@@ -112,7 +116,7 @@ class Turns {
 template <class S>
 __device__ void copy_tiles(const HeadArgs& args) {
     using Ring = Stages<S>;
-    const Turns turns(args);
+    const Turns<S> turns(args);
     constexpr int kShare = S::kRows / kCluster;
     const int first_row = cluster_rank() * kShare;
     int step = 0;
@@ -135,7 +139,7 @@ class Drawing {
     explicit __device__ Drawing(const HeadArgs& args) : args_(args) {}
 
     __device__ void run() {
-        const Turns turns(args_);
+        const Turns<S> turns(args_);
         if (!args_.logits)
             for (int row = first_row() + lane(); row < first_row() + S::kColumns; row += kWarp)
                 if (row < args_.draw.rows) *part_of(row) = Part{};
