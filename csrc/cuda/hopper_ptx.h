@@ -58,8 +58,8 @@ inline __device__ void wait(Arrivals* barrier, unsigned parity) {
 // Copies the tile whose first number is at (row, column); its bytes count for `barrier`.
 inline __device__ void copy_tile(void* to, const TensorMap* from, int column, int row, Arrivals* barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(shared_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(shared_address(to)),
         "l"(from), "r"(shared_address(barrier)), "r"(column), "r"(row)
         : "memory");
 }
@@ -98,9 +98,9 @@ __device__ void await_products() {
 template <int kColumns>
 __device__ void multiply(float (&sums)[kColumns / 2], TileDescriptor a, TileDescriptor b, bool add);
 
-#define PMC_SUMS(i) \
+#define PMC_SUMS(i)                                                                                               \
     "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
-        "+f"(sums[i + 6]), "+f"(sums[i + 7]), "+f"(sums[i + 8]), "+f"(sums[i + 9]), "+f"(sums[i + 10]), \
+        "+f"(sums[i + 6]), "+f"(sums[i + 7]), "+f"(sums[i + 8]), "+f"(sums[i + 9]), "+f"(sums[i + 10]),           \
         "+f"(sums[i + 11]), "+f"(sums[i + 12]), "+f"(sums[i + 13]), "+f"(sums[i + 14]), "+f"(sums[i + 15])
 #define PMC_SUMS_0 PMC_SUMS(0)
 #define PMC_SUMS_1 PMC_SUMS_0, PMC_SUMS(16)
@@ -113,19 +113,20 @@ __device__ void multiply(float (&sums)[kColumns / 2], TileDescriptor a, TileDesc
 #define PMC_NAMES_3 PMC_NAMES_2 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PMC_NAMES_4 PMC_NAMES_3 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 
-#define PMC_MULTIPLY(columns, names, sums_, a_, b_, add_) \
-    template <> \
+#define PMC_MULTIPLY(columns, names, sums_, a_, b_, add_)                                                    \
+    template <>                                                                                              \
     inline __device__ void multiply<columns>(float (&sums)[columns / 2], TileDescriptor a, TileDescriptor b, \
-                                             bool add) { \
-        asm volatile( \
-            "{\n" \
-            ".reg .pred add;\n" \
-            "setp.ne.b32 add, " add_ ", 0;\n" \
-            "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 {" names "}, " a_ ", " b_ \
-            ", add, 1, 1, 0, 0;\n" \
-            "}" \
-            : sums_ \
-            : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add))); \
+                                             bool add) {                                                     \
+        asm volatile(                                                                                        \
+            "{\n"                                                                                            \
+            ".reg .pred add;\n"                                                                              \
+            "setp.ne.b32 add, " add_                                                                         \
+            ", 0;\n"                                                                                         \
+            "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 {" names "}, " a_ ", " b_        \
+            ", add, 1, 1, 0, 0;\n"                                                                           \
+            "}"                                                                                              \
+            : sums_                                                                                          \
+            : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)));                                         \
     }
 PMC_MULTIPLY(32, PMC_NAMES_0, PMC_SUMS_0, "%16", "%17", "%18")
 PMC_MULTIPLY(64, PMC_NAMES_1, PMC_SUMS_1, "%32", "%33", "%34")

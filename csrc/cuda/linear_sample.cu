@@ -17,8 +17,8 @@ namespace pmc::cuda {
 namespace {
 
 constexpr const char* kName = "linear_sample";
-constexpr int kTokens = 128;  // of a tile
-constexpr int kCluster = 2;   // blocks
+constexpr int kTokens = 128;                                               // of a tile
+constexpr int kCluster = 2;                                                // blocks
 constexpr int kWarpgroups = 2, kWarps = kWarpgroups * kWarpgroup / kWarp;  // that multiply and draw
 constexpr int kThreads = (kWarpgroups + 1) * kWarpgroup;
 constexpr int kCopying = 24, kDrawing = 240;  // registers of a thread
@@ -39,7 +39,7 @@ struct HeadArgs {
 template <int kColumns_, int kHalves_>
 struct Shape {
     static constexpr int kColumns = kColumns_, kHalves = kHalves_, kRows = kColumns * kHalves;
-    static constexpr int kPartsOfBlock = kWarps / kHalves;         // warps that see a row
+    static constexpr int kPartsOfBlock = kWarps / kHalves;  // warps that see a row
 
     static constexpr int kWeightBytes = kTokens * kTileRowBytes;
     static constexpr int kStageBytes = kWeightBytes + kRows * kTileRowBytes;
@@ -77,8 +77,8 @@ struct Stages {
         if (lane < kCluster) arrive(empty(step), lane);
     }
 
-    // Whoever has not seen a stage full in one round cannot tell it from the next. So warpgroups that take tiles in turn
-    // wait until the other one has seen all stages of its tile.
+    // Whoever has not seen a stage full in one round cannot tell it from the next. So warpgroups that take tiles in
+    // turn wait until the other one has seen all stages of its tile.
     static __device__ void await_turn(int turn) {
         if (turn > 0) wait(passed(turn - 1), (turn - 1) / kWarpgroups & 1);
     }
@@ -210,7 +210,9 @@ class Drawing {
     }
 
     // Four neighbours side by side. Which four depends on the row, so that threads of a warp meet in no bank.
-    static __device__ int turned_place(int row, int place) { return row * kWarp + (place / 4 ^ row % 8) * 4 + place % 4; }
+    static __device__ int turned_place(int row, int place) {
+        return row * kWarp + (place / 4 ^ row % 8) * 4 + place % 4;
+    }
 
     // What a thread holds lies 2 rows, 8 and 16 tokens from its first: other places are other bits, or fixed distances.
     __device__ void turn_round(const float (&sums)[kParts][S::kColumns / 2], int chunk) const {
@@ -317,9 +319,9 @@ __global__ void __launch_bounds__(kMostThreads) join_kernel(const __grid_constan
     if (team.largest(winner) != winner) return;
     draw.token[r] = token_of(winner);
     draw.logprob[r] = static_cast<float>(static_cast<double>(logit) - row_top - log(from_fixed_mass(mass)));
-    draw.sampling_logprob[r] = greedy ? 0
-                                      : static_cast<float>(static_cast<double>(scale(logit)) - shift -
-                                                           log(from_fixed_mass(tempered_mass)));
+    draw.sampling_logprob[r] =
+        greedy ? 0
+               : static_cast<float>(static_cast<double>(scale(logit)) - shift - log(from_fixed_mass(tempered_mass)));
     draw.kept_mass[r] = 1;
 }
 

@@ -90,7 +90,8 @@ Device current_device(const char* name, void (*kernel)(Args)) {
     cudaFuncAttributes code;
     check(cudaFuncGetAttributes(&code, kernel), name);
     return {kMostThreads, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), code.ptxVersion >= 90, attribute(cudaDevAttrMultiProcessorCount)};
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), code.ptxVersion >= 90,
+            attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 template <class Args>

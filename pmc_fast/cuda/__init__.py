@@ -73,7 +73,9 @@ def hopper_queue(tensor: Tensor) -> tuple[int, int]:
             f"this CUDA kernel is for GPUs of compute capability 9.0 alone, {torch.cuda.get_device_name(tensor.device)} has {got}"
         )
     if "sm_90a" not in library().TARGETS.split(", "):
-        raise BackendUnavailable(f"the CUDA kernels were built for {library().TARGETS}, this one needs sm_90a (nvcc 12.0)")
+        raise BackendUnavailable(
+            f"the CUDA kernels were built for {library().TARGETS}, this one needs sm_90a (nvcc 12.0)"
+        )
     return where
 
 

@@ -54,8 +54,7 @@ def linear_sample_on_hopper(
                 f"{2 * matrix.stride(1)} apart, expected multiples of 16 and 2, as Hopper copies them"
             )
     where = hopper_queue(hidden)
-    rows, vocab = len(hidden), len(weight)
-    most = library().MOST_LINEAR_SAMPLE_ROWS
+    rows, most = len(hidden), library().MOST_LINEAR_SAMPLE_ROWS
     drawn = [
         _on_hopper(where, hidden[piece], weight, sequence=sequence[piece], position=position[piece], **options)
         for piece in (even_pieces(rows, most) if rows else [slice(0, 0)])

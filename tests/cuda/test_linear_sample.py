@@ -6,12 +6,23 @@ from importlib import import_module
 import pytest
 import torch
 
+from benchmarks.bench_linear_sample_by_rows import LinearSampleByRowsBench
+from benchmarks.bench_sample import Settings
+from benchmarks.shapes import Head
 from pmc_fast import BackendUnavailable
 from pmc_fast import cuda as package
 from pmc_fast.reference.linear_sample import linear_sample as reference
 
 on_hopper = import_module("pmc_fast.cuda.linear_sample").linear_sample_on_hopper
-PLAIN = {"bias": None, "softcap": None, "logit_scale": 1.0, "temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
+PLAIN = {
+    "bias": None,
+    "softcap": None,
+    "logit_scale": 1.0,
+    "temperature": 1.0,
+    "top_k": None,
+    "top_p": 1.0,
+    "min_p": 0.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +54,16 @@ def assert_same(hidden, weight, **options):
     ("rows", "size", "vocab"),
     # every number of rows that is multiplied at once; sizes and vocabularies that end within a tile, or leave the last
     # cluster one tile; more steps than stages; several tiles a block
-    [(1, 8, 1), (3, 600, 131), (33, 24, 2100), (65, 136, 300), (97, 64, 513), (131, 200, 1025), (161, 24, 700), (193, 64, 301)],
+    [
+        (1, 8, 1),
+        (3, 600, 131),
+        (33, 24, 2100),
+        (65, 136, 300),
+        (97, 64, 513),
+        (131, 200, 1025),
+        (161, 24, 700),
+        (193, 64, 301),
+    ],
 )
 def test_draws(impl, rows, size, vocab, temperature, rng_seed):
     weight = exact_in_any_order(vocab, size) / 8
@@ -60,7 +80,11 @@ def test_truncated(impl, rows, options, rng_seed):
 @pytest.mark.parametrize("impl", ["cuda"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}], ids=str)
 def test_bias_scale_and_soft_cap(impl, options, rng_seed):
-    hidden, weight, bias = torch.randn(6, 40).bfloat16(), torch.randn(200, 40).bfloat16() / 4, torch.randn(200).bfloat16()
+    hidden, weight, bias = (
+        torch.randn(6, 40).bfloat16(),
+        torch.randn(200, 40).bfloat16() / 4,
+        torch.randn(200).bfloat16(),
+    )
     assert_same(hidden, weight, bias=bias, softcap=3.0, logit_scale=-0.6, **options)
     bias[::9] = -math.inf
     assert_same(hidden, weight, bias=bias, logit_scale=0.6, temperature=0.8, **options)
@@ -110,6 +134,16 @@ def test_the_first_bad_row_is_named(impl, options):
     with pytest.raises(ValueError, match="linear_sample: the logits of row 0"):
         bias = torch.full((301,), -math.inf)
         on_hopper(hidden[:5], weight, **(PLAIN | coordinates(5) | {"seed": 3, "bias": bias} | options))
+
+
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_draws_follow_the_distribution(impl, rng_seed):
+    """As the benchmark judges them before it times them."""
+    bench = LinearSampleByRowsBench(3, Head("small", 1511, 24), Settings(top_p=1.0), torch.bfloat16)
+    device = torch.get_default_device()
+    inputs, run = bench.make_inputs(rng_seed, device), bench.contestants()["pmc_fast, hopper"]
+    verdict = bench.judge(run, run(inputs), inputs, bench.oracle(inputs), None)
+    assert verdict.right, verdict.evidence
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
