@@ -238,12 +238,11 @@ class Drawing {
         for (int place = 0; place < kWarp; place += 4) {
             const int token = first_token + token_of(place);
             Four y = *reinterpret_cast<const Four*>(&turned()[turned_place(lane(), place)]);
+            if (args.bias)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const bool real = token + i < vocab;
-                const float z = real && args.bias ? y.of[i] + args.bias[token + i] : y.of[i];
-                y.of[i] = real ? transformed(z, args.head) : -INFINITY;
-            }
+                for (int i = 0; i < 4; ++i) y.of[i] += args.bias[token + i < vocab ? token + i : vocab - 1];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) y.of[i] = token + i < vocab ? transformed(y.of[i], args.head) : -INFINITY;
             part.add(y, token);
         }
         *part_of(row) = part.part();

@@ -3,6 +3,7 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/noise.h"
 #include "fuzz/draws.h"
 
 namespace pmc::fuzz {
@@ -120,6 +121,11 @@ void fuzz_cuda_linear_sample(Case& c) {
     Matrix hidden(random, rows, size, 0.25f), weight(random, vocab, size, random.pick({0x1p-9f, 0x1p-5f, 0.5f}));
     if (rows && random.one_in(8))
         hidden.z.set(random.between(0, rows - 1) * hidden.stride, random.one_in(2) ? random.nan() : INFINITY);
+
+    for (int i = 0; i < 100; ++i) {
+        const auto word = static_cast<uint32_t>(random.bits() >> random.between(32, 63));
+        c.check_near("noise", 0, word, cuda::about_gumbel(word), gumbel_from_word(word), cuda::kNoiseError / 2);
+    }
 
     Logits logits{rows, vocab, vocab + random.between(0, 5), {1, 0}, Numbers(Dtype::kFloat32, 0, 0)};
     logits.z = Numbers(Dtype::kFloat32, rows * logits.stride, kNaN);
