@@ -12,7 +12,6 @@ struct Device {
     int block_shared;   // bytes of shared memory that one block may have
     int shared;         // bytes of shared memory of a multiprocessor
     bool has_clusters;  // and the kernels were compiled for them
-    int multiprocessors;
 };
 
 // Blocks of `cluster` of them; the grid's size is a multiple of it.

@@ -18,7 +18,8 @@
 
 namespace pmc::cuda::emulated {
 
-Device device{64, 64 << 10, 128 << 10, true, 4};
+Device device{64, 64 << 10, 128 << 10, true};
+int multiprocessors = 4;
 uint64_t order = 0;
 Index thread{}, block{}, block_size{};
 

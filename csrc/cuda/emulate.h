@@ -26,7 +26,8 @@ struct alignas(16) uint4 {
 
 namespace emulated {
 
-extern Device device;        // what kernels are launched for
+extern Device device;  // what kernels are launched for
+extern int multiprocessors;
 extern uint64_t order;       // seeds the order in which threads take turns
 extern Index thread, block;  // of the running thread
 extern Index block_size;
@@ -122,6 +123,11 @@ Device current_device(const char*, void (*)(Args)) {
 template <class Args>
 void launch(const char*, void (*kernel)(Args), const Grid& grid, void*, const Args& args) {
     emulated::run(grid, [&] { kernel(args); });
+}
+
+template <class Args>
+int resident_clusters(const char*, void (*)(Args), const Grid& grid) {
+    return emulated::multiprocessors / grid.cluster;
 }
 
 }  // namespace pmc::cuda

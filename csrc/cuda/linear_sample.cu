@@ -26,10 +26,10 @@ constexpr int kMostShared = 227 << 10;
 
 struct HeadArgs {
     TensorMap hidden, weight;
-    int depth;            // steps of 64 columns
-    int pairs, clusters;  // of tiles, of blocks
-    float* logits;        // or null
-    Part* parts;          // [rows, parts_of_row]
+    int depth;             // steps of 64 columns
+    int groups, clusters;  // of tiles, of blocks
+    float* logits;         // or null
+    Part* parts;           // [rows, parts_of_row]
     int64_t parts_of_row;
     float inverse_temperature;
     SampleArgs draw;
@@ -104,11 +104,11 @@ class Turns {
   public:
     explicit __device__ Turns(const HeadArgs& args) : args_(args) {}
 
-    __device__ bool has(int turn) const { return pair(turn) < args_.pairs; }
-    __device__ int token(int turn) const { return (pair(turn) * kCluster + cluster_rank()) * kTokens; }
+    __device__ bool has(int turn) const { return group(turn) < args_.groups; }
+    __device__ int token(int turn) const { return (group(turn) * kCluster + cluster_rank()) * kTokens; }
 
   private:
-    __device__ int pair(int turn) const { return static_cast<int>(blockIdx.x) / kCluster + turn * args_.clusters; }
+    __device__ int group(int turn) const { return static_cast<int>(blockIdx.x) / kCluster + turn * args_.clusters; }
 
     const HeadArgs& args_;
 };
@@ -324,13 +324,20 @@ __global__ void __launch_bounds__(kMostThreads) join_kernel(const __grid_constan
     draw.kept_mass[r] = 1;
 }
 
-// Tiles by twos for clusters of blocks, as many as the GPU runs at once.
+// Tiles for clusters of blocks, as many as the GPU runs at once.
+template <class S>
 struct Plan {
-    int pairs, clusters;
+    int groups, clusters;
+    Grid grid;
 
-    Plan(const Device& device, int64_t vocab)
-        : pairs(static_cast<int>((vocab + kCluster * kTokens - 1) / (kCluster * kTokens))),
-          clusters(device.multiprocessors / kCluster < pairs ? device.multiprocessors / kCluster : pairs) {}
+    explicit Plan(int64_t vocab)
+        : groups(static_cast<int>((vocab + kCluster * kTokens - 1) / (kCluster * kTokens))),
+          grid{kCluster, kThreads, kCluster, S::kBytes} {
+        const int resident = resident_clusters(kName, head_kernel<S>, grid);
+        clusters = resident < 1 ? 1 : resident < groups ? resident : groups;
+        grid.blocks = static_cast<int64_t>(clusters) * kCluster;
+    }
+    int64_t parts_of_row() const { return grid.blocks * S::kPartsOfBlock; }
 };
 
 // Calls visit(shape) for the fewest rows that hold `rows`.
@@ -348,19 +355,18 @@ void with_shape(int64_t rows, const Visit& visit) {
 template <class S>
 void launch_linear_sample(const LinearSampleArgs& args, const Queue& queue) {
     const SampleArgs& draw = args.draw;
-    const Plan plan(current_device(kName, head_kernel<S>), draw.vocab);
-    const int64_t blocks = static_cast<int64_t>(plan.clusters) * kCluster;
-    HeadArgs head{tensor_map(kName, args.hidden, draw.rows, args.size, args.hidden_stride, S::kRows / kCluster),
-                  tensor_map(kName, args.weight, draw.vocab, args.size, args.weight_stride, kTokens),
-                  static_cast<int>((args.size + kTileColumns - 1) / kTileColumns),
-                  plan.pairs,
-                  plan.clusters,
-                  args.logits,
-                  static_cast<Part*>(args.parts),
-                  blocks * S::kPartsOfBlock,
-                  draw.temperature == 0 ? 0 : 1 / draw.temperature,
-                  draw};
-    launch(kName, head_kernel<S>, {blocks, kThreads, kCluster, S::kBytes}, queue.stream, head);
+    const Plan<S> plan(draw.vocab);
+    const HeadArgs head{tensor_map(kName, args.hidden, draw.rows, args.size, args.hidden_stride, S::kRows / kCluster),
+                        tensor_map(kName, args.weight, draw.vocab, args.size, args.weight_stride, kTokens),
+                        static_cast<int>((args.size + kTileColumns - 1) / kTileColumns),
+                        plan.groups,
+                        plan.clusters,
+                        args.logits,
+                        static_cast<Part*>(args.parts),
+                        plan.parts_of_row(),
+                        draw.temperature == 0 ? 0 : 1 / draw.temperature,
+                        draw};
+    launch(kName, head_kernel<S>, plan.grid, queue.stream, head);
     if (args.logits) return;
     const Device device = current_device(kName, join_kernel);
     launch(kName, join_kernel, {draw.rows, device.threads, 1, sizeof(Exchange)}, queue.stream, head);
@@ -372,9 +378,7 @@ int64_t linear_sample_scratch(int64_t rows, int64_t vocab, const Queue& queue) {
     const CurrentDevice current(queue.device, kName);
     int64_t bytes = 0;
     with_shape(rows, [&](auto shape) {
-        using S = decltype(shape);
-        const Plan plan(current_device(kName, head_kernel<S>), vocab);
-        bytes = rows * plan.clusters * kCluster * S::kPartsOfBlock * static_cast<int64_t>(sizeof(Part));
+        bytes = rows * Plan<decltype(shape)>(vocab).parts_of_row() * static_cast<int64_t>(sizeof(Part));
     });
     return bytes;
 }

@@ -14,8 +14,8 @@ void some_gpu(Case* c) {
     // The less an SM has, the more blocks share a row; the less a block may have, the more of it is read again.
     const int block = random.pick({30 << 10, 40 << 10, 163 << 10});
     const int sm = 2 * static_cast<int>(random.between(10 << 10, 60 << 10));
-    cuda::emulated::device = {random.pick({32, 32, 32, 64, 128}), block, sm, random.one_in(2),
-                              static_cast<int>(random.between(2, 5))};
+    cuda::emulated::device = {random.pick({32, 32, 32, 64, 128}), block, sm, random.one_in(2)};
+    cuda::emulated::multiprocessors = static_cast<int>(random.between(2, 5));
     cuda::emulated::order = random.bits();
     c->isa = "an emulated GPU";
 }

@@ -48,10 +48,11 @@ def linear_sample_on_hopper(
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if matrix.dtype != torch.bfloat16:
             raise TypeError(f"{name}: got dtype {matrix.dtype}, expected torch.bfloat16 for Hopper's kernel")
-        if matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16:
+        stride = _row_stride(matrix)
+        if matrix.stride(1) != 1 or stride % 8 or stride < matrix.shape[1] or matrix.data_ptr() % 16:
             raise ValueError(
-                f"{name}: got rows {2 * matrix.stride(0)} bytes apart from address {matrix.data_ptr():#x} on, elements "
-                f"{2 * matrix.stride(1)} apart, expected multiples of 16 and 2, as Hopper copies them"
+                f"{name}: got rows {2 * stride} bytes apart from address {matrix.data_ptr():#x} on, elements "
+                f"{2 * matrix.stride(1)} apart, expected multiples of 16, no less than a row, and 2"
             )
     where = hopper_queue(hidden)
     rows, most = len(hidden), library().MOST_LINEAR_SAMPLE_ROWS
@@ -76,6 +77,11 @@ def _on_hopper(where: tuple[int, int], hidden: Tensor, weight: Tensor, **options
             size = library().linear_sample_scratch(*where, rows, vocab)
             scratch = torch.empty(size, dtype=torch.uint8, device=hidden.device)
             room = 0, 0, scratch.data_ptr()
-        matrices = [number for m in (hidden, weight) for number in (m.data_ptr(), m.stride(0))]
+        matrices = [number for m in (hidden, weight) for number in (m.data_ptr(), _row_stride(m))]
         library().linear_sample(*where, *matrices, hidden.shape[1], *room, draw.arguments)
     return draw.checked("linear_sample")
+
+
+def _row_stride(matrix: Tensor) -> int:
+    """Of a single row, whose stride says nothing, one that can be."""
+    return matrix.stride(0) if len(matrix) > 1 else -(-matrix.shape[1] // 8) * 8

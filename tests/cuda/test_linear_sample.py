@@ -156,6 +156,8 @@ def test_refusals(impl):
         on_hopper(hidden[:, 1:], weight, **options)
     with pytest.raises(ValueError, match="weight: got rows 50 bytes apart"):
         on_hopper(hidden, torch.zeros(50, 25).bfloat16()[:, :24], **options)
+    with pytest.raises(ValueError, match="hidden: got rows 0 bytes apart .* no less than a row"):
+        on_hopper(hidden[:1].expand(3, -1), weight, **options)
     with pytest.raises(ValueError, match="hidden: .* elements 6 apart"):
         on_hopper(torch.zeros(24, 3).bfloat16().T, weight, **options)
 
