@@ -77,13 +77,14 @@ class Model:
 
 # Sizes of the same plan: for a GPU, and for a rehearsal on a CPU. Ops by the part's name.
 _TESTS = {
-    "cuda": ["tests/ops", "tests/kernels", "tests/test_static_decoder.py", "tests/test_varlen.py"],
+    "cuda": ["tests/ops", "tests/kernels", "tests/cuda", "tests/test_static_decoder.py", "tests/test_varlen.py"],
     "cpu": ["tests/test_data.py"],
 }
 _OPS = {
     "cuda": {
         "ops": ["--dtype", "bfloat16"],
         "ops-sample": ["--op", "sample", "--dtype", "float32"],  # its logits are float32 in every benchmark
+        "ops-linear-sample": ["--op", "linear_sample_by_rows", "--dtype", "bfloat16", "--graphs"],
     },
     "cpu": {"ops": ["--op", "rouge_l_recall"]},
 }

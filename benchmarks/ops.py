@@ -24,6 +24,7 @@ from pmc_fast.errors import UserError
 
 SCHEMA = "pmc_fast.benchmarks.ops/1"
 OPS = ("sample", "linear_sample", "linear_logprob", "collapse_loss", "decode_attention", "rouge_l_recall")
+NAMED_ONLY = ("linear_sample_by_rows",)  # what is run only where it is asked for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"pmc": (False,), "large": (True,), "all": (False, True)}
 
@@ -50,7 +51,8 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ops` besides those of every benchmark."""
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME", help=f"of {', '.join(OPS)}")
+    which = {"choices": (*OPS, *NAMED_ONLY), "help": f"of {', '.join(OPS)} (default: these), {', '.join(NAMED_ONLY)}"}
+    parser.add_argument("--op", nargs="+", default=list(OPS), metavar="NAME", **which)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
     parser.add_argument(
         "--shapes", choices=SHAPES, default="pmc", help="pmc: a PMC batch's; large: for GPUs; all (default: pmc)"
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def benches_of(op: str) -> list[Bench]:
-    """The benches of `benchmarks/bench_<op>.py`."""
+    """The benches of `benchmarks/bench_<op>.py`, `op` being one of `NAMED_ONLY` too."""
     return import_module(f"benchmarks.bench_{op}").BENCHES
 
 

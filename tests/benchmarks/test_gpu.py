@@ -70,7 +70,8 @@ def test_the_plan_for_a_gpu_covers_both_models_and_every_op(tmp_path):
     for part in parts.values():
         assert "cuda:1" in part.words or part.name in ("build", "tests", "report")
     assert "bfloat16" in parts["ops"].words and "sample" in parts["ops-sample"].words
-    assert len(parts["report"].inputs) == 6
+    assert "linear_sample_by_rows" in parts["ops-linear-sample"].words
+    assert len(parts["report"].inputs) == 7
     from benchmarks.__main__ import _parse
 
     for part in parts.values():

@@ -262,6 +262,11 @@ def test_every_op_has_a_large_shape_and_a_small_one():
         assert False in sizes and (True in sizes or op == "rouge_l_recall")
 
 
+def test_what_is_only_run_where_it_is_named():
+    assert not set(ops.NAMED_ONLY) & set(ops.OPS)
+    assert {bench.rows for bench in ops.benches_of("linear_sample_by_rows")} >= {16, 160, 256}
+
+
 def test_an_unknown_peer_is_refused_with_the_known(capsys):
     assert main(["ops", "--op", "rouge_l_recall", "--peer", "oracle"]) == 2
     error = capsys.readouterr().err
