@@ -45,8 +45,12 @@ pmc::NormWeights norm(const Norm& from) {
 
 pmc::LinearWeights linear(const Linear& from) {
     const auto& [packed, dtype, bias, out_features, in_features, adapters] = from;
-    pmc::LinearWeights to{pointer<const void>(packed), static_cast<pmc::Dtype>(dtype), pointer<const float>(bias),
-                          out_features, in_features, {}};
+    pmc::LinearWeights to{pointer<const void>(packed),
+                          static_cast<pmc::Dtype>(dtype),
+                          pointer<const float>(bias),
+                          out_features,
+                          in_features,
+                          {}};
     for (const auto& [down, up, rank] : adapters)
         to.adapters.push_back({pointer<const float>(down), pointer<const float>(up), rank});
     return to;
@@ -60,9 +64,20 @@ auto maybe(const std::optional<From>& from, const Read& read) {
 pmc::DecoderLayer decoder_layer(const Layer& from) {
     const auto& [first_norm, query, key, value, query_norm, key_norm, output, mlp_norm, gate, up, down, window, scale,
                  softcap] = from;
-    return {norm(first_norm),        linear(query),         linear(key),  linear(value), maybe(query_norm, norm),
-            maybe(key_norm, norm),   linear(output),        maybe(mlp_norm, norm),       maybe(gate, linear),
-            linear(up),              linear(down),          window,       scale,         softcap};
+    return {norm(first_norm),
+            linear(query),
+            linear(key),
+            linear(value),
+            maybe(query_norm, norm),
+            maybe(key_norm, norm),
+            linear(output),
+            maybe(mlp_norm, norm),
+            maybe(gate, linear),
+            linear(up),
+            linear(down),
+            window,
+            scale,
+            softcap};
 }
 
 #ifdef _OPENMP
@@ -90,9 +105,8 @@ PYBIND11_MODULE(_C, m) {
         "sample",
         [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float logit_scale,
            float softcap, float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
-           uintptr_t begin, uintptr_t order, uintptr_t sequence, uintptr_t position, uintptr_t token,
-           uintptr_t logprob, uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t workspace, int threads,
-           int64_t first_token) {
+           uintptr_t begin, uintptr_t order, uintptr_t sequence, uintptr_t position, uintptr_t token, uintptr_t logprob,
+           uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t workspace, int threads, int64_t first_token) {
             return pmc::kernels().sample({pointer<const void>(logits),
                                           static_cast<pmc::Dtype>(dtype),
                                           rows,

@@ -33,8 +33,8 @@ Decoder::Rows Decoder::rows_of(std::vector<float>& buffer, int64_t size, int64_t
 }
 
 void Decoder::normalize(const NormWeights& norm, const Rows& x, const Rows& y) const {
-    kernels().normalize({x.at, rows_, x.size, x.stride, norm.weight, norm.bias, norm.epsilon, norm.centered, y.at,
-                         y.stride, threads_});
+    kernels().normalize(
+        {x.at, rows_, x.size, x.stride, norm.weight, norm.bias, norm.epsilon, norm.centered, y.at, y.stride, threads_});
 }
 
 void Decoder::multiply(const LinearWeights& linear, const Rows& x, const Rows& y, bool accumulate) {
@@ -85,9 +85,9 @@ int64_t Decoder::attend(const DecoderStep& step, size_t index) {
     grow(workspace_, threads_ * slice);
     if (!wide) narrow_.resize(turned_.size());
     void* const out = wide ? static_cast<void*>(attended_.data()) : narrow_.data();
-    const int64_t bad = kernels().decode_attention(
-        {turned_.data(), step.dtype, rows_, heads, kv_heads, head_dim_, own, prefix, step.prefix_row, first_.data(),
-         nullptr, layer.scale, layer.softcap, out, workspace_.data(), threads_});
+    const int64_t bad = kernels().decode_attention({turned_.data(), step.dtype, rows_, heads, kv_heads, head_dim_, own,
+                                                    prefix, step.prefix_row, first_.data(), nullptr, layer.scale,
+                                                    layer.softcap, out, workspace_.data(), threads_});
     if (!wide)
         std::transform(static_cast<uint16_t*>(out), static_cast<uint16_t*>(out) + rows_ * width, attended_.begin(),
                        [](uint16_t x) { return widen(x); });

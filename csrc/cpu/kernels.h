@@ -122,8 +122,8 @@ struct NormalizeArgs {
 enum class Activation { kSilu = 0, kGeluTanh = 1 };
 
 struct ActivateArgs {
-    float* x;         // [rows, size], overwritten with activation(x) * up
-    const float* up;  // [rows, size] or null, which is 1
+    float* x;                    // [rows, size], overwritten with activation(x) * up
+    const float* up;             // [rows, size] or null, which is 1
     int64_t rows, size, stride;  // rows of x and of up are so far apart
     Activation activation;
     int threads;

@@ -1,5 +1,5 @@
-// y (+)= x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them, in its own
-// dtype: where rows are few, reading W is what takes the time.
+// y (+)= x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them, in its
+// own dtype: where rows are few, reading W is what takes the time.
 #include <algorithm>
 
 #include "common/parallel.h"

@@ -75,8 +75,8 @@ void fuzz_activate(Case& c) {
     const std::vector<float> up = random_floats(random, elements(rows, stride, size));
     c.for_each_isa([&] {
         Numbers y = x;
-        kernels().activate({static_cast<float*>(y.data()), gated ? up.data() : nullptr, rows, size, stride,
-                            activation, static_cast<int>(random.between(1, 2))});
+        kernels().activate({static_cast<float*>(y.data()), gated ? up.data() : nullptr, rows, size, stride, activation,
+                            static_cast<int>(random.between(1, 2))});
         for (int64_t at = 0; at < rows * size; ++at) {
             const int64_t i = at / size * stride + at % size;
             const double v = x.get(i), cubic = 0.7978845608028654 * (v + 0.044715 * v * v * v);

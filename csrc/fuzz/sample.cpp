@@ -37,12 +37,27 @@ void fuzz_sample(Case& c) {
         std::vector<int64_t> token(draws, -1);
         std::vector<float> logprob(draws, kNaN), sampling_logprob(draws, kNaN), kept_mass(draws, kNaN);
         std::vector<uint8_t> workspace(std::min<size_t>(threads, rows) * sample_workspace_bytes(logits.vocab), 0xFF);
-        const int64_t bad =
-            kernels().sample({logits.z.data(), logits.z.dtype(), logits.rows, logits.vocab, logits.stride, logits.head,
-                              options.temperature, options.top_k, options.top_p, options.log_min_p, options.seed,
-                              grouped ? begin.data() : nullptr, grouped ? order.data() : nullptr, sequence.data(),
-                              position.data(), token.data(), logprob.data(), sampling_logprob.data(), kept_mass.data(),
-                              workspace.data(), threads});
+        const int64_t bad = kernels().sample({logits.z.data(),
+                                              logits.z.dtype(),
+                                              logits.rows,
+                                              logits.vocab,
+                                              logits.stride,
+                                              logits.head,
+                                              options.temperature,
+                                              options.top_k,
+                                              options.top_p,
+                                              options.log_min_p,
+                                              options.seed,
+                                              grouped ? begin.data() : nullptr,
+                                              grouped ? order.data() : nullptr,
+                                              sequence.data(),
+                                              position.data(),
+                                              token.data(),
+                                              logprob.data(),
+                                              sampling_logprob.data(),
+                                              kept_mass.data(),
+                                              workspace.data(),
+                                              threads});
         check_first_bad(c, usable, bad);
         for (size_t i = 0; i < draws; ++i)
             if (usable[static_cast<size_t>(row_of[i])] == Usable::kYes)
