@@ -43,6 +43,12 @@ class _Layer(CacheLayerMixin):
     def filled(self) -> tuple[Tensor, Tensor]:
         return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
 
+    def spread(self, position: Tensor) -> None:
+        for name in ("keys", "values"):
+            setattr(self, name, getattr(self, name)[0][:, position].transpose(0, 1).contiguous())
+        self.rows, self.length = position.shape
+        self.capacity = self.length
+
     def grow(self, rows: int, more: int) -> None:
         filled = self.filled()
         self.capacity += more
@@ -79,6 +85,11 @@ class SampleCache(Cache):
 
     def __init__(self, layers: int, capacity: int) -> None:
         super().__init__(layers=[_Layer(capacity) for _ in range(layers)])
+
+    def spread(self, position: Tensor) -> None:
+        """From one row of packed texts to a row for each: position t of row r is position [r, t] of before."""
+        for layer in self.layers:
+            layer.spread(position)
 
     def grow(self, rows: int, more: int) -> None:
         """Make room for `rows` rows in all, and for `more` positions in each."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast import attention
+from pmc_fast.cache import SampleCache
 from pmc_fast.models import LanguageModel
 
 # A beginning that is shorter is not worth the longer way of attention.
@@ -37,8 +38,12 @@ class Packed:
         """The number of sequences."""
         return len(self.lengths.own)
 
-    def hidden(self, lm: LanguageModel) -> Tensor:
-        """The hidden states that predict the labels, [N, D]; the same as each sequence would give on its own."""
+    def hidden(self, lm: LanguageModel, cache: SampleCache | None = None) -> Tensor:
+        """The hidden states that predict the labels, [N, D]; the same as each sequence would give on its own.
+
+        Args:
+            cache: an empty one of T positions, which then holds the keys and values of all tokens.
+        """
         attention.install(lm.model)
         with attention.packed():
             hidden = lm.hidden(
@@ -46,7 +51,8 @@ class Packed:
                 position_ids=self.position_ids,
                 attention_mask=None,
                 packed_lengths=self.lengths,
-                use_cache=False,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         return hidden[0, self.rows]
 

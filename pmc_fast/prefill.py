@@ -11,11 +11,15 @@ from pmc_fast import attention
 from pmc_fast.cache import SampleCache, layers_of
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel
+from pmc_fast.packing import pack
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """hidden: the prompts' last hidden states [B, D]; mask: int64 [B, T]; position: int64 [B], of the last tokens."""
+    """hidden: the prompts' last hidden states [B, D]; mask: int64 [B, T]; position: int64 [B], of the last tokens.
+
+    suits_decode_attention: whether `decode_attention` could have done the attention calls, from what the cache holds.
+    """
 
     hidden: Tensor
     cache: SampleCache
@@ -23,37 +27,65 @@ class Prefill:
     padded: bool
     position: Tensor
     calls: list[attention.AttentionCall]
+    suits_decode_attention: bool
 
     @property
     def padding(self) -> Tensor:
         """int64 [B], the tokens of padding before each prompt."""
         return (self.mask == 0).sum(1)
 
-    @property
-    def suits_decode_attention(self) -> bool:
-        """Whether `decode_attention` could have done the attention calls, from what the cache holds."""
-        layers = self.cache.layers
-        return (
-            [call.layer for call in self.calls] == list(range(len(layers)))
-            and all(call.same_shape for call in self.calls)
-            and all(call.keys_at == layer.keys.data_ptr() for call, layer in zip(self.calls, layers, strict=True))
-        )
-
 
 def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None) -> Prefill:
     """Run the model over prompts padded on the left.
+
+    On a CPU, prompts that begin alike (a chat template, a system prompt) are packed: no padding, and the beginning once.
 
     Raises:
         UserError: the model does not use the cache.
     """
     width = input_ids.shape[1]
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    cache = SampleCache(layers_of(lm.model.config), width)
     padded = not bool(mask.all())
     position = (mask.cumsum(1) - 1).clamp(min=0)
+    if (packed := _packed(lm, input_ids, mask)) is not None:
+        hidden, cache, calls = packed
+        return Prefill(hidden, cache, mask, padded, position[:, -1], calls, True)
+    cache = SampleCache(layers_of(lm.model.config), width)
     options = {"attention_mask": mask} if padded else {}
     with attention.watching() as calls:
         hidden = lm.hidden(input_ids, position_ids=position, past_key_values=cache, use_cache=True, **options)
     if cache.get_seq_length() != width:
         raise UserError("model: it does not fill the key/value cache it is given, so it cannot be sampled from")
-    return Prefill(hidden[:, -1], cache, mask, padded, position[:, -1], calls)
+    return Prefill(hidden[:, -1], cache, mask, padded, position[:, -1], calls, _suits_decode_attention(cache, calls))
+
+
+def _packed(
+    lm: LanguageModel, input_ids: Tensor, mask: Tensor
+) -> tuple[Tensor, SampleCache, list[attention.AttentionCall]] | None:
+    """The last hidden states, cache and attention calls; None if prompts do not begin alike or the model cannot be packed."""
+    model, device = lm.model, input_ids.device
+    if device.type != "cpu" or model.config._attn_implementation != attention.NAME or bool((mask.diff() < 0).any()):
+        return None
+    prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
+    packed = pack(prompts, [[0]] * len(prompts))
+    if not (shared := packed.lengths.shared):
+        return None
+    cache = SampleCache(layers_of(model.config), packed.input_ids.shape[1])
+    with attention.watching() as calls:
+        hidden = packed.hidden(lm, cache)
+    if not _suits_decode_attention(cache, calls):
+        return None
+    # Where each prompt's tokens lie among the packed ones: the beginning first, the rest before its last token.
+    place = packed.rows[:, None] - torch.arange(input_ids.shape[1]).flip(0)
+    text = torch.arange(input_ids.shape[1]) - (mask == 0).sum(1, keepdim=True)
+    cache.spread(torch.where(text < shared, text.clamp(min=0), place))
+    return hidden, cache, calls
+
+
+def _suits_decode_attention(cache: SampleCache, calls: list[attention.AttentionCall]) -> bool:
+    layers = cache.layers
+    return (
+        [call.layer for call in calls] == list(range(len(layers)))
+        and all(call.same_shape for call in calls)
+        and all(call.keys_at == layer.keys.data_ptr() for call, layer in zip(calls, layers, strict=True))
+    )
