@@ -163,7 +163,7 @@ def _forward(
         if (count := _calls.get()) is not None:
             count[0] += 1
         if not packed_lengths.shared and varlen.takes(query, softcap, dropout):
-            return varlen.attend(query, key, value, packed_lengths.own, sliding_window, scaling), None
+            return varlen.attend(query, key, value, packed_lengths.own, sliding_window, scaling, softcap), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -118,6 +118,8 @@ class Sampler:
     ) -> Samples:
         """Draw ``num_samples`` answers to each prompt, exactly from the tempered, truncated distribution.
 
+        The draws are independent. What answers to a prompt begin with in common goes through the model once.
+
         Equivalent to ``model.generate(input_ids, do_sample=True, num_return_sequences=num_samples, ...)``, but an
         answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch. torch.autocast is
         off meanwhile: the weights' own dtype is the dtype of sampling.

@@ -1,4 +1,4 @@
-"""Causal attention over sequences end to end in one call, by torch's flash attention on a GPU."""
+"""Causal attention over sequences end to end in one call on a GPU, by flash-attn where it is installed, else by torch's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 _NEEDED = {"scale", "window_size"}
 
@@ -23,32 +27,43 @@ def takes(query: Tensor, softcap: float | None, dropout: float) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
-        and softcap is None
         and dropout == 0
-        and _parameters() >= _NEEDED
+        and (flash_attn_varlen_func is not None or (softcap is None and _parameters() >= _NEEDED))
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
 ) -> Tensor:
     """Each token sees those before it in its own sequence, the last `window` of them and itself at most.
 
     Args:
         query: [1, H, T, D]. key, value: [1, K, T, D], K divides H.
         lengths: tokens of each sequence, T together.
+        softcap: bounds the scores smoothly, or None; needs flash-attn.
 
     Returns:
         [1, T, H, D].
     """
+    ends, longest = _ends(lengths, query.device), max(lengths)
+    seen = (-1 if window is None else window - 1, 0)
+    if flash_attn_varlen_func is not None:
+        tokens = (x[0].transpose(0, 1) for x in (query, key, value))
+        options = {"softmax_scale": scale, "causal": True, "window_size": seen, "softcap": softcap or 0.0}
+        return flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)[None]
     groups = query.shape[1] // key.shape[1]
-    options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    options = {"scale": scale, "window_size": seen}
     if groups > 1 and "enable_gqa" in _parameters():
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    ends, longest = _ends(lengths, query.device), max(lengths)
     tokens = (x[0].transpose(0, 1) for x in (query, key, value))
     return varlen_attn(*tokens, ends, ends, longest, longest, **options)[None]
 

@@ -1,4 +1,4 @@
-"""Attention over sequences end to end, by torch's own on a GPU and by a stand-in for it elsewhere."""
+"""Attention over sequences end to end, by what a GPU has for it, and by stand-ins for torch's own and flash-attn elsewhere."""
 
 import math
 
@@ -17,22 +17,35 @@ def stand_in(query, key, value, ends_q, ends_k, longest_q, longest_k, *, scale, 
     assert ends_q is ends_k and ends_q.dtype == torch.int32 and ends_q[0] == 0 and ends_q[-1] == len(query)
     assert longest_q == longest_k == int(ends_q.diff().max())
     assert enable_gqa or query.shape[1] == key.shape[1]
+    return by_pieces(query, key, value, ends_q, window_size, scale, None)
+
+
+def flash_stand_in(
+    query, key, value, ends_q, ends_k, longest_q, longest_k, *, softmax_scale, causal, window_size, softcap
+):
+    """flash_attn.flash_attn_varlen_func, as its documentation has it."""
+    assert causal and ends_q is ends_k and ends_q.dtype == torch.int32
+    assert longest_q == longest_k == int(ends_q.diff().max())
+    return by_pieces(query, key, value, ends_q, window_size, softmax_scale, softcap or None)
+
+
+def by_pieces(query, key, value, ends_q, window_size, scale, softcap):
     left, right = window_size
     pieces = []
     for begin, end in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
         q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))
         ahead = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
         seen = (ahead >= -right) & (ahead <= (left if left >= 0 else end))
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=scale, enable_gqa=True
-        )
-        pieces.append(attended.transpose(0, 1))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        scores = capped(scale * q @ k.transpose(1, 2), softcap)
+        pieces.append((scores.masked_fill(~seen, -math.inf).softmax(-1) @ v).transpose(0, 1))
     return torch.cat(pieces)
 
 
 @pytest.fixture(params=["grouped", "repeated"])
 def heads(request, monkeypatch):
-    """Whether the function takes fewer heads of keys than of queries; torch before 2.12 does not say so."""
+    """Whether torch's function takes fewer heads of keys than of queries; before 2.12 it does not say so."""
+    monkeypatch.setattr(varlen, "flash_attn_varlen_func", None)
     if not GPU:
         monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     known = {"scale", "window_size"} | ({"enable_gqa"} if request.param == "grouped" else set())
@@ -41,25 +54,44 @@ def heads(request, monkeypatch):
     monkeypatch.setattr(varlen, "_parameters", lambda: known)
 
 
-def exact(query, key, value, window, scale):
+def capped(scores, softcap):
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def exact(query, key, value, window, scale, softcap=None):
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     sequence = torch.arange(len(LENGTHS), device=query.device).repeat_interleave(torch.tensor(LENGTHS).to(query.device))
     ahead = torch.arange(sum(LENGTHS), device=query.device)
     ahead = ahead[:, None] - ahead
     seen = (sequence[:, None] == sequence) & (ahead >= 0) & (ahead < (window or sum(LENGTHS)))
-    scores = scale * query @ key.transpose(2, 3)
+    scores = capped(scale * query @ key.transpose(2, 3), softcap)
     return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ value).transpose(1, 2)
 
 
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("kv_heads", [6, 2])
 def test_values_and_gradients(kv_heads, window, heads, rng_seed):
+    agrees(kv_heads, window, None)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_flash_attn_where_it_is_installed(kv_heads, window, softcap, monkeypatch, rng_seed):
+    if not GPU:
+        monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
+    elif varlen.flash_attn_varlen_func is None:
+        pytest.skip("flash-attn is not installed")
+    agrees(kv_heads, window, softcap)
+
+
+def agrees(kv_heads, window, softcap):
     dtype = torch.bfloat16 if GPU else torch.float64
     shapes = [(1, count, sum(LENGTHS), 32) for count in (6, kv_heads, kv_heads)]
     inputs = [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    got, want = varlen.attend(*inputs, LENGTHS, window, 0.3), exact(*wide, window, 0.3)
+    got, want = varlen.attend(*inputs, LENGTHS, window, 0.3, softcap), exact(*wide, window, 0.3, softcap)
     upstream = torch.randn_like(want)
     got.backward(upstream.to(dtype))
     want.backward(upstream)
@@ -70,6 +102,7 @@ def test_values_and_gradients(kv_heads, window, heads, rng_seed):
 
 
 def test_what_it_takes(monkeypatch):
+    monkeypatch.setattr(varlen, "flash_attn_varlen_func", None)
     query = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16, device=DEVICE)
     assert varlen.takes(query, None, 0.0) == (GPU and {"scale", "window_size"} <= varlen._parameters())
     for refused in (query.float(), query[..., :12], query.expand(1, 2, 3, 64).repeat(1, 1, 1, 5)):
@@ -77,3 +110,5 @@ def test_what_it_takes(monkeypatch):
     assert not varlen.takes(query, 2.0, 0.0) and not varlen.takes(query, None, 0.1)
     monkeypatch.setattr(varlen, "_parameters", set)
     assert not varlen.takes(query, None, 0.0)
+    monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
+    assert varlen.takes(query, 2.0, 0.0) == varlen.takes(query, None, 0.0) == GPU
