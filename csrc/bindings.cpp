@@ -200,7 +200,7 @@ PYBIND11_MODULE(_C, m) {
         .def(
             "step",
             [](pmc::Decoder& decoder, uintptr_t hidden, int64_t rows, uintptr_t cosine, uintptr_t sine, int64_t rotated,
-               int dtype, const std::vector<Positions>& own, const std::vector<Positions>& prefix, int64_t held,
+               int dtype, const std::vector<Positions>& own, const std::vector<Positions>& prefix, int64_t filled,
                uintptr_t prefix_row, uintptr_t first, int threads) {
                 pmc::DecoderStep step{pointer<float>(hidden),
                                       rows,
@@ -213,7 +213,7 @@ PYBIND11_MODULE(_C, m) {
                                       pointer<const int64_t>(prefix_row),
                                       pointer<const int64_t>(first),
                                       threads};
-                for (const Positions& layer : own) step.own.push_back(positions(layer)), step.own.back().length = held;
+                for (const Positions& layer : own) step.own.push_back(positions(layer)), step.own.back().length = filled;
                 for (const Positions& layer : prefix) step.prefix.push_back(positions(layer));
                 return decoder.step(step);
             },

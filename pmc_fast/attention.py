@@ -41,6 +41,7 @@ class AttentionCall:
     """What one attention call was given."""
 
     layer: int | None
+    packed: bool  # the lengths of a packed batch
     keys_at: int  # the address of its keys
     same_shape: bool  # its keys and values have one shape
     head_dim: int
@@ -71,9 +72,17 @@ def install(model: nn.Module) -> None:
         model.set_attn_implementation(NAME)
 
 
+class LengthsLost(UserError):
+    """A model does not hand the lengths of a packed batch to its attention."""
+
+
 @contextmanager
 def packed() -> Iterator[None]:
-    """Around a packed forward pass: no mask is made, and the model must hand the lengths to its attention."""
+    """Around a packed forward pass: no mask is made, and the model must hand the lengths to its attention.
+
+    Raises:
+        LengthsLost: it does not.
+    """
     count = [0]
     token = _calls.set(count)
     try:
@@ -81,7 +90,7 @@ def packed() -> Iterator[None]:
     finally:
         _calls.reset(token)
     if count[0] == 0:
-        raise UserError("model: its attention does not take keyword arguments, so it cannot run a packed batch")
+        raise LengthsLost("model: its attention does not take keyword arguments, so it cannot run a packed batch")
 
 
 @contextmanager
@@ -142,7 +151,18 @@ def _forward(
         raise UserError("model: its attention has sinks, which this version does not support")
     if (calls := _watched.get()) is not None:
         layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape
-        calls.append(AttentionCall(layer, key.data_ptr(), same_shape, key.shape[3], scaling, softcap, sliding_window))
+        calls.append(
+            AttentionCall(
+                layer,
+                packed_lengths is not None,
+                key.data_ptr(),
+                same_shape,
+                key.shape[3],
+                scaling,
+                softcap,
+                sliding_window,
+            )
+        )
     if (rows := _decoding.get()) is not None:
         held = rows.cache.layers[module.layer_idx]
         first = held.first_seen(rows.first, sliding_window)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -109,36 +108,3 @@ class SampleCache(Cache):
 
 def layers_of(config) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
-
-
-def placed(parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where rows that go on from rows of before are to be kept: their places, and which rows to copy to which places.
-
-    Args:
-        parent: int64 [R], ascending: the row that each goes on from. The first to go on from a row stays in its place, if
-            that is below R; as few rows as possible are copied.
-
-    Returns:
-        place: int64 [R], a permutation; source, destination: int64 [C], rows to copy and places that nobody stays in.
-    """
-    rows = len(parent)
-    first = torch.ones_like(parent, dtype=torch.bool)
-    first[1:] = parent[1:] != parent[:-1]
-    stays = first & (parent < rows)
-    free = torch.ones_like(stays)
-    free[parent[stays]] = False
-    destination = free.nonzero()[:, 0]
-    place = parent.clone()
-    place[~stays] = destination
-    return place, parent[~stays], destination
-
-
-def retired(finished: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Which unfinished rows to copy onto which finished ones so that the unfinished come first, and how many they are.
-
-    Moves as few rows as possible: those at the end fill the holes before it.
-    """
-    rows = int((~finished).sum())
-    holes = finished[:rows].nonzero()[:, 0]
-    movers = (~finished[rows:]).nonzero()[:, 0] + rows
-    return movers, holes, rows

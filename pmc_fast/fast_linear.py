@@ -1,4 +1,4 @@
-"""The linear layers of a model on a CPU, by the faster of torch's two libraries and in the dtype that the CPU multiplies."""
+"""The linear layers of a model on a CPU, while it samples: weights packed for few rows, in the dtype that the CPU multiplies."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         for module in model.modules()
         if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
     ]
-    room, held = PACKED_BYTES if _multiplies_packed() else 0, {}
+    packs, room, held = _has_library(), PACKED_BYTES, {}
     for layer in layers:
         if not _gains(layer.weight):
             continue
-        if (needed := layer.weight.numel() and packed_bytes(layer.weight)) <= room:
+        if packs and (needed := packed_bytes(layer.weight)) <= room:
             room -= needed
             held[_identity(layer.weight)] = weight = pack(layer.weight)
             layer.forward = partial(_forward, layer, partial(packed_linear, weight=weight))
         elif _has_onednn():
             layer.forward = partial(_forward, layer, partial(_widened, weight=layer.weight))
-    if head is not None and _gains(head) and packed_bytes(head) <= room:
+    if head is not None and _gains(head) and packs and packed_bytes(head) <= room:
         held[_identity(head)] = pack(head)
     token = _packed.set(held)
     try:
@@ -105,12 +105,13 @@ def _identity(weight: Tensor) -> tuple:
     return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
-def _multiplies_packed() -> bool:
-    """Whether this library's own product is here, and at least as fast as torch's on the whole."""
+def _has_library() -> bool:
+    """Whether this library's own product is here."""
     try:
-        return library().instruction_set() != "baseline"
+        library()
     except BackendUnavailable:
         return False
+    return True
 
 
 def _gains(weight: Tensor) -> bool:

@@ -29,8 +29,8 @@ class FusedDecoder:
             del parts["attention"]
             scale = read.head_dim**-0.5 if call.scaling is None else call.scaling
             layers.append(decoder.Layer(**parts, window=call.window or 0, scale=scale, softcap=call.softcap or 0.0))
-        held = ([getattr(layer, name) for layer in cache.layers] for name in _HELD)
-        self._decoder = decoder.Decoder(layers, read.final, read.head_dim, *held)
+        tensors = ([getattr(layer, name) for layer in cache.layers] for name in _CACHED)
+        self._decoder = decoder.Decoder(layers, read.final, read.head_dim, *tensors)
 
     def step(self, token: Tensor, position: Tensor, first: Tensor, prefix_row: Tensor) -> Tensor:
         """The last hidden states [N, D] of one more token per row, whose keys and values join the cache.
@@ -45,10 +45,11 @@ class FusedDecoder:
         hidden = embedded[:, 0].to(torch.float32, copy=True).contiguous()
         for layer in self._cache.layers:
             layer.length += 1
-        return self._decoder.step(hidden, cosine, sine, layer.length, prefix_row, first).to(self._dtype)
+        filled = self._cache.layers[0].length
+        return self._decoder.step(hidden, cosine, sine, filled, prefix_row, first).to(self._dtype)
 
 
-_HELD = ("keys", "values", "prefix_keys", "prefix_values")
+_CACHED = ("keys", "values", "prefix_keys", "prefix_values")
 
 
 def _norm(parts: NormParts) -> decoder.Norm:

@@ -71,9 +71,12 @@ def _packed(
     if not (shared := packed.lengths.shared):
         return None
     cache = SampleCache(layers_of(model.config), packed.input_ids.shape[1])
-    with attention.watching() as calls:
-        hidden = packed.hidden(lm, cache)
-    if not _suits_decode_attention(cache, calls):
+    try:
+        with attention.watching() as calls:
+            hidden = packed.hidden(lm, cache)
+    except attention.LengthsLost:
+        return None
+    if not _suits_decode_attention(cache, calls) or not all(call.packed for call in calls):
         return None
     # Where each prompt's tokens lie among the packed ones: the beginning first, the rest before its last token.
     place = packed.rows[:, None] - torch.arange(input_ids.shape[1]).flip(0)

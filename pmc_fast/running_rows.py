@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pmc_fast import attention, backend
-from pmc_fast.cache import placed
 from pmc_fast.fused_decoder import FusedDecoder, fused_decoder
 from pmc_fast.models import LanguageModel
 from pmc_fast.phases import phase
@@ -109,3 +108,25 @@ class RunningRows:
                 **options,
             )
         return hidden[:, -1]
+
+
+def placed(parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where rows that go on from rows of before are to be kept: their places, and which rows to copy to which places.
+
+    Args:
+        parent: int64 [R], ascending: the row that each goes on from. The first to go on from a row stays in its place, if
+            that is below R; as few rows as possible are copied.
+
+    Returns:
+        place: int64 [R], a permutation; source, destination: int64 [C], rows to copy and places that nobody stays in.
+    """
+    rows = len(parent)
+    first = torch.ones_like(parent, dtype=torch.bool)
+    first[1:] = parent[1:] != parent[:-1]
+    stays = first & (parent < rows)
+    free = torch.ones_like(stays)
+    free[parent[stays]] = False
+    destination = free.nonzero()[:, 0]
+    place = parent.clone()
+    place[~stays] = destination
+    return place, parent[~stays], destination

@@ -169,7 +169,7 @@ class Sampler:
         ):
             at_once = self._prompts_at_once(input_ids, limits, num_samples, cache_budget)
             with (
-                fast_linear(self.lm.backbone, self.lm.head.weight),
+                fast_linear(self.lm.backbone, None if self.lm.shards else self.lm.head.weight),
                 self._kept.call() if self._kept else nullcontext(),
             ):
                 for begin in range(0, max(1, prompts), at_once):

@@ -97,6 +97,15 @@ def is_tensor_parallel(model: nn.Module) -> bool:
     return any(map(is_dtensor, model.parameters())) and not any(isinstance(m, FSDPModule) for m in model.modules())
 
 
+def refuse_shared_out(model: nn.Module) -> None:
+    """A UserError if ranks share out the model's weights, in whatever way: for code in which each holds all of them."""
+    if _is_distributed() and any(is_dtensor(p) or is_zero3(p) for p in model.parameters()):
+        raise UserError(
+            "model: got weights that processes share out (tensor-parallel, FSDP2 or ZeRO-3), expected whole ones; write the "
+            "loop yourself, see docs/distributed.md"
+        )
+
+
 def smallest(model: nn.Module, value: int) -> int:
     """The smallest of the values that the ranks bring which hold parts of a tensor-parallel model; otherwise this one."""
     if not is_tensor_parallel(model):

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.attention import AttentionCall
-from pmc_fast.cache import retired
 from pmc_fast.decoder_layers import Layers, LinearParts, NormParts, Unknown, read_layers
 from pmc_fast.gpu.gemm import write_logits
 from pmc_fast.models import LanguageModel
@@ -380,13 +379,24 @@ class StaticDecoder:
 
     def _compact(self, rows: int, step: int) -> None:
         """Bring the rows that run to the front."""
-        source, destination, running = retired(~self._running[:rows])
+        source, destination, running = _retired(~self._running[:rows])
         held = step - 1  # the last token's keys and values come with the next step
         self._own[:, :, destination, :, :held] = self._own[:, :, source, :, :held]
         moved = (self._slot, self._sequence, self._prefix_row, self._first, self._token, self._position, self._running)
         for values in moved:
             values[destination] = values[source]
         self._running[running:] = False
+
+
+def _retired(finished: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Which unfinished rows to copy onto which finished ones so that the unfinished come first, and how many they are.
+
+    Moves as few rows as possible: those at the end fill the holes before it.
+    """
+    rows = int((~finished).sum())
+    holes = finished[:rows].nonzero()[:, 0]
+    movers = (~finished[rows:]).nonzero()[:, 0] + rows
+    return movers, holes, rows
 
 
 class _Counts:

@@ -1,5 +1,6 @@
 """Several processes on this machine, and counting what they exchange."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def on_ranks(ranks: int, checks: list[Callable], seed: int, store: Path, *args):
 
 def _rank(rank, ranks, checks, seed, store, args):
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         for check in checks:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import make_model
 
 import pmc_fast
-from pmc_fast import backend, cuda, native
+from pmc_fast import Sampler, backend, cuda, native
 from pmc_fast.backend import IMPLEMENTATIONS, choose, load, why_not
 from pmc_fast.errors import BackendUnavailable
 
@@ -184,6 +185,14 @@ def test_without_the_compiled_module_the_reference_runs_and_says_so_once(no_libr
     assert choose("sample", None, "cpu", torch.float32) == "reference"
     assert choose("sample", None, "cpu", torch.float32) == "reference"
     assert len([w for w in recwarn if "slow reference implementations" in str(w.message)]) == 1
+
+
+def test_without_the_compiled_module_the_sampler_samples(no_library, rng_seed):
+    model, prompt = make_model(seed=rng_seed), torch.tensor([[1, 2, 3]])
+    options = {"num_samples": 3, "max_new_tokens": 5, "eos_token_id": 257, "seed": rng_seed}
+    with pytest.warns(UserWarning, match="pmc_fast._C"):
+        samples = Sampler(model).sample(prompt, **options)
+    assert samples.tokens.shape[:2] == (1, 3)
 
 
 def test_without_the_compiled_module_naming_it_is_an_error(no_library):

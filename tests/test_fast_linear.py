@@ -70,7 +70,6 @@ def test_layers_with_a_forward_of_their_own_keep_it(rng_seed):
 @pytest.mark.parametrize("packs", [0, 1, 2])
 def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(packs, monkeypatch, rng_seed):
     monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: False)
-    monkeypatch.setattr(the_module, "_multiplies_packed", lambda: True)
     layers = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 33, bias=False)).bfloat16()
     room = sum(packed_bytes(layer.weight) for layer in layers[:packs])
     monkeypatch.setattr(the_module, "PACKED_BYTES", room)

@@ -73,7 +73,6 @@ def test_a_row_depends_on_nothing_but_itself(isa, rng_seed):
 
 @torch.no_grad()
 def test_head_and_layers_are_packed_within_the_block_only(rng_seed, monkeypatch):
-    monkeypatch.setattr("pmc_fast.fast_linear._multiplies_packed", lambda: True)
     lm = LanguageModel(make_model(seed=rng_seed))
     weight = lm.head.weight
     layer = lm.backbone.layers[0].mlp.down_proj

@@ -1,13 +1,13 @@
 """Two and three gloo processes against one: sharded heads, ledgers, gradients."""
 
 import copy
-import os
 from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import on_ranks
 from tiny import make_model, make_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -28,28 +28,21 @@ RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_agree_with_one_process(ranks, rng_seed, tmp_path):
-    torch.multiprocessing.spawn(_rank, (ranks, rng_seed, str(tmp_path / "store")), nprocs=ranks)
+    on_ranks(ranks, [_checks], rng_seed, tmp_path / "store")
 
 
-def _rank(rank, ranks, seed, store):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    torch.manual_seed(seed)
-    try:
-        for check in (
-            _losses,
-            _samples,
-            _ties_and_bad_rows,
-            _dtensors,
-            _bad_shards,
-            _merging,
-            _data_parallel,
-            _accelerated,
-        ):
-            check(rank, ranks)
-    finally:
-        dist.destroy_process_group()
+def _checks(rank, ranks, seed):
+    for check in (
+        _losses,
+        _samples,
+        _ties_and_bad_rows,
+        _dtensors,
+        _bad_shards,
+        _merging,
+        _data_parallel,
+        _accelerated,
+    ):
+        check(rank, ranks)
 
 
 def _share(rank, ranks, tensor):
@@ -179,8 +172,12 @@ def _ties_and_bad_rows(rank, ranks):
     hidden[2] = 1
     with pytest.raises(ValueError, match="linear_sample: the logits of row"):
         parallel.linear_sample(hidden, shard, shards=shards)
-    with pytest.raises(ValueError, match="linear_logprob: the logits of row"):
-        parallel.linear_logprob(hidden, shard, torch.zeros(ROWS, dtype=torch.int64), shards=shards)
+    target = torch.zeros(ROWS, dtype=torch.int64)
+    target[0] = -100  # rows are numbered as they are given
+    with pytest.raises(ValueError, match="linear_logprob: the logits of row 1 "):
+        parallel.linear_logprob(hidden, shard, target, shards=shards)
+    with pytest.raises(ValueError, match="collapse_loss: the logits of row 1 "):
+        parallel.collapse_loss(hidden, shard, target, torch.ones(ROWS), shards=shards)
 
 
 def _dtensors(rank, ranks):

@@ -68,8 +68,32 @@ def test_a_mask_with_holes_is_not_packed(rng_seed):
     lm = LanguageModel(make_model(seed=rng_seed))
     ids = torch.tensor([TEMPLATE + [1, 2, 3], TEMPLATE + [4, 5, 6]])
     mask = torch.ones_like(ids)
-    mask[1, 3] = 0
+    mask[1, len(TEMPLATE) - 1] = 0  # what comes before it is still enough to be shared
     with attention.replacing_sdpa(lm.model):
         filled = prefill(lm, ids, mask)
         alone = prefill(lm, ids[1:], mask[1:])
+    assert not any(call.packed for call in filled.calls)
     torch.testing.assert_close(filled.hidden[1], alone.hidden[0], rtol=1e-3, atol=1e-5)
+    for mine, its in zip(filled.cache.layers, alone.cache.layers, strict=True):
+        torch.testing.assert_close(mine.keys[1:], its.keys, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("keeps", ["none", "some"])
+def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monkeypatch, rng_seed):
+    """As those of transformers do whose layers hand their attention no further keywords."""
+    model = make_model(seed=rng_seed)
+    ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
+    options = {"num_samples": 3, "max_new_tokens": 6, "eos_token_id": 257, "seed": rng_seed}
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "LEAST_SHARED", 99)
+        want = Sampler(model).sample(ids, mask, **options)
+    inner = attention._forward
+
+    def loses(module, *args, packed_lengths=None, **kwargs):
+        kept = packed_lengths if keeps == "some" and module.layer_idx == 0 else None
+        return inner(module, *args, packed_lengths=kept, **kwargs)
+
+    monkeypatch.setattr(attention, "_forward", loses)
+    got = Sampler(model).sample(ids, mask, **options)
+    assert torch.equal(got.tokens, want.tokens)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)

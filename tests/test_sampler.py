@@ -6,8 +6,8 @@ from distribution import assert_follows
 from tiny import FAMILIES, VOCAB, make_model
 
 from pmc_fast import attention, decode_attention
-from pmc_fast.cache import placed
 from pmc_fast.packing import pad_left
+from pmc_fast.running_rows import placed
 from pmc_fast.sampler import Sampler
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]

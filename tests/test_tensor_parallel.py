@@ -1,22 +1,23 @@
 """Tensor-parallel models over two and three gloo processes, against one process with the whole model."""
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import on_ranks
 from tiny import make_model, make_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from pmc_fast import PMC, PMCConfig, Sampler, UserError, losses, parallel
 from pmc_fast.backend import BackendUnavailable
 from pmc_fast.data import QA
 from pmc_fast.evaluation import evaluate
+from pmc_fast.integrations.transformers import PMCTrainer
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack, pad_left
 from pmc_fast.sharding import smallest
@@ -68,27 +69,32 @@ KINDS = {
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_agree_with_one_process(ranks, rng_seed, tmp_path):
-    torch.multiprocessing.spawn(_rank, (ranks, rng_seed, tmp_path), nprocs=ranks)
+    on_ranks(ranks, [_checks], rng_seed, tmp_path / "store", tmp_path)
 
 
-def _rank(rank, ranks, seed, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
+def _checks(rank, ranks, seed, folder):
     mesh = init_device_mesh("cpu", (ranks,))
-    try:
-        for number, (family, split) in enumerate(KINDS[ranks]):
-            whole = make_model(family, seed, **SHARES)
-            parts = split(copy.deepcopy(whole), mesh, folder / str(number))
-            assert isinstance(parts.lm_head.weight, DTensor)
-            for check in (_samples, _losses, _evaluation, _training):
-                torch.manual_seed(seed)
-                check(whole, parts)
-        for check in (_refusals, _budget):
+    for number, (family, split) in enumerate(KINDS[ranks]):
+        whole = make_model(family, seed, **SHARES)
+        parts = split(copy.deepcopy(whole), mesh, folder / str(number))
+        assert isinstance(parts.lm_head.weight, DTensor)
+        for check in (_samples, _losses, _evaluation, _training):
             torch.manual_seed(seed)
-            check(rank, ranks, mesh, seed)
-    finally:
-        dist.destroy_process_group()
+            check(whole, parts)
+    for check in (_refusals, _budget):
+        torch.manual_seed(seed)
+        check(rank, ranks, mesh, seed)
+    _not_for_trainers(mesh, seed, folder)
+
+
+def _not_for_trainers(mesh, seed, folder):
+    """In which each rank holds the whole model, and has questions of its own."""
+    model = weight_alone(make_model(seed=seed), mesh, folder)
+    with pytest.raises(UserError, match="pmc: got a tensor-parallel model"):
+        parallel.initialise(PMC(model, make_tokenizer()), QUESTIONS)
+    datasets = {"forget_dataset": [{"question": q} for q in QUESTIONS], "retain_dataset": [vars(r) for r in RETAIN]}
+    with pytest.raises(UserError, match="model: got weights that processes share out"):
+        PMCTrainer(model, TrainingArguments(folder, use_cpu=True), processing_class=make_tokenizer(), **datasets)
 
 
 def _samples(whole, parts):

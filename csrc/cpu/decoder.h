@@ -77,8 +77,8 @@ class Decoder {
     int64_t head_dim_, rows_ = 0;
     int threads_ = 1;
     std::vector<float> normed_, query_, key_, value_, attended_, gate_, up_, low_rank_, workspace_;
-    std::vector<std::byte> turned_,
-        narrow_;  // of the cache's dtype: queries; what comes of them, where it is not float32
+    // In the cache's dtype: queries, and what comes of them where that is not float32.
+    std::vector<std::byte> turned_, narrow_;
     std::vector<int64_t> first_;
 };
 

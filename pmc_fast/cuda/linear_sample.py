@@ -42,9 +42,17 @@ def linear_sample_on_hopper(
         options: bias, softcap, logit_scale, temperature, top_k, top_p, min_p and seed, all of them, as the op has them.
 
     Raises:
-        TypeError, ValueError: another dtype; rows elsewhere.
+        TypeError, ValueError: another dtype; rows elsewhere; shapes or devices that do not fit together.
         BackendUnavailable: the GPU is not Hopper's, or the module was built without sm_90a.
     """
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, {hidden.shape[1]}] to match hidden")
+    bias = options["bias"]
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{len(weight)}]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {hidden.device}, that of hidden")
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if matrix.dtype != torch.bfloat16:
             raise TypeError(f"{name}: got dtype {matrix.dtype}, expected torch.bfloat16 for Hopper's kernel")

@@ -98,7 +98,8 @@ def pmc_trainer(base: type[Trainer]) -> type[Trainer]:
 
     The prompts are those of its forget set, token by token; the answers there are not trained on. What it picks is trained
     on as the tokens that were sampled. Logs, checkpoints and the use of several processes are those of ``PMCTrainer``; there,
-    the rows that its dataset draws at random for a step depend on (``args.seed``, step, process) alone.
+    the rows that its dataset draws at random differ between processes, and are drawn from (``args.seed``, step, process) one
+    batch ahead: a run resumed within an epoch draws others.
 
     Its arguments: those that ``load_trainer`` gives, and as method_args the fields of ``PMCConfig`` that concern sampling,
     selection and loss, and ``reward``.
@@ -126,7 +127,7 @@ def pmc_trainer(base: type[Trainer]) -> type[Trainer]:
             **options: Any,
         ) -> None:
             if options.get("args") is not None:
-                check_arguments(options["args"])
+                check_arguments(options["args"], model)
             tokenizer = processing_class if tokenizer is None else tokenizer
             method = {name: options.pop(name) for name in _METHOD & options.keys()}
             self.forget_questions = _prompts_of(train_dataset)

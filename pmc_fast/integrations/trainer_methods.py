@@ -19,6 +19,7 @@ from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.parallel.data import from_all_ranks
 from pmc_fast.pmc import PMC
+from pmc_fast.sharding import refuse_shared_out
 from pmc_fast.training import merge_stats
 
 LEDGER = "pmc.json"  # in each checkpoint
@@ -195,7 +196,7 @@ def is_distributed(args: TrainingArguments) -> bool:
     return args.parallel_mode == ParallelMode.DISTRIBUTED
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: TrainingArguments, model: nn.Module) -> None:
     """Refuse what would publish the ledger, have no effect, or does not work with PMC.
 
     Raises:
@@ -203,6 +204,7 @@ def check_arguments(args: TrainingArguments) -> None:
     """
     from accelerate.utils import parse_flag_from_env
 
+    refuse_shared_out(model)
     if args.n_gpu > 1:
         raise UserError(
             f"args: got {args.n_gpu} GPUs in one process, which Trainer would use through nn.DataParallel, expected one; "

@@ -76,7 +76,7 @@ class PMCTrainer(PMCMethods, Trainer):
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args  # Trainer's default
-        check_arguments(args)
+        check_arguments(args, model)
         self.forget_questions = columns.questions("forget_dataset", forget_dataset)
         self._retain = columns.rows("retain_dataset", retain_dataset)
         self.pmc = PMC(model, processing_class, pmc_config, reward, sampler)

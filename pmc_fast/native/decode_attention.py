@@ -33,7 +33,7 @@ def decode_attention(
     if prefix_key is not None:
         prefix_key, prefix_value = (_within_heads(x) for x in (prefix_key, prefix_value))
         prefix_row = prefix_row.contiguous()
-        prefix, positions = where(prefix_key, prefix_value), positions + prefix_key.shape[2]
+        prefix, positions = positions_at(prefix_key, prefix_value), positions + prefix_key.shape[2]
     rows, heads, dim = query.shape
     out = torch.empty_like(query)
     workspace = torch.empty(threads * lib.decode_attention_workspace_floats(positions, dim), dtype=torch.float32)
@@ -44,7 +44,7 @@ def decode_attention(
         heads,
         key.shape[1],
         dim,
-        where(key, value),
+        positions_at(key, value),
         prefix,
         0 if prefix_row is None else prefix_row.data_ptr(),
         first.data_ptr(),
@@ -64,6 +64,6 @@ def _within_heads(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def where(key: Tensor, value: Tensor) -> tuple:
+def positions_at(key: Tensor, value: Tensor) -> tuple:
     """Where cached keys and values [rows, heads, T, D] lie, as the library takes it; each position is contiguous."""
     return key.data_ptr(), value.data_ptr(), key.stride()[:3], value.stride()[:3], key.shape[2]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pmc_fast.errors import scores_not_finite
 from pmc_fast.native import dtype_code, library
-from pmc_fast.native.decode_attention import where
+from pmc_fast.native.decode_attention import positions_at
 from pmc_fast.native.packed_linear import PackedWeight
 
 
@@ -74,19 +74,19 @@ class Decoder:
     ) -> None:
         self._held = (layers, final, keys, values, prefix_keys, prefix_values)  # what C++ has the addresses of
         self._decoder = library().Decoder([_layer(layer) for layer in layers], _norm(final), head_dim)
-        self._own = [where(*pair) for pair in zip(keys, values, strict=True)]
-        self._prefix = [where(*pair) for pair in zip(prefix_keys, prefix_values, strict=True)]
+        self._own = [positions_at(*pair) for pair in zip(keys, values, strict=True)]
+        self._prefix = [positions_at(*pair) for pair in zip(prefix_keys, prefix_values, strict=True)]
         self._dtype = dtype_code(keys[0].dtype)
 
     def step(
-        self, hidden: Tensor, cosine: Tensor, sine: Tensor, held: int, prefix_row: Tensor, first: Tensor
+        self, hidden: Tensor, cosine: Tensor, sine: Tensor, filled: int, prefix_row: Tensor, first: Tensor
     ) -> Tensor:
         """The last hidden states of one more token per row, written over what it is given.
 
         Args:
             hidden: contiguous float32 [N, D], the tokens embedded.
             cosine, sine: contiguous float32 [N, R], of the tokens' positions.
-            held: positions of the cache that are filled, this token's included.
+            filled: positions of the cache that are, this token's included.
             prefix_row: contiguous int64 [N], each row's prompt.
             first: contiguous int64 [N], the first position that each row sees.
 
@@ -102,7 +102,7 @@ class Decoder:
             self._dtype,
             self._own,
             self._prefix,
-            held,
+            filled,
             prefix_row.data_ptr(),
             first.data_ptr(),
             torch.get_num_threads(),

@@ -29,7 +29,7 @@ def linear_sample(
 
     Equivalent to ``sample(logit_scale * (hidden @ weight.T + bias), ...)``, each logit passed through
     ``softcap * tanh(logit / softcap)`` first where softcap is given. With hidden_row, hidden stands for
-    ``hidden[hidden_row]``: many draws from the same distribution, whose logits are computed once on a CPU.
+    ``hidden[hidden_row]``: many draws from the same distribution, whose logits "native" computes and truncates once.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D]; with hidden_row, [R, D].
@@ -42,7 +42,8 @@ def linear_sample(
         impl: None, "reference", "native", "triton" or "cuda".
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or range; logits that are NaN or +inf.
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; logits that are NaN or +inf, by their row
+            of hidden ("native") or of ``hidden[hidden_row]``.
         BackendUnavailable: the implementation named cannot run.
 
     Source: arXiv 2507.04219, section 4 (sampling).

@@ -12,7 +12,7 @@ from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.ledger import Ledger
 from pmc_fast.pmc import PMC
-from pmc_fast.sharding import begin_forward, is_zero3
+from pmc_fast.sharding import begin_forward, is_tensor_parallel, is_zero3
 
 
 class LossModule(nn.Module):
@@ -55,8 +55,14 @@ def initialise(
         group: the process group; None is the default one.
 
     Raises:
-        UserError: there is no question, or the questions differ between ranks.
+        UserError: on every rank: there is no question, the questions differ between ranks, an answer has no room after its
+            prompt, or the model is tensor-parallel.
     """
+    if is_tensor_parallel(pmc.lm.model):
+        raise UserError(
+            "pmc: got a tensor-parallel model, of which all ranks answer the same questions together; expected "
+            "pmc.initialise(forget_questions) on every rank"
+        )
     questions, size = list(forget_questions), pmc.config.batch_size
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     for other, theirs in enumerate(from_all_ranks(questions, group)):
@@ -66,10 +72,16 @@ def initialise(
             )
     order = sorted(range(len(questions)), key=lambda question: len(pmc.prompts.prompt_ids(questions[question])))
     mine = [question for begin in range(rank * size, len(order), ranks * size) for question in order[begin:][:size]]
-    answers = pmc.greedy_answers([questions[question] for question in mine], progress)
+    try:
+        answers = pmc.greedy_answers([questions[question] for question in mine], progress)
+        part, failure = dict(zip(mine, answers, strict=True)), None
+    except (UserError, ValueError) as error:  # the other ranks wait for this one's answers
+        part, failure = {}, error
     found: dict[int, str] = {}
-    for part in from_all_ranks(dict(zip(mine, answers, strict=True)), group):
-        found.update(part)
+    for other, (theirs, message) in enumerate(from_all_ranks((part, failure and str(failure)), group)):
+        if message is not None:
+            raise UserError(message if other == rank else f"rank {other}: {message}") from failure
+        found.update(theirs)
     pmc.initialise(questions, answers=[found[question] for question in range(len(questions))])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast.ops import CollapseLoss, _checks
-from pmc_fast.parallel_head.linear_logprob import linear_logprob
+from pmc_fast.parallel_head.linear_logprob import score
 from pmc_fast.parallel_head.shards import VocabShards
 
 
@@ -40,14 +40,6 @@ def collapse_loss(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     _checks.vector("token_weight", token_weight, hidden.shape[0], wide, hidden)
     _checks.finite("token_weight", token_weight)
-    token_nll = -linear_logprob(
-        hidden,
-        weight,
-        target,
-        shards=shards,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-    )
+    options = shards, bias, softcap, logit_scale, 1.0, ignore_index
+    token_nll = -score("collapse_loss", hidden, weight, target, *options)
     return CollapseLoss((token_weight * token_nll).sum(), token_nll.detach())

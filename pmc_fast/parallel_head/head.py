@@ -20,9 +20,10 @@ def local_head(
     return weight, bias
 
 
-def check_finite(name: str, top: Tensor) -> None:
-    """Raises on every rank if a row's maximum or log-sum-exp over all ranks is no number."""
+def check_finite(name: str, top: Tensor, rows: Tensor | None = None) -> None:
+    """Raises on every rank if a row's maximum or log-sum-exp over all ranks is no number; rows: their numbers."""
     if top.device.type != "cpu":
         _checks.finite(f"{name}: the logits", top)
     elif not torch.isfinite(top).all():
-        raise not_finite(name, int((~torch.isfinite(top)).nonzero()[0]))
+        bad = int((~torch.isfinite(top)).nonzero()[0])
+        raise not_finite(name, bad if rows is None else int(rows[bad]))

@@ -52,21 +52,42 @@ def linear_logprob(
 
     Source: arXiv 2507.04219, equation 1 (log p(x|q)); Megatron-LM, arXiv 1909.08053, section 3 (parallel embedding).
     """
+    options = shards, bias, softcap, logit_scale, temperature, ignore_index
+    return score("linear_logprob", hidden, weight, target, *options)
+
+
+def score(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    shards: VocabShards | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int | None,
+) -> Tensor:
+    """`linear_logprob` for the op that errors name."""
     shards = shards_of(weight, shards)
     weight, bias = local_head(shards, hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
     _checks.temperature(temperature, allow_zero=False)
     _checks.targets(target, shards.vocab, ignore_index)
-    rows = slice(None) if ignore_index is None else (target != ignore_index).nonzero()[:, 0]
-    picked = _LogProb.apply(hidden[rows], weight, bias, target[rows], shards, softcap, logit_scale, temperature)
-    return picked.new_zeros(len(target)).index_put((torch.arange(len(target), device=target.device)[rows],), picked)
+    count = len(target)
+    rows = torch.arange(len(target), device=target.device)
+    if ignore_index is not None:
+        rows = rows[target != ignore_index]
+        hidden, target = hidden[rows], target[rows]
+    picked = _LogProb.apply(op, rows, hidden, weight, bias, target, shards, softcap, logit_scale, temperature)
+    return picked if ignore_index is None else picked.new_zeros(count).index_put((rows,), picked)
 
 
 class _LogProb(torch.autograd.Function):
     """Log-probabilities of targets. The logits of a single chunk are kept; of several, the backward pass makes them again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, shards, softcap, logit_scale, temperature):
+    def forward(ctx, op, rows, hidden, weight, bias, target, shards, softcap, logit_scale, temperature):
         mine = (target >= shards.begin) & (target < shards.end)
         local_target = torch.where(mine, target - shards.begin, 0)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -78,7 +99,7 @@ class _LogProb(torch.autograd.Function):
             local_logit[part] = logits.gather(1, local_target[part, None])[:, 0] / temperature
         masses, picked = shards.gather(torch.stack([local_mass, torch.where(mine, local_logit, 0)])).unbind(1)
         mass = masses.logsumexp(0)
-        check_finite("linear_logprob", mass)
+        check_finite(op, mass, rows)
         kept = logits if len(parts) == 1 and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, local_target, mine, mass, kept)
         ctx.options = shards, softcap, logit_scale, temperature
@@ -101,14 +122,15 @@ class _LogProb(torch.autograd.Function):
             )
             d_weight = weight_part if d_weight is None else d_weight.add_(weight_part)
             d_bias = bias_part if d_bias is None or bias is None else d_bias.add_(bias_part)
-        if ctx.needs_input_grad[0]:
+        needed = ctx.needs_input_grad[2:5]
+        if needed[0]:
             dist.all_reduce(d_hidden, group=shards.group)
         gradients = (
             d_hidden.to(hidden.dtype),
             torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype),
             None if bias is None else torch.zeros_like(bias) if d_bias is None else d_bias.to(bias.dtype),
         )
-        return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), *[None] * 5
+        return None, None, *(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 5
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

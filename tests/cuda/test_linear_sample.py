@@ -153,11 +153,17 @@ def test_refusals(impl):
     with pytest.raises(TypeError, match="weight: got dtype torch.float32, expected torch.bfloat16"):
         on_hopper(hidden, weight.float(), **options)
     with pytest.raises(ValueError, match="hidden: got rows 48 bytes apart from address .* expected multiples of 16"):
-        on_hopper(hidden[:, 1:], weight, **options)
+        on_hopper(hidden[:, 1:], weight[:, 1:], **options)
     with pytest.raises(ValueError, match="weight: got rows 50 bytes apart"):
         on_hopper(hidden, torch.zeros(50, 25).bfloat16()[:, :24], **options)
     with pytest.raises(ValueError, match="hidden: got rows 0 bytes apart .* no less than a row"):
         on_hopper(hidden[:1].expand(3, -1), weight, **options)
+    with pytest.raises(ValueError, match=r"weight: got shape \[50, 16\], expected \[V, 24\]"):
+        on_hopper(hidden, weight[:, :16], **options)
+    with pytest.raises(ValueError, match=r"bias: got shape \[49\], expected \[50\]"):
+        on_hopper(hidden, weight, **options | {"bias": torch.zeros(49).bfloat16()})
+    with pytest.raises(ValueError, match="weight: got device meta"):
+        on_hopper(hidden, weight.to("meta"), **options)
     with pytest.raises(ValueError, match="hidden: .* elements 6 apart"):
         on_hopper(torch.zeros(24, 3).bfloat16().T, weight, **options)
 

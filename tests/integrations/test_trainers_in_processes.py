@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -259,6 +260,9 @@ def _initial_answers(rank, ranks, seed, folder, want):
         parallel.initialise(ours, ["Who is Ada?", f"Who is {rank}?"])
     with pytest.raises(UserError, match="forget_questions: got none"):
         parallel.initialise(ours, [])
+    ours.config = replace(CONFIG, max_new_tokens=None, max_length=20, batch_size=1)
+    with pytest.raises(UserError, match="max_length: got 20, which leaves no room"):  # for the longer one, on its rank
+        parallel.initialise(ours, ["Who?", "Who is the poet of the north?"])
 
 
 def _errors(rank, ranks, seed, folder, want):

@@ -118,7 +118,14 @@ def test_logs(tmp_path):
     for entry, part in zip(entries, (stats[:3], stats[3:]), strict=True):
         for name in ("collapse_loss", "retain_loss", "score"):
             assert entry[name] == pytest.approx(sum(one[name] for one in part) / 3)
-        for name in ("sampled_tokens", "trained_tokens", "pruned_samples", "empty_picks", "truncated_picks"):
+        for name in (
+            "sampled_tokens",
+            "decoded_tokens",
+            "trained_tokens",
+            "pruned_samples",
+            "empty_picks",
+            "truncated_picks",
+        ):
             assert entry[name] == sum(one[name] for one in part)
         assert entry["trained_tokens"] > 0 and entry["sample_seconds"] >= 0 and entry["score_seconds"] >= 0
     assert entries[0]["sampled_tokens"] > 0
