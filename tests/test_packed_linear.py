@@ -58,9 +58,10 @@ def test_a_transposed_weight_and_a_batch_of_any_rank(isa, rng_seed):
 
 
 def test_a_bfloat16_weight_is_widened_to_the_bit(isa, rng_seed):
-    x, weight = torch.randn(4, 30), torch.randn(20, 30).bfloat16()
-    assert torch.equal(packed_linear(x, pack(weight)), packed_linear(x, pack(weight.float())))
-    assert packed_bytes(weight) == pack(weight).panels.nbytes >= 20 * 30 * 2
+    for rows, inputs in ((4, 30), (24, 513), (40, 30), (41, 1100)):  # few rows are multiplied as it is, more widened
+        x, weight = torch.randn(rows, inputs), torch.randn(20, inputs).bfloat16()
+        assert torch.equal(packed_linear(x, pack(weight)), packed_linear(x, pack(weight.float())))
+        assert packed_bytes(weight) == pack(weight).panels.nbytes >= 20 * inputs * 2
 
 
 def test_a_row_depends_on_nothing_but_itself(isa, rng_seed):

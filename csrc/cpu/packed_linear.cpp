@@ -14,6 +14,8 @@ constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 // Inputs taken at once, so that a panel's part stays in the second-level cache while the tiles pass over it.
 constexpr int64_t kDepth = 2048;
+// Of bfloat16, which more tiles than these find already widened.
+constexpr int64_t kWidenedDepth = 512, kTilesThatWiden = 2;
 // How far ahead of use a panel's lines are asked for, in inputs: they come from the second-level cache.
 constexpr int64_t kAhead = 8;
 constexpr int64_t kLineBytes = 64;
@@ -29,7 +31,7 @@ struct Tile {
     bool accumulate;    // and with what y holds
     float* y;
     int64_t y_stride;
-    const T* next;  // this tile's share of the next panel, fetched from memory a line at a time while it multiplies
+    const char* next;  // this tile's share of the next panel, fetched from memory a line at a time while it multiplies
     int64_t inputs_per_line;
 };
 
@@ -49,8 +51,9 @@ inline void multiply_tile(const Tile<T>& tile) {
         }
     }
     const float* x = tile.x;
-    const T *panel = tile.panel, *next = tile.next;
-    for (int64_t begin = 0; begin < tile.depth; begin += tile.inputs_per_line, next += kLineBytes / sizeof(T)) {
+    const T* panel = tile.panel;
+    const char* next = tile.next;
+    for (int64_t begin = 0; begin < tile.depth; begin += tile.inputs_per_line, next += kLineBytes) {
         __builtin_prefetch(next, 0, 2);
         const int64_t end = std::min(tile.depth, begin + tile.inputs_per_line);
         for (int64_t k = begin; k < end; ++k, ++x, panel += kPanel) {
@@ -77,39 +80,66 @@ inline void multiply_tile(const Tile<T>& tile, int64_t rows) {
     if constexpr (Rows > 1) multiply_tile<Rows - 1>(tile, rows);
 }
 
+// `depth` inputs of a panel, from the one numbered `k` on.
+template <class T>
+struct PanelPart {
+    const T* at;
+    int64_t k, depth;
+    const char* next;  // the same part of the next panel, in memory
+    int64_t bytes_per_input;
+};
+
+// Its share of one panel's columns of y, `begin` and those after it, for all rows.
+template <class T>
+void multiply_part(const PackedLinearArgs& args, const PanelPart<T>& part, const float* bias, int64_t begin,
+                   int64_t columns) {
+    const bool whole = columns == kPanel;
+    const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
+    for (int64_t index = 0; index < tiles; ++index) {
+        const int64_t row = args.rows * index / tiles, rows = args.rows * (index + 1) / tiles - row;
+        float* const y = args.y + row * args.y_stride + begin;
+        Tile<T> tile{args.x + row * args.x_stride + part.k,
+                     args.x_stride,
+                     part.at,
+                     part.depth,
+                     bias,
+                     args.accumulate || part.k > 0,
+                     y,
+                     args.y_stride,
+                     part.next + part.depth * index / tiles * part.bytes_per_input,
+                     std::max<int64_t>(1, tiles * kLineBytes / part.bytes_per_input)};
+        float edge[kTileRows * kPanel] = {};  // the last columns, where a whole vector would leave the row
+        if (!whole) {
+            tile.y = edge, tile.y_stride = kPanel;
+            if (tile.accumulate)
+                for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * args.y_stride, columns, edge + r * kPanel);
+        }
+        multiply_tile<kTileRows>(tile, rows);
+        if (!whole)
+            for (int64_t r = 0; r < rows; ++r) std::copy_n(edge + r * kPanel, columns, y + r * args.y_stride);
+    }
+}
+
 // One panel's columns of y, for all rows.
 template <class T>
 void multiply_panel(const PackedLinearArgs& args, int64_t panel) {
+    const bool widens = sizeof(T) < sizeof(float) && args.rows > kTilesThatWiden * kTileRows;
     const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
-    const bool whole = columns == kPanel;
-    const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
     const T* const weight = static_cast<const T*>(args.packed) + panel * kPanel * args.in_features;
     float bias[kPanel] = {};
     if (args.bias) std::copy_n(args.bias + begin, columns, bias);
-    for (int64_t k = 0; k < args.in_features; k += kDepth) {
-        for (int64_t index = 0; index < tiles; ++index) {
-            const int64_t row = args.rows * index / tiles, rows = args.rows * (index + 1) / tiles - row;
-            float* const y = args.y + row * args.y_stride + begin;
-            const int64_t depth = std::min(kDepth, args.in_features - k);
-            Tile<T> tile{args.x + row * args.x_stride + k,
-                         args.x_stride,
-                         weight + k * kPanel,
-                         depth,
-                         bias,
-                         args.accumulate || k > 0,
-                         y,
-                         args.y_stride,
-                         weight + kPanel * (args.in_features + k + depth * index / tiles),
-                         std::max<int64_t>(1, tiles * kLineBytes / static_cast<int64_t>(kPanel * sizeof(T)))};
-            float edge[kTileRows * kPanel] = {};  // the last columns, where a whole vector would leave the row
-            if (!whole) {
-                tile.y = edge, tile.y_stride = kPanel;
-                if (tile.accumulate)
-                    for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * args.y_stride, columns, edge + r * kPanel);
-            }
-            multiply_tile<kTileRows>(tile, rows);
-            if (!whole)
-                for (int64_t r = 0; r < rows; ++r) std::copy_n(edge + r * kPanel, columns, y + r * args.y_stride);
+    const int64_t most = widens ? kWidenedDepth : kDepth;
+    for (int64_t k = 0; k < args.in_features; k += most) {
+        const int64_t depth = std::min(most, args.in_features - k);
+        const T* const at = weight + k * kPanel;
+        const char* const next = reinterpret_cast<const char*>(at + kPanel * args.in_features);
+        constexpr int64_t kBytesPerInput = kPanel * sizeof(T);
+        if (widens) {
+            alignas(kLineBytes) float wide[kWidenedDepth * kPanel];
+            for (int64_t i = 0; i < depth * kPanel; i += kLanes) store(wide + i, load(at + i));
+            multiply_part<float>(args, {wide, k, depth, next, kBytesPerInput}, bias, begin, columns);
+        } else {
+            multiply_part<T>(args, {at, k, depth, next, kBytesPerInput}, bias, begin, columns);
         }
         std::fill_n(bias, kPanel, 0.0f);
     }

@@ -108,7 +108,7 @@ def test_rows_apart_and_in_pieces(impl, monkeypatch, rng_seed):
     weight[:, 8:32] = exact_in_any_order(140, 24) / 8
     monkeypatch.setattr(package.library(), "MOST_LINEAR_SAMPLE_ROWS", 4)
     assert_same(apart[:, 1, 8:32], weight[:, 8:32])
-    assert on_hopper(apart[:0, 1, 8:32], weight, **PLAIN, **coordinates(0), seed=1)[0].shape == (0,)
+    assert on_hopper(apart[:0, 1, 8:32], weight[:, 8:32], **PLAIN, **coordinates(0), seed=1)[0].shape == (0,)
 
 
 @pytest.mark.parametrize("impl", ["cuda"])
