@@ -96,7 +96,7 @@ def evaluate(
     paraphrased: Sequence[QA] | None = None,
     utility: Mapping[str, Sequence[QA]] | None = None,
     max_new_tokens: int = 128,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> dict:
     """How well the forget set is forgotten and everything else remembered.
@@ -154,15 +154,22 @@ def leakage(
     prefill: str = "",
     temperature: float = 1.0,
     max_new_tokens: int = 128,
-    batch_size: int = 2,
+    batch_size: int = 8,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> float:
     """The worst sample's ROUGE-L recall against the true answer, averaged over the forget questions.
 
     Args:
+        model, prompts: the model and how it is asked.
+        forget: question/answer rows.
         num_samples: answers per question.
         prefill: text that every answer starts with, such as "The answer is: ".
+        temperature: of sampling.
+        max_new_tokens: tokens per answer at most.
+        batch_size: questions at a time.
+        seed: of the samples, which do not depend on batch_size.
+        progress: called with the number of questions answered after each batch.
 
     Returns:
         In [0, 1].
