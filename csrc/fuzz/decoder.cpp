@@ -35,47 +35,54 @@ struct Norm {
     NormWeights weights() const { return {weight.data(), or_null(bias), epsilon, centered}; }
 };
 
+struct Matrix {
+    int64_t rows, columns;
+    Numbers stored;
+    Doubles exact;
+
+    static Matrix random(Random& random, Dtype dtype, int64_t rows, int64_t columns) {
+        Matrix m{rows, columns, Numbers(dtype, rows * columns, 0), Doubles(static_cast<size_t>(rows * columns))};
+        const double spread = std::sqrt(12.0 / static_cast<double>(columns));
+        for (int64_t i = 0; i < rows * columns; ++i) {
+            m.stored.set(i, static_cast<float>((random.uniform() - 0.5) * spread));
+            m.exact[i] = m.stored.get(i);
+        }
+        return m;
+    }
+
+    // Packed for the instruction set in use; `held` keeps it.
+    const void* pack(std::vector<Numbers>* held) {
+        held->emplace_back(stored.dtype(), kernels().packed_weight_elements(rows, columns), kNaN);
+        kernels().pack_weight({stored.data(), stored.dtype(), rows, columns, columns, held->back().data(), 1});
+        return held->back().data();
+    }
+};
+
 struct Linear {
     struct Adapter {
-        Numbers down, up;
-        int64_t rank;
+        Matrix down, up;
     };
-    int64_t outputs, inputs;
-    Numbers weight;
+    Matrix weight;
     std::vector<float> bias;
     std::vector<Adapter> adapters;
 
     static Linear random(Random& random, int64_t outputs, int64_t inputs) {
-        const auto matrix = [&](Dtype dtype, int64_t rows, int64_t columns) {
-            Numbers m(dtype, rows * columns, 0);
-            const float spread = 1 / std::sqrt(static_cast<float>(columns));
-            for (int64_t i = 0; i < rows * columns; ++i) m.set(i, random.normal() * spread);
-            return m;
-        };
-        Linear made{outputs,
-                    inputs,
-                    matrix(random.pick({Dtype::kFloat32, Dtype::kBFloat16}), outputs, inputs),
-                    random_floats(random, random.one_in(2) ? outputs : 0),
-                    {}};
+        const Dtype dtype = random.pick({Dtype::kFloat32, Dtype::kBFloat16});
+        Linear made{
+            Matrix::random(random, dtype, outputs, inputs), random_floats(random, random.one_in(2) ? outputs : 0), {}};
         for (int64_t left = random.one_in(3) ? random.between(1, 2) : 0; left > 0; --left) {
             const int64_t rank = random.between(1, 20);
-            made.adapters.push_back(
-                {matrix(Dtype::kFloat32, rank, inputs), matrix(Dtype::kFloat32, outputs, rank), rank});
+            made.adapters.push_back({Matrix::random(random, Dtype::kFloat32, rank, inputs),
+                                     Matrix::random(random, Dtype::kFloat32, outputs, rank)});
         }
         return made;
     }
 
-    // Packed for the instruction set in use; `held` keeps what the result points to.
     LinearWeights pack(std::vector<Numbers>* held) {
-        const auto packed = [&](Numbers& w, int64_t rows, int64_t columns) {
-            held->emplace_back(w.dtype(), kernels().packed_weight_elements(rows, columns), kNaN);
-            kernels().pack_weight({w.data(), w.dtype(), rows, columns, columns, held->back().data(), 1});
-            return held->back().data();
-        };
-        LinearWeights made{packed(weight, outputs, inputs), weight.dtype(), or_null(bias), outputs, inputs, {}};
+        LinearWeights made{weight.pack(held), weight.stored.dtype(), or_null(bias), weight.rows, weight.columns, {}};
         for (Adapter& a : adapters)
-            made.adapters.push_back({static_cast<const float*>(packed(a.down, a.rank, inputs)),
-                                     static_cast<const float*>(packed(a.up, outputs, a.rank)), a.rank});
+            made.adapters.push_back({static_cast<const float*>(a.down.pack(held)),
+                                     static_cast<const float*>(a.up.pack(held)), a.down.rows});
         return made;
     }
 };
@@ -93,7 +100,7 @@ struct Layer {
     float scale, softcap;
 
     static Layer random(Random& random, int64_t size, int64_t dim) {
-        const int64_t kv_heads = random.between(1, 3), heads = kv_heads * random.between(1, 5);
+        const int64_t kv_heads = random.between(1, 3), heads = kv_heads * random.between(1, random.one_in(4) ? 6 : 2);
         const int64_t inner = random.between(1, 60);
         const bool gated = random.one_in(2);
         const auto norm = [&](bool there, int64_t of) {
@@ -112,7 +119,7 @@ struct Layer {
                 gated ? std::optional<Linear>(Linear::random(random, inner, size)) : std::nullopt,
                 Linear::random(random, inner, size),
                 Linear::random(random, size, inner),
-                random.one_in(2) ? 0 : random.between(1, 30),
+                random.one_in(2) ? 0 : random.between(1, 20),
                 random.pick({0.1f, 1 / std::sqrt(static_cast<float>(dim))}),
                 random.pick({0.0f, 0.0f, 1.5f, 50.0f})};
     }
@@ -160,23 +167,23 @@ struct Model {
     std::vector<Step> steps;
 
     static Model random(Random& random) {
-        const int64_t size = random.one_in(5) ? random.size() : random.between(1, 40);
-        const int64_t dim = random.one_in(2) ? random.between(1, 35) : random.pick<int64_t>({8, 16, 32, 64});
+        const int64_t size = random.one_in(8) ? random.size() : random.between(1, 30);
+        const int64_t dim = random.one_in(2) ? random.between(1, 35) : random.pick<int64_t>({8, 16, 32});
         Model m{size,
                 dim,
                 2 * random.between(0, dim / 2),
                 random.pick({Dtype::kFloat32, Dtype::kBFloat16}),
                 {},
                 Norm::random(random, size),
-                random.one_in(2) ? 0 : random.between(1, 20),
+                random.one_in(2) ? 0 : random.between(1, 12),
                 {},
                 {},
                 {},
                 {},
                 {}};
-        const int64_t length = random.between(1, 20), seen = m.prefix_length + length;
+        const int64_t length = random.between(1, 12), seen = m.prefix_length + length;
         for (int64_t s = 0, count = random.between(1, 2); s < count; ++s) {
-            const int64_t rows = random.between(1, 9);
+            const int64_t rows = random.between(1, random.one_in(2) ? 9 : 3);
             m.steps.push_back({rows, length + s, random_floats(random, rows * size),
                                random_floats(random, rows * m.rotated), random_floats(random, rows * m.rotated)});
         }
@@ -241,11 +248,10 @@ struct Outcome {
 class Reference {
   public:
     Reference(const Model& model, uint64_t seed) : m_(model), noisy_(seed != 0), random_(seed) {
-        for (const Cache& cache : m_.own)
-            for (const Positions* p : {&cache.key, &cache.value}) {
-                own_.emplace_back();
-                for (int64_t i = 0; i < p->x.size(); ++i) own_.back().push_back(p->x.get(i));
-            }
+        for (size_t l = 0; l < m_.layers.size(); ++l) {
+            own_.push_back({exact(m_.own[l].key), exact(m_.own[l].value)});
+            prefix_.push_back({exact(m_.prefix[l].key), exact(m_.prefix[l].value)});
+        }
     }
 
     Outcome run(const Step& step, int64_t row) {
@@ -258,10 +264,10 @@ class Reference {
             const Doubles value = stored(product(layer.value, x));
             const Doubles query = rotated(heads_normalized(layer.query_norm, product(layer.query, x)), step, row);
             outcome.parts.push_back(key), outcome.parts.push_back(value);
-            for (int64_t i = 0; i < layer.kv_heads * m_.dim; ++i) {
-                const int64_t head = i / m_.dim, position = step.length - 1;
-                own_[2 * l][m_.own[l].key.at(row, head, position) + i % m_.dim] = key[i];
-                own_[2 * l + 1][m_.own[l].value.at(row, head, position) + i % m_.dim] = value[i];
+            for (int64_t head = 0; head < layer.kv_heads; ++head) {
+                const int64_t position = step.length - 1;
+                std::copy_n(&key[head * m_.dim], m_.dim, &own_[l].key[m_.own[l].key.at(row, head, position)]);
+                std::copy_n(&value[head * m_.dim], m_.dim, &own_[l].value[m_.own[l].value.at(row, head, position)]);
             }
             Doubles attended;
             if (!attend(l, row, step.length, query, &attended)) {
@@ -288,6 +294,16 @@ class Reference {
     }
 
   private:
+    struct Exact {  // of one layer
+        Doubles key, value;
+    };
+
+    static Doubles exact(const Positions& p) {
+        Doubles x(static_cast<size_t>(p.x.size()));
+        for (int64_t i = 0; i < p.x.size(); ++i) x[i] = p.x.get(i);
+        return x;
+    }
+
     // Up or down by a few roundings of a float of this magnitude; nothing without noise.
     double off(double magnitude) {
         if (!noisy_) return 0;
@@ -297,7 +313,7 @@ class Reference {
     // As numbers of the cache's dtype.
     Doubles stored(Doubles x) {
         if (m_.dtype == Dtype::kBFloat16)
-            for (double& v : x) v += off(0x1p13 * std::abs(v));  // 2^-9, which is half of their spacing
+            for (double& v : x) v += off(0x1p14 * std::abs(v));  // 2^-8 of it
         return x;
     }
 
@@ -327,13 +343,13 @@ class Reference {
         return x;
     }
 
-    Doubles product(const Numbers& weight, int64_t outputs, const Doubles& x) {
-        Doubles y(static_cast<size_t>(outputs));
-        const auto inputs = static_cast<int64_t>(x.size());
-        for (int64_t o = 0; o < outputs; ++o) {
+    Doubles product(const Matrix& weight, const Doubles& x) {
+        Doubles y(static_cast<size_t>(weight.rows));
+        for (int64_t o = 0; o < weight.rows; ++o) {
+            const double* const w = &weight.exact[o * weight.columns];
             double sum = 0, magnitude = 0;
-            for (int64_t k = 0; k < inputs; ++k) {
-                const double term = x[k] * weight.get(o * inputs + k);
+            for (int64_t k = 0; k < weight.columns; ++k) {
+                const double term = x[k] * w[k];
                 sum += term, magnitude += std::abs(term);
             }
             y[o] = sum + off(magnitude);
@@ -342,10 +358,9 @@ class Reference {
     }
 
     Doubles product(const Linear& linear, const Doubles& x) {
-        Doubles y = product(linear.weight, linear.outputs, x);
+        Doubles y = product(linear.weight, x);
         for (size_t o = 0; o < linear.bias.size(); ++o) y[o] += linear.bias[o];
-        for (const Linear::Adapter& a : linear.adapters)
-            add(product(a.up, linear.outputs, product(a.down, a.rank, x)), &y);
+        for (const Linear::Adapter& a : linear.adapters) add(product(a.up, product(a.down, x)), &y);
         return y;
     }
 
@@ -365,22 +380,19 @@ class Reference {
     // Returns false if the scores cannot be used.
     bool attend(size_t l, int64_t row, int64_t length, const Doubles& query, Doubles* out) {
         const Layer& layer = m_.layers[l];
-        const Cache &own = m_.own[l], &prefix = m_.prefix[l];
         const int64_t seen = m_.prefix_length + length, first = layer.first_seen(m_.first[row], seen);
-        const auto get = [&](const Positions& before, const Positions& after, const Doubles& now, int64_t head,
-                             int64_t t, int64_t i) {
-            if (t < m_.prefix_length)
-                return static_cast<double>(before.x.get(before.at(m_.prefix_row[row], head, t) + i));
-            return now[after.at(row, head, t - m_.prefix_length) + i];
+        const auto at = [&](Positions Cache::* which, Doubles Exact::* numbers, int64_t head, int64_t t) {
+            return t < m_.prefix_length ? &(prefix_[l].*numbers)[(m_.prefix[l].*which).at(m_.prefix_row[row], head, t)]
+                                        : &(own_[l].*numbers)[(m_.own[l].*which).at(row, head, t - m_.prefix_length)];
         };
         for (int64_t head = 0; head < layer.heads; ++head) {
             const int64_t kv_head = head * layer.kv_heads / layer.heads;
             Doubles p;
             for (int64_t t = first; t < seen; ++t) {
+                const double *const q = &query[head * m_.dim], *const k = at(&Cache::key, &Exact::key, kv_head, t);
                 double score = 0, magnitude = 0;
                 for (int64_t i = 0; i < m_.dim; ++i) {
-                    const double term =
-                        query[head * m_.dim + i] * layer.scale * get(prefix.key, own.key, own_[2 * l], kv_head, t, i);
+                    const double term = q[i] * layer.scale * k[i];
                     score += term, magnitude += std::abs(term);
                 }
                 score += off(magnitude);
@@ -392,15 +404,15 @@ class Reference {
             const double top = *std::max_element(p.begin(), p.end());
             double mass = 0;
             for (double& score : p) mass += score = std::exp(score - top);
-            for (int64_t i = 0; i < m_.dim; ++i) {
-                double sum = 0, magnitude = 0;
-                for (int64_t t = first; t < seen; ++t) {
-                    const double term =
-                        p[t - first] / mass * get(prefix.value, own.value, own_[2 * l + 1], kv_head, t, i);
-                    sum += term, magnitude += std::abs(term);
+            Doubles sum(static_cast<size_t>(m_.dim)), magnitude(sum);
+            for (int64_t t = first; t < seen; ++t) {
+                const double* const v = at(&Cache::value, &Exact::value, kv_head, t);
+                for (int64_t i = 0; i < m_.dim; ++i) {
+                    const double term = p[t - first] / mass * v[i];
+                    sum[i] += term, magnitude[i] += std::abs(term);
                 }
-                out->push_back(sum + off(magnitude));
             }
+            for (int64_t i = 0; i < m_.dim; ++i) out->push_back(sum[i] + off(magnitude[i]));
         }
         return true;
     }
@@ -408,7 +420,7 @@ class Reference {
     const Model& m_;
     bool noisy_;
     Random random_;
-    std::vector<Doubles> own_;  // of each layer, its keys and its values
+    std::vector<Exact> own_, prefix_;  // of each layer
 };
 
 // What a step must make of all rows.
@@ -452,6 +464,7 @@ std::vector<Expected> expected_steps(const Model& m, Random& random) {
 }
 
 void check_same(const Case& c, const Positions& now, const Positions& before) {
+    if (now.x.same_bits(before.x)) return;
     for (int64_t i = 0; i < now.x.size(); ++i)
         if (!now.x.same_bits(before.x, i)) c.fail("wrote to element %lld of a cache", static_cast<long long>(i));
 }

@@ -75,6 +75,7 @@ class Numbers {
     void set(int64_t i, float value);  // bfloat16: towards 0
     void* data();
     bool same_bits(const Numbers& other, int64_t i) const;
+    bool same_bits(const Numbers& other) const;  // all of them
 
   private:
     Dtype dtype_;
