@@ -60,7 +60,7 @@ class Decoder {
   public:
     Decoder(std::vector<DecoderLayer> layers, const NormWeights& final_norm, int64_t head_dim);
 
-    // Returns the first row whose attention scores are not finite, or kAllRowsFinite.
+    // Returns the first row whose attention scores are not finite, in the first layer that has one, or kAllRowsFinite.
     int64_t step(const DecoderStep& step);
 
   private:

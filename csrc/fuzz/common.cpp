@@ -95,6 +95,11 @@ bool Numbers::same_bits(const Numbers& other, int64_t i) const {
     return narrow_[i] == other.narrow_[i];
 }
 
+bool Numbers::same_bits(const Numbers& other) const {
+    if (dtype_ == Dtype::kBFloat16) return narrow_ == other.narrow_;
+    return wide_.empty() || !std::memcmp(wide_.data(), other.wide_.data(), wide_.size() * sizeof(float));
+}
+
 double rounding(Dtype dtype) { return dtype == Dtype::kFloat32 ? 0 : 0x1p-8; }
 
 }  // namespace pmc::fuzz

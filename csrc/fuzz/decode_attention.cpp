@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "fuzz/fuzz.h"
+#include "fuzz/positions.h"
 
 namespace pmc::fuzz {
 namespace {
@@ -13,38 +13,6 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 struct Shape {
     int64_t rows, heads, kv_heads, length, dim;
     int64_t prefixes, prefix_length;
-};
-
-// Keys or values of some rows' positions.
-struct Positions {
-    CacheStrides stride;
-    Numbers x;
-
-    static Positions random(Random& random, const Shape& s, int64_t rows, int64_t length, Dtype dtype, float spread,
-                            const std::vector<int64_t>& first, const std::vector<int64_t>& end) {
-        CacheStrides stride;
-        const int64_t gap = random.one_in(2) ? 0 : random.between(1, 5);
-        if (random.one_in(2)) {  // heads outside, positions inside
-            stride.position = s.dim + gap;
-            stride.head = stride.position * (length + gap);
-            stride.row = stride.head * s.kv_heads + gap;
-        } else {
-            stride.head = s.dim + gap;
-            stride.position = stride.head * s.kv_heads + gap;
-            stride.row = stride.position * (length + gap);
-        }
-        const int64_t last = (rows - 1) * stride.row + (s.kv_heads - 1) * stride.head + (length - 1) * stride.position;
-        Positions made{stride, Numbers(dtype, rows && length ? last + s.dim : 0, kNaN)};
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t h = 0; h < s.kv_heads; ++h)
-                for (int64_t t = first[r]; t < end[r]; ++t)
-                    for (int64_t i = 0; i < s.dim; ++i) made.x.set(made.at(r, h, t) + i, random.normal() * spread);
-        return made;
-    }
-
-    int64_t at(int64_t row, int64_t head, int64_t position) const {
-        return row * stride.row + head * stride.head + position * stride.position;
-    }
 };
 
 // Keys or values of all positions: those of the prefixes, then each row's own.
@@ -61,9 +29,9 @@ struct Cache {
             if (s.prefixes) in_prefix[prefix_row[r]] = std::min(in_prefix[prefix_row[r]], first[r]);
         }
         return {prefix_row, s.prefix_length,
-                Positions::random(random, s, s.prefixes, s.prefix_length, dtype, spread, in_prefix,
+                Positions::random(random, s.prefixes, s.kv_heads, s.prefix_length, s.dim, dtype, spread, in_prefix,
                                   std::vector<int64_t>(s.prefixes, s.prefix_length)),
-                Positions::random(random, s, s.rows, s.length, dtype, spread, in_own, length)};
+                Positions::random(random, s.rows, s.kv_heads, s.length, s.dim, dtype, spread, in_own, length)};
     }
 
     float get(int64_t row, int64_t head, int64_t position, int64_t i) const {
@@ -158,9 +126,6 @@ void fuzz_decode_attention(Case& c) {
     c.for_each_isa([&] {
         Numbers out(dtype, s.rows * s.heads * s.dim, kNaN);
         std::vector<float> workspace(threads * decode_attention_workspace_floats(positions, s.dim), kNaN);
-        const auto cached = [](Positions& k, Positions& v, int64_t length) {
-            return CachedPositions{k.x.data(), v.x.data(), k.stride, v.stride, length};
-        };
         const int64_t bad = kernels().decode_attention(
             {query.data(), dtype, s.rows, s.heads, s.kv_heads, s.dim, cached(key.own, value.own, s.length),
              cached(key.prefix, value.prefix, s.prefix_length), s.prefixes ? prefix_row.data() : nullptr, first.data(),

@@ -33,6 +33,7 @@ struct Options {
     double top_p;
     float log_min_p;
     uint64_t seed;
+    int64_t first_token = 0;  // the noise's token for token 0
 
     static Options random(Random& random, int64_t vocab) {
         Options o{random_temperature(random), 0, 1, -INFINITY, random.bits()};
@@ -65,7 +66,7 @@ class ExpectedDraw {
         scaled_.resize(y_.size());
         score_.resize(y_.size());
         for (int64_t i = 0; i < vocab; ++i) {
-            const float g = noise(options.seed, sequence, position, i);
+            const float g = noise(options.seed, sequence, position, options.first_token + i);
             if (error_ > 0) {
                 scaled_[i] = y_[i] / options.temperature;
                 score_[i] = scaled_[i] + g;

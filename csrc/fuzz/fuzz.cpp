@@ -33,6 +33,7 @@ Fuzzer fuzzers[] = {
     {"sample", pmc::fuzz::fuzz_sample},
     {"cross_entropy", pmc::fuzz::fuzz_cross_entropy},
     {"decode_attention", pmc::fuzz::fuzz_decode_attention},
+    {"decoder", pmc::fuzz::fuzz_decoder},
     {"packed_linear", pmc::fuzz::fuzz_packed_linear},
     {"elementwise", pmc::fuzz::fuzz_elementwise},
     {"gumbel", pmc::fuzz::fuzz_gumbel},

@@ -64,6 +64,7 @@ class Numbers {
     Numbers(Dtype dtype, int64_t size, float value);
 
     Dtype dtype() const { return dtype_; }
+    int64_t size() const { return static_cast<int64_t>(dtype_ == Dtype::kFloat32 ? wide_.size() : narrow_.size()); }
     float get(int64_t i) const {
         if (dtype_ == Dtype::kFloat32) return wide_[i];
         const uint32_t word = static_cast<uint32_t>(narrow_[i]) << 16;
@@ -74,6 +75,7 @@ class Numbers {
     void set(int64_t i, float value);  // bfloat16: towards 0
     void* data();
     bool same_bits(const Numbers& other, int64_t i) const;
+    bool same_bits(const Numbers& other) const;  // all of them
 
   private:
     Dtype dtype_;
@@ -113,6 +115,7 @@ void fuzz_sample(Case& c);
 void fuzz_gumbel(Case& c);
 void fuzz_cross_entropy(Case& c);
 void fuzz_decode_attention(Case& c);
+void fuzz_decoder(Case& c);
 void fuzz_packed_linear(Case& c);
 void fuzz_elementwise(Case& c);
 void fuzz_rouge_l_recall(Case& c);

@@ -10,7 +10,8 @@ namespace pmc::fuzz {
 void fuzz_sample(Case& c) {
     Random& random = c.random;
     Logits logits = Logits::random(random);
-    const Options options = Options::random(random, logits.vocab);
+    Options options = Options::random(random, logits.vocab);
+    options.first_token = 4 * random.pick<int64_t>({0, 0, 1, random.between(0, 1 << 16), random.between(0, 1 << 29)});
     const auto rows = static_cast<size_t>(logits.rows);
     const int threads = static_cast<int>(random.between(1, 2));
     // Several draws of a row, or none, in any order; or one of each.
@@ -57,7 +58,8 @@ void fuzz_sample(Case& c) {
                                               sampling_logprob.data(),
                                               kept_mass.data(),
                                               workspace.data(),
-                                              threads});
+                                              threads,
+                                              options.first_token});
         check_first_bad(c, usable, bad);
         for (size_t i = 0; i < draws; ++i)
             if (usable[static_cast<size_t>(row_of[i])] == Usable::kYes)
