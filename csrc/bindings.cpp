@@ -213,7 +213,8 @@ PYBIND11_MODULE(_C, m) {
                                       pointer<const int64_t>(prefix_row),
                                       pointer<const int64_t>(first),
                                       threads};
-                for (const Positions& layer : own) step.own.push_back(positions(layer)), step.own.back().length = filled;
+                for (const Positions& layer : own)
+                    step.own.push_back(positions(layer)), step.own.back().length = filled;
                 for (const Positions& layer : prefix) step.prefix.push_back(positions(layer));
                 return decoder.step(step);
             },
