@@ -218,13 +218,15 @@ struct Model {
             m.own.push_back({own(), own()});
             m.prefix.push_back({prefix(), prefix()});
         }
-        if (random.one_in(4)) {  // a NaN: in a row's hidden state, or in a key that may or may not be looked at
+        // NaN: in a row's hidden state, or in a key that may or may not be looked at.
+        for (int64_t left = random.one_in(4) ? random.between(1, 3) : 0; left > 0; --left) {
             const auto some = [&](int64_t count) { return random.between(0, count - 1); };
             Step& step = m.steps[some(static_cast<int64_t>(m.steps.size()))];
             const int64_t l = some(static_cast<int64_t>(m.layers.size()));
             switch (random.between(0, 2)) {
                 case 0:
-                    step.hidden[some(step.rows * size)] = random.nan();
+                    // Not of any payload: narrow() takes a NaN of the largest ones for 0.
+                    step.hidden[some(step.rows * size)] = kNaN;
                     break;
                 case 1:
                     m.own[l].key.x.set(some(m.own[l].key.x.size()), random.nan());
