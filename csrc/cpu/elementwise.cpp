@@ -1,6 +1,7 @@
 // What a decoder layer does to its rows between the products: normalise, rotate, gate.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common/parallel.h"
 #include "cpu/kernels.h"
@@ -69,6 +70,10 @@ void activate_row(const ActivateArgs& args, float* x, const float* up) {
     }
 }
 
+// A NaN becomes one that survives rounding to bfloat16.
+inline Floats roundable(Floats x) { return x == x ? x : broadcast(std::numeric_limits<float>::quiet_NaN()); }
+inline float roundable(float x) { return x == x ? x : std::numeric_limits<float>::quiet_NaN(); }
+
 // The first `rotated` elements as pairs half of that apart, turned by the row's angles; the rest as it is.
 template <class T>
 void rotate_head(const float* x, const float* cosine, const float* sine, int64_t rotated, int64_t dim, T* y) {
@@ -76,15 +81,15 @@ void rotate_head(const float* x, const float* cosine, const float* sine, int64_t
     int64_t i = 0;
     for (; i + kLanes <= half; i += kLanes) {
         const Floats a = load(x + i), b = load(x + half + i);
-        store(y + i, a * load(cosine + i) - b * load(sine + i));
-        store(y + half + i, b * load(cosine + half + i) + a * load(sine + half + i));
+        store(y + i, roundable(a * load(cosine + i) - b * load(sine + i)));
+        store(y + half + i, roundable(b * load(cosine + half + i) + a * load(sine + half + i)));
     }
     for (; i < half; ++i) {
         const float a = x[i], b = x[half + i];
-        from_float(y + i, a * cosine[i] - b * sine[i]);
-        from_float(y + half + i, b * cosine[half + i] + a * sine[half + i]);
+        from_float(y + i, roundable(a * cosine[i] - b * sine[i]));
+        from_float(y + half + i, roundable(b * cosine[half + i] + a * sine[half + i]));
     }
-    for (i = rotated; i < dim; ++i) from_float(y + i, x[i]);
+    for (i = rotated; i < dim; ++i) from_float(y + i, roundable(x[i]));
 }
 
 template <class T>

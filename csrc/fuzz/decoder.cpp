@@ -225,8 +225,7 @@ struct Model {
             const int64_t l = some(static_cast<int64_t>(m.layers.size()));
             switch (random.between(0, 2)) {
                 case 0:
-                    // Not of any payload: narrow() takes a NaN of the largest ones for 0.
-                    step.hidden[some(step.rows * size)] = kNaN;
+                    step.hidden[some(step.rows * size)] = random.nan();
                     break;
                 case 1:
                     m.own[l].key.x.set(some(m.own[l].key.x.size()), random.nan());
