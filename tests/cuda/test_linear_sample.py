@@ -28,7 +28,7 @@ PLAIN = {
 @pytest.fixture(autouse=True)
 def hopper():
     if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("for Hopper")
+        pytest.skip("the kernel needs a Hopper GPU (compute capability 9.0)")
 
 
 def exact_in_any_order(*shape):
