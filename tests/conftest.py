@@ -29,6 +29,16 @@ def threads(request):
     torch.set_num_threads(2 if "ops" in request.path.parts else THREADS)
 
 
+@pytest.fixture(autouse=True)
+def accelerates_own_state():
+    """accelerate keeps one state for a process, which a Trainer or an Accelerator fixes: the next test starts without."""
+    yield
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def cmake() -> Path:
     """That of this environment, which need not be activated."""

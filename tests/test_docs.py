@@ -40,16 +40,8 @@ def blocks(page, language):
     return found
 
 
-@pytest.fixture
-def alone():
-    """accelerate keeps one state for a process, which a Trainer fixes: it must not reach other tests."""
-    yield
-    if "accelerate.state" in sys.modules:
-        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
-def test_the_python_of_a_page_runs(page, alone, tmp_path, monkeypatch, rng_seed):
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, rng_seed):
     for package in NEEDS.get(page, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)

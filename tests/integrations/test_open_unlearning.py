@@ -83,21 +83,16 @@ def test_the_head_makes_no_logits(rng_seed):
 
 def test_models_that_accelerate_has_prepared_run_in_its_precision(rng_seed):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-        plain = make_model("gemma2", seed=rng_seed)
-        model = accelerator.prepare_model(copy.deepcopy(plain))
-        inputs = collate([make_row() for _ in range(3)])
-        want, _ = batch_nll(model, inputs)
-        got, outputs = fused_batch_nll(model, inputs)
-        assert outputs.last_hidden_state.dtype == torch.bfloat16 and got.dtype == torch.float32
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
-        assert fused_batch_nll(plain, inputs)[1].last_hidden_state.dtype == torch.float32
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    plain = make_model("gemma2", seed=rng_seed)
+    model = accelerator.prepare_model(copy.deepcopy(plain))
+    inputs = collate([make_row() for _ in range(3)])
+    want, _ = batch_nll(model, inputs)
+    got, outputs = fused_batch_nll(model, inputs)
+    assert outputs.last_hidden_state.dtype == torch.bfloat16 and got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert fused_batch_nll(plain, inputs)[1].last_hidden_state.dtype == torch.float32
 
 
 @pytest.fixture
