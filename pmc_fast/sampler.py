@@ -19,7 +19,8 @@ from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
 from pmc_fast.sharding import gathered, smallest
-from pmc_fast.static_decoder import KeptDecoders, Sizes, rounded, static_decoder
+from pmc_fast.static_decoder import KeptDecoders, static_decoder
+from pmc_fast.static_rows import Sizes, rounded
 
 if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner

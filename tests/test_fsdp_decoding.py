@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pmc_fast import backend, fast_linear, running_rows, static_decoder
+from pmc_fast import backend, fast_linear, gpu, running_rows, static_decoder
 from pmc_fast.packing import pad_left
 from pmc_fast.reference import decode_attention as reference
 from pmc_fast.sampler import Sampler
@@ -130,7 +130,7 @@ def _fixed_memory(rank, ranks, seed):
     """The decoder for GPUs, torch in its kernels' place: what is kept for the next call knows where weights were gathered."""
     chosen = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, "native"))
     kernels = {"elementwise": decoder_kernels, "append_token": decoder_kernels, "decode_attention": reference}
-    with patch.multiple(static_decoder, backend=chosen, _kernels=kernels.get):
+    with patch.object(static_decoder, "backend", chosen), patch.object(gpu, "kernels", kernels.get):
         sampler, whole = Sampler(_shard(make_model(seed=seed)), keep_graphs=True), Sampler(make_model(seed=seed))
         for scale in (1.0, 1.0, 1.5):
             with torch.no_grad():
@@ -143,7 +143,7 @@ def _fixed_memory(rank, ranks, seed):
 
 def _weights_read(sampler):
     for decoder in sampler._kept._used.values():
-        for layer in decoder._layers.layers:
+        for layer in decoder.layers.layers.layers:
             yield layer.query.parts.weight
             yield layer.norm.parts.weight
 

@@ -14,7 +14,7 @@ import torch
 from tiny import VOCAB, make_model, make_tokenizer
 
 pytest.importorskip("triton")
-from pmc_fast import backend, static_decoder
+from pmc_fast import backend, gpu, static_decoder
 from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
@@ -25,7 +25,7 @@ from pmc_fast.sampler import Sampler
 KNOWN = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi": {}}
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = static_decoder._kernels
+KERNELS = gpu.kernels
 
 
 def by_torch(name):
@@ -40,7 +40,7 @@ def built(monkeypatch):
     stand_in = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, drawing))
     monkeypatch.setattr(static_decoder, "backend", stand_in)
     if DEVICE == "cpu":
-        monkeypatch.setattr(static_decoder, "_kernels", by_torch)
+        monkeypatch.setattr(gpu, "kernels", by_torch)
     monkeypatch.setattr(static_decoder, "LEAST_ROWS", 2)  # so that rows are brought together often
 
     def watched(*args):
@@ -132,7 +132,7 @@ def test_other_adapters_are_left_to_their_modules(options, built, rng_seed):
 
 @pytest.mark.parametrize("family", ["qwen3", "phi"])
 def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
-    monkeypatch.setattr(static_decoder, "_kernels", KERNELS)
+    monkeypatch.setattr(gpu, "kernels", KERNELS)
     model = make_model(family, seed=rng_seed).to(DEVICE)
     options = {"prompts": PROMPTS[:2], "num_samples": 2, "max_new_tokens": 4}
     got = sample(model, rng_seed, **options)
@@ -245,8 +245,7 @@ def test_kept_memory_fits_the_budget(built, rng_seed):
         sample(sampler, rng_seed, cache_budget=one - 1)
     sample(sampler, rng_seed, cache_budget=2 * one)
     assert [decoder.sizes.prompts for decoder in built] == [2, 2] and built[0] is built[1]
-    held = sum(x.nbytes for x in (built[0]._kept_prefix, built[0]._own))
-    assert held <= 2 * one
+    assert built[0].layers.held_bytes <= 2 * one
 
 
 def test_the_sampler_says_what_decoded(built, monkeypatch, rng_seed):
