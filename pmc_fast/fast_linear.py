@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pmc_fast.errors import BackendUnavailable
+from pmc_fast.memory import free_bytes
 from pmc_fast.native import library
 from pmc_fast.native.packed_linear import PackedWeight, pack, packed_bytes, packed_linear
 from pmc_fast.sharding import is_dtensor, kind
 
-# Weights copied into the library's own layout at most, for the time of one sampling call.
-PACKED_BYTES = 2 << 30
+# Of the memory that is free, how much copies of weights in the library's own layout take at most, for one sampling call.
+PACKED_SHARE = 0.25
 
 # The copies of the block under way, by the identity of the weights that they are of.
 _packed: ContextVar[Mapping[tuple, PackedWeight]] = ContextVar("pmc_fast_packed", default={})  # noqa: B039
@@ -57,8 +58,8 @@ def _is_intel() -> bool:
 def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     """Within a with block, the model's nn.Linear layers on a CPU multiply faster; for use without gradients.
 
-    Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (at most
-    PACKED_BYTES of them), which pays when few rows are multiplied many times.
+    Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (as many as
+    PACKED_SHARE has room for), which pays when few rows are multiplied many times.
 
     Args:
         model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
@@ -69,7 +70,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         for module in model.modules()
         if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
     ]
-    packs, room, held = _has_library(), PACKED_BYTES, {}
+    packs, room, held = _has_library(), int(free_bytes(torch.device("cpu")) * PACKED_SHARE), {}
     for layer in layers:
         if not _gains(layer.weight):
             continue

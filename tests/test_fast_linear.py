@@ -72,7 +72,7 @@ def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(packs, mo
     monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: False)
     layers = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 33, bias=False)).bfloat16()
     room = sum(packed_bytes(layer.weight) for layer in layers[:packs])
-    monkeypatch.setattr(the_module, "PACKED_BYTES", room)
+    monkeypatch.setattr(the_module, "free_bytes", lambda device: room / the_module.PACKED_SHARE)
     x = torch.randn(5, 32).bfloat16()
     with fast_linear(layers):
         got = layers(x)
