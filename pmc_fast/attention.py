@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ _calls: ContextVar[list[int] | None] = ContextVar("pmc_fast_packed_calls", defau
 # The attention calls of the pass under way so far; None if nobody asks.
 _watched: ContextVar[list[AttentionCall] | None] = ContextVar("pmc_fast_watched", default=None)
 
-# What the rows see while they are decoded one token at a time; None otherwise.
+# The rows that are decoded one token at a time; None otherwise.
 _decoding: ContextVar[Decoding | None] = ContextVar("pmc_fast_decoding", default=None)
 
 
@@ -50,13 +50,40 @@ class AttentionCall:
     window: int | None
 
 
+class Decoding(Protocol):
+    """Rows that are decoded one token at a time."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """[N, H, D] of one query [N, H, D] each, over what the layer's cache returned."""
+        ...
+
+
 @dataclass(frozen=True)
-class Decoding:
-    """first: int64 [N], the first position that each row sees; prefix_row: int64 [N], the row of its prompt."""
+class SharedPrompts:
+    """Rows over a cache that holds prompts once.
+
+    first: int64 [N], the first position that each row sees; prefix_row: int64 [N], the row of its prompt.
+    """
 
     cache: SampleCache
     first: Tensor
     prefix_row: Tensor
+
+    def attend(self, layer, query, key, value, *, window, scale, softcap) -> Tensor:
+        held = self.cache.layers[layer]
+        prefix = {"prefix_key": held.prefix_keys, "prefix_value": held.prefix_values, "prefix_row": self.prefix_row}
+        first = held.first_seen(self.first, window)
+        return decode_attention(query, key, value, first, scale=scale, softcap=softcap, **prefix)
 
 
 def install(model: nn.Module) -> None:
@@ -118,9 +145,9 @@ def watching() -> Iterator[list[AttentionCall]]:
 
 
 @contextmanager
-def decoding(cache: SampleCache, first: Tensor, prefix_row: Tensor) -> Iterator[None]:
-    """Around a pass of one token per row over a cache that holds prompts once: no mask is made."""
-    token = _decoding.set(Decoding(cache, first, prefix_row))
+def decoding(rows: Decoding) -> Iterator[None]:
+    """Around a pass of one token per row: no mask is made."""
+    token = _decoding.set(rows)
     try:
         yield
     finally:
@@ -164,15 +191,8 @@ def _forward(
             )
         )
     if (rows := _decoding.get()) is not None:
-        held = rows.cache.layers[module.layer_idx]
-        first = held.first_seen(rows.first, sliding_window)
-        prefix = {
-            "prefix_key": held.prefix_keys,
-            "prefix_value": held.prefix_values,
-            "prefix_row": rows.prefix_row,
-        }
-        out = decode_attention(query[:, :, 0], key, value, first, scale=scaling, softcap=softcap, **prefix)
-        return out[:, None], None
+        options = {"window": sliding_window, "scale": scaling, "softcap": softcap}
+        return rows.attend(module.layer_idx, query[:, :, 0], key, value, **options)[:, None], None
     if packed_lengths is None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -199,7 +199,7 @@ class Sampler:
         sizes = Sizes(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
         sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)).flatten()
         if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
-            self.decoder = "cuda graph"
+            self.decoder = decoder.layers.name
             with torch.cuda.device_of(limit):  # where its kernels are launched
                 wave = decoder.sample(filled, sequence, limit, prune, progress)
             return *wave, int(wave[1].sum()) - len(limit)
