@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 _LIBRARIES = ("aten", "prims", "mkldnn", "profiler")  # of torch itself; operators of others may look at values unseen
 _LOOKING = ("_grouped_mm", "_scaled_grouped_mm")  # unseen, on GPUs that have no kernel for them
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+_COPYING = ("copy_", "where", *_INDEXING)  # to the device even a number
 _DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -21,7 +22,7 @@ class RefusingHostValues(TorchDispatchMode):
     """Within a with block, what would give the host a value that lies on this kind of device raises HostValue instead.
 
     So do copies between the host and the device, and operators that this class knows nothing about. What the host holds in a
-    tensor without dimensions counts as a number, unless it is copied to the device.
+    tensor without dimensions counts as a number, where the operator does not copy it to the device.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -45,7 +46,7 @@ class RefusingHostValues(TorchDispatchMode):
         if func.namespace not in _LIBRARIES:
             return True
         name = func.overloadpacket.__name__
-        if name in _LOOKING or any((t.dim() or name == "copy_") and not self._is_there(t) for t in tensors):
+        if name in _LOOKING or any((t.dim() or name in _COPYING) and not self._is_there(t) for t in tensors):
             return True
         if name == "lift_fresh":  # made of the host's numbers, hence copied if it is not the host's
             return self._device_type != "cpu"

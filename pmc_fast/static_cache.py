@@ -61,9 +61,7 @@ class StaticCache:
 class StepAttention:
     """See `StaticCache.attention`."""
 
-    def __init__(
-        self, own: Tensor, prefix: Sequence[Sequence[Tensor]], width: int, of: StaticRows, rows: int
-    ) -> None:
+    def __init__(self, own: Tensor, prefix: Sequence[Sequence[Tensor]], width: int, of: StaticRows, rows: int) -> None:
         self._own, self._prefix, self._width = own, prefix, width
         self._length, self._prefix_row = of.step[:rows], of.prefix_row[:rows]
         self._first: dict[int | None, Tensor] = {None: of.first[:rows]}  # that a row sees, by window

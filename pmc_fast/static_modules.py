@@ -105,7 +105,7 @@ class StaticModules(StaticCache):
         held = self._prefix_length + length[0] - 1
         most = self._sizes.width + self._sizes.steps
         # Rows that have ended count on, perhaps beyond the positions that the model has learned.
-        position = torch.where(of.running[:rows], of.position[:rows], 0)
+        position = of.position[:rows] * of.running[:rows]
         cache = Cache(layers=[_Layer(own, length, held, most) for own in self.own[:, :, :rows]])
         with attention.decoding(_Rows(self.attention(of, rows))), _not_warning(self._lm.backbone):
             hidden = self._lm.hidden(

@@ -79,8 +79,10 @@ def test_values_of_the_hosts_own_are_no_matter():
         lambda there: there.copy_(VALUES),
         lambda there: there.copy_(torch.tensor(1.0)),
         lambda there: there[torch.tensor([0, 1])],
+        lambda there: there.index_put_((torch.empty(1, dtype=torch.int64, device="meta"),), torch.tensor(1.0)),
+        lambda there: torch.where(there > 0, there, torch.tensor(1.0)),
     ],
-    ids=["to", "a scalar to", "copy", "a scalar's copy", "index"],
+    ids=["to", "a scalar to", "copy", "a scalar's copy", "index", "a scalar written", "a scalar chosen"],
 )
 def test_copies_to_the_device_are_refused(operation):
     there = torch.empty(VALUES.shape, device="meta")
@@ -91,4 +93,4 @@ def test_copies_to_the_device_are_refused(operation):
 def test_numbers_of_the_hosts_are_not_copied():
     there = torch.empty(VALUES.shape, device="meta")
     with RefusingHostValues("meta"):
-        assert (there * torch.tensor(0.5) + 2.0).device.type == "meta"
+        assert torch.where(there > 0, there * torch.tensor(0.5) + 2.0, 1.0).device.type == "meta"

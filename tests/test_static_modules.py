@@ -8,6 +8,7 @@ import torch
 from tiny import FAMILIES, make_model
 from torch import nn
 from transformers import DynamicCache
+from transformers.activations import NewGELUActivation
 
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sample, watch
@@ -20,6 +21,7 @@ from pmc_fast.static_modules import StaticModules, _Layer
 # Those whose layers are of no known kind, and variants of those that are.
 OTHERS = {
     **{name: (name, {}) for name in FAMILIES if name not in ("llama", "mistral", "qwen2", "qwen3", "phi")},
+    "phi3": ("phi3", {}),
     "llama with ReLU": ("llama", {"hidden_act": "relu"}),
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
 }
@@ -90,15 +92,15 @@ def test_prompts_may_fill_all_learned_positions(built, monkeypatch, rng_seed):
 @pytest.mark.parametrize(
     "change",
     [
+        lambda model: setattr(model.config, "sliding_window", 2),
         lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1),
-        lambda model: setattr(model.model.layers[1], "residual_multiplier", 0.3),
-        lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()),
+        lambda model: setattr(model.model.layers[1].mlp.activation_fn, "__class__", NewGELUActivation),
         lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
     ],
-    ids=["attention", "a number", "a module", "a buffer"],
+    ids=["the configuration of attention", "a number", "a module", "a buffer"],
 )
 def test_kept_graphs_know_what_they_read(change, built, monkeypatch, rng_seed):
-    model = make("granite", rng_seed)
+    model = make("phi3", rng_seed)
     sampler = Sampler(model, keep_graphs=True)
     before = sample(sampler, rng_seed)
     change(model)
@@ -170,7 +172,9 @@ def test_keys_and_values_are_appended_and_counted_as_in_any_cache(rng_seed):
         assert layer.get_seq_length() == theirs.get_seq_length()
         new = torch.randn(2, 3, 2, 1, 4)
         theirs.update(*new, 0)
-        for held, got, want in zip(own, layer.update(*new), (theirs.layers[0].keys, theirs.layers[0].values), strict=True):
+        for held, got, want in zip(
+            own, layer.update(*new), (theirs.layers[0].keys, theirs.layers[0].values), strict=True
+        ):
             assert got.data_ptr() == held.data_ptr()
             torch.testing.assert_close(got[:, :, :step], want[:, :, 5:], rtol=0, atol=0)
             assert got[:, :, step:].isnan().all()
