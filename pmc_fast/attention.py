@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -22,8 +22,8 @@ NAME = "pmc_fast"
 # How many attention calls of the packed forward pass under way have seen its lengths; None outside of one.
 _calls: ContextVar[list[int] | None] = ContextVar("pmc_fast_packed_calls", default=None)
 
-# The attention calls of the pass under way so far; None if nobody asks.
-_watched: ContextVar[list[AttentionCall] | None] = ContextVar("pmc_fast_watched", default=None)
+# What passed through here of the pass under way; None if nobody asks.
+_watched: ContextVar[Watched | None] = ContextVar("pmc_fast_watched", default=None)
 
 # The rows that are decoded one token at a time; None otherwise.
 _decoding: ContextVar[Decoding | None] = ContextVar("pmc_fast_decoding", default=None)
@@ -48,6 +48,18 @@ class AttentionCall:
     scaling: float | None
     softcap: float | None
     window: int | None
+
+
+@dataclass
+class Watched:
+    """The attention calls of a pass, and the windows of the masks that were asked for.
+
+    other_masks: whether some were asked for that are not causal, or more than that and a window.
+    """
+
+    calls: list[AttentionCall] = field(default_factory=list)
+    windows: set[int] = field(default_factory=set)
+    other_masks: bool = False
 
 
 class Decoding(Protocol):
@@ -135,11 +147,11 @@ def replacing_sdpa(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching() -> Iterator[list[AttentionCall]]:
-    """Within a with block, the list that it gives gets an entry for each attention call that passes through here."""
-    token = _watched.set(calls := [])
+def watching() -> Iterator[Watched]:
+    """Within a with block, what it gives learns of each attention call and mask that passes through here."""
+    token = _watched.set(watched := Watched())
     try:
-        yield calls
+        yield watched
     finally:
         _watched.reset(token)
 
@@ -157,6 +169,10 @@ def decoding(rows: Decoding) -> Iterator[None]:
 def _mask(*args, **kwargs) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
+    if (watched := _watched.get()) is not None:
+        # Of chunks, the window is their size; vmap is for masks that somebody brings.
+        watched.windows |= {kwargs["local_size"]} if kwargs.get("local_size") is not None else set()
+        watched.other_masks |= kwargs.get("use_vmap", False) or "allow_is_bidirectional_skip" in kwargs
     return None if _calls.get() is not None or _decoding.get() is not None else sdpa_mask(*args, **kwargs)
 
 
@@ -176,9 +192,9 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if kwargs.get("s_aux") is not None:
         raise UserError("model: its attention has sinks, which this version does not support")
-    if (calls := _watched.get()) is not None:
+    if (watched := _watched.get()) is not None:
         layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape
-        calls.append(
+        watched.calls.append(
             AttentionCall(
                 layer,
                 packed_lengths is not None,

@@ -3,12 +3,15 @@
 See test_static_decoder.py, which holds both ways to the same.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import FAMILIES, make_model
 from torch import nn
 from transformers import DynamicCache
 from transformers.activations import NewGELUActivation
+from transformers.masking_utils import create_causal_mask
 
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sample, watch
@@ -131,6 +134,27 @@ def test_angles_that_depend_on_other_rows_are_left_to_the_modules(rope, built, m
     got = sample(sampler, rng_seed)
     assert built == [None] and sampler.decoder == "modules"
     assert_same(got, by_modules(make("granite", rng_seed, **options), rng_seed, monkeypatch))
+
+
+def test_a_window_that_masks_alone_know_of_is_left_to_them(built, monkeypatch, rng_seed):
+    model = make("phimoe", rng_seed)
+    model.set_experts_implementation("batched_mm")
+    got = sample(model, rng_seed)
+    assert built == [None]
+    assert_same(got, by_transformers(model, rng_seed, monkeypatch))
+    model.config.sliding_window = None
+    got = sample(model, rng_seed)
+    assert is_captured(built[1])
+    assert_same(got, by_transformers(model, rng_seed, monkeypatch))
+
+
+def test_masks_of_somebodys_own_are_left_to_them(built, monkeypatch, rng_seed):
+    near = partial(create_causal_mask, and_mask_function=lambda batch, head, query, key: query - key < 3)
+    monkeypatch.setattr("transformers.models.granite.modeling_granite.create_causal_mask", near)
+    model = make("granite", rng_seed)
+    got = sample(model, rng_seed)
+    assert built == [None]
+    assert_same(got, by_transformers(model, rng_seed, monkeypatch))
 
 
 class Watched(nn.Module):

@@ -38,7 +38,11 @@ FAMILIES = {
     "gpt2": {},
 }
 # For single tests.
-MORE = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "phi3": {"sliding_window": 6}}
+MORE = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"sliding_window": 6},
+    "phimoe": {"num_local_experts": 4, "sliding_window": 6},
+}
 
 
 def make_model(family: str = "llama", seed: int = 0, **changes):
