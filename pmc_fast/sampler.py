@@ -77,8 +77,9 @@ class Sampler:
             options and weights' addresses, and of about the same lengths. Otherwise nothing stays allocated.
 
     Attributes:
-        decoder: what decoded in the last call: "cuda graph", "native" (this library's CPU kernels) or "modules" (the
-            model's own, where a part of it is of no known kind, is watched or replaced, or is tensor-parallel).
+        decoder: what decoded in the last call: "cuda graph" (this library's GPU kernels), "native" (its CPU kernels),
+            "cuda graph of modules" (the model's own, where a part of it is of no known kind) or "modules" (those launch by
+            launch: on a CPU, or where somebody watches or replaces them, they need the host or are tensor-parallel).
 
     Raises:
         UserError: the model has no head this library knows.

@@ -21,7 +21,7 @@ from pmc_fast.ops.sample import preferred
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill
 from pmc_fast.static_layers import StaticLayers, read_in_place, read_static_layers
-from pmc_fast.static_modules import StaticModules, read_modules
+from pmc_fast.static_modules import StaticModules, check_modules, read_by_modules
 from pmc_fast.static_rows import Sizes, StaticRows
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def _read(lm: LanguageModel, filled: Prefill) -> tuple[Iterator[Hashable], Calla
     try:
         layers = read_static_layers(lm, filled)
     except Unknown:
-        return read_modules(lm, filled), partial(StaticModules, lm)
+        check_modules(lm, filled)
+        return read_by_modules(lm, filled), partial(StaticModules, lm)
     return read_in_place(layers), partial(StaticLayers, layers)
 
 

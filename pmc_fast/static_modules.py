@@ -26,24 +26,29 @@ from pmc_fast.static_rows import Sizes, StaticRows
 LIBRARIES = ("torch.nn.", "transformers.", "peft.")
 
 
-def read_modules(lm: LanguageModel, filled: Prefill) -> Iterator[Hashable]:
-    """All that a step reads of the model's modules: where tensors lie, and numbers and names.
+def check_modules(lm: LanguageModel, filled: Prefill) -> None:
+    """Whether the model's modules do the same in every step, as far as that can be told from what they are.
 
     Raises:
-        Unknown: somebody watches, replaces or compiles modules, or they may not do the same in every step.
+        Unknown: somebody watches, replaces or compiles them, or they may not.
     """
     if is_hooked(lm) or is_tensor_parallel(lm.backbone):
         raise Unknown
     if len({layer.keys.shape for layer in filled.cache.layers}) > 1:
         raise Unknown
-    modules = list(lm.backbone.modules())
-    for module in modules:
+    for module in lm.backbone.modules():
         if not kind(module).__module__.startswith(LIBRARIES) or module._compiled_call_impl is not None:
             raise Unknown
         if not set(_rotary_kinds(module)) <= set(ROTARY_KINDS):  # angles would depend on the other rows' positions
             raise Unknown
-    calls = (replace(call, keys_at=0, packed=False) for call in filled.calls)
-    return iter((*calls, *((kind(module), _plain(vars(module))) for module in modules)))
+
+
+def read_by_modules(lm: LanguageModel, filled: Prefill) -> Iterator[Hashable]:
+    """All that a step reads of the modules: what attention is given, where tensors lie, and numbers and names."""
+    for call in filled.calls:
+        yield replace(call, keys_at=0, packed=False)
+    for module in lm.backbone.modules():
+        yield kind(module), _plain(vars(module))
 
 
 def _rotary_kinds(module: nn.Module) -> list[str]:
