@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ NAME = "pmc_fast"
 # How many attention calls of the packed forward pass under way have seen its lengths; None outside of one.
 _calls: ContextVar[list[int] | None] = ContextVar("pmc_fast_packed_calls", default=None)
 
-# The attention calls of the pass under way so far; None if nobody asks.
-_watched: ContextVar[list[AttentionCall] | None] = ContextVar("pmc_fast_watched", default=None)
+# What passed through here of the pass under way; None if nobody asks.
+_watched: ContextVar[Watched | None] = ContextVar("pmc_fast_watched", default=None)
 
-# What the rows see while they are decoded one token at a time; None otherwise.
+# The rows that are decoded one token at a time; None otherwise.
 _decoding: ContextVar[Decoding | None] = ContextVar("pmc_fast_decoding", default=None)
 
 
@@ -50,13 +50,52 @@ class AttentionCall:
     window: int | None
 
 
+@dataclass
+class Watched:
+    """The attention calls of a pass, and the windows of the masks that were asked for.
+
+    other_masks: whether some were asked for that are not causal, or more than that and a window.
+    """
+
+    calls: list[AttentionCall] = field(default_factory=list)
+    windows: set[int] = field(default_factory=set)
+    other_masks: bool = False
+
+
+class Decoding(Protocol):
+    """Rows that are decoded one token at a time."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """[N, H, D] of one query [N, H, D] each, over what the layer's cache returned."""
+        ...
+
+
 @dataclass(frozen=True)
-class Decoding:
-    """first: int64 [N], the first position that each row sees; prefix_row: int64 [N], the row of its prompt."""
+class SharedPrompts:
+    """Rows over a cache that holds prompts once.
+
+    first: int64 [N], the first position that each row sees; prefix_row: int64 [N], the row of its prompt.
+    """
 
     cache: SampleCache
     first: Tensor
     prefix_row: Tensor
+
+    def attend(self, layer, query, key, value, *, window, scale, softcap) -> Tensor:
+        held = self.cache.layers[layer]
+        prefix = {"prefix_key": held.prefix_keys, "prefix_value": held.prefix_values, "prefix_row": self.prefix_row}
+        first = held.first_seen(self.first, window)
+        return decode_attention(query, key, value, first, scale=scale, softcap=softcap, **prefix)
 
 
 def install(model: nn.Module) -> None:
@@ -108,19 +147,19 @@ def replacing_sdpa(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching() -> Iterator[list[AttentionCall]]:
-    """Within a with block, the list that it gives gets an entry for each attention call that passes through here."""
-    token = _watched.set(calls := [])
+def watching() -> Iterator[Watched]:
+    """Within a with block, what it gives learns of each attention call and mask that passes through here."""
+    token = _watched.set(watched := Watched())
     try:
-        yield calls
+        yield watched
     finally:
         _watched.reset(token)
 
 
 @contextmanager
-def decoding(cache: SampleCache, first: Tensor, prefix_row: Tensor) -> Iterator[None]:
-    """Around a pass of one token per row over a cache that holds prompts once: no mask is made."""
-    token = _decoding.set(Decoding(cache, first, prefix_row))
+def decoding(rows: Decoding) -> Iterator[None]:
+    """Around a pass of one token per row: no mask is made."""
+    token = _decoding.set(rows)
     try:
         yield
     finally:
@@ -130,6 +169,10 @@ def decoding(cache: SampleCache, first: Tensor, prefix_row: Tensor) -> Iterator[
 def _mask(*args, **kwargs) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
+    if (watched := _watched.get()) is not None:
+        # Of chunks, the window is their size; vmap is for masks that somebody brings.
+        watched.windows |= {kwargs["local_size"]} if kwargs.get("local_size") is not None else set()
+        watched.other_masks |= kwargs.get("use_vmap", False) or "allow_is_bidirectional_skip" in kwargs
     return None if _calls.get() is not None or _decoding.get() is not None else sdpa_mask(*args, **kwargs)
 
 
@@ -149,9 +192,9 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if kwargs.get("s_aux") is not None:
         raise UserError("model: its attention has sinks, which this version does not support")
-    if (calls := _watched.get()) is not None:
+    if (watched := _watched.get()) is not None:
         layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape
-        calls.append(
+        watched.calls.append(
             AttentionCall(
                 layer,
                 packed_lengths is not None,
@@ -164,15 +207,8 @@ def _forward(
             )
         )
     if (rows := _decoding.get()) is not None:
-        held = rows.cache.layers[module.layer_idx]
-        first = held.first_seen(rows.first, sliding_window)
-        prefix = {
-            "prefix_key": held.prefix_keys,
-            "prefix_value": held.prefix_values,
-            "prefix_row": rows.prefix_row,
-        }
-        out = decode_attention(query[:, :, 0], key, value, first, scale=scaling, softcap=softcap, **prefix)
-        return out[:, None], None
+        options = {"window": sliding_window, "scale": scaling, "softcap": softcap}
+        return rows.attend(module.layer_idx, query[:, :, 0], key, value, **options)[:, None], None
     if packed_lengths is None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -103,7 +103,7 @@ def read_layers(
 
 
 def _read_layers(lm, calls, norm, linear) -> Layers:
-    if _is_hooked(lm) or is_tensor_parallel(lm.backbone):
+    if is_hooked(lm) or is_tensor_parallel(lm.backbone):
         raise Unknown
     backbone = lm.backbone
     if kind(backbone.embed_tokens) is not nn.Embedding:
@@ -121,7 +121,7 @@ def _read_layers(lm, calls, norm, linear) -> Layers:
     )
 
 
-def _is_hooked(lm: LanguageModel) -> bool:
+def is_hooked(lm: LanguageModel) -> bool:
     """Whether somebody but `fast_linear` watches or replaces what modules do; the head's is not called."""
     head = lm.head_module
     return any(

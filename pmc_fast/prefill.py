@@ -52,11 +52,12 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
         return Prefill(hidden, cache, mask, padded, position[:, -1], calls, True)
     cache = SampleCache(layers_of(lm.model.config), width)
     options = {"attention_mask": mask} if padded else {}
-    with attention.watching() as calls:
+    with attention.watching() as watched:
         hidden = lm.hidden(input_ids, position_ids=position, past_key_values=cache, use_cache=True, **options)
     if cache.get_seq_length() != width:
         raise UserError("model: it does not fill the key/value cache it is given, so it cannot be sampled from")
-    return Prefill(hidden[:, -1], cache, mask, padded, position[:, -1], calls, _suits_decode_attention(cache, calls))
+    suits = _suits_decode_attention(cache, watched)
+    return Prefill(hidden[:, -1], cache, mask, padded, position[:, -1], watched.calls, suits)
 
 
 def _packed(
@@ -72,23 +73,26 @@ def _packed(
         return None
     cache = SampleCache(layers_of(model.config), packed.input_ids.shape[1])
     try:
-        with attention.watching() as calls:
+        with attention.watching() as watched:
             hidden = packed.hidden(lm, cache)
     except attention.LengthsLost:
         return None
-    if not _suits_decode_attention(cache, calls) or not all(call.packed for call in calls):
+    if not _suits_decode_attention(cache, watched) or not all(call.packed for call in watched.calls):
         return None
     # Where each prompt's tokens lie among the packed ones: the beginning first, the rest before its last token.
     place = packed.rows[:, None] - torch.arange(input_ids.shape[1]).flip(0)
     text = torch.arange(input_ids.shape[1]) - (mask == 0).sum(1, keepdim=True)
     cache.spread(torch.where(text < shared, text.clamp(min=0), place))
-    return hidden, cache, calls
+    return hidden, cache, watched.calls
 
 
-def _suits_decode_attention(cache: SampleCache, calls: list[attention.AttentionCall]) -> bool:
-    layers = cache.layers
+def _suits_decode_attention(cache: SampleCache, watched: attention.Watched) -> bool:
+    """Whether it sees all layers, and what these see is told by their windows rather than by masks alone."""
+    calls, layers = watched.calls, cache.layers
     return (
         [call.layer for call in calls] == list(range(len(layers)))
         and all(call.same_shape for call in calls)
         and all(call.keys_at == layer.keys.data_ptr() for call, layer in zip(calls, layers, strict=True))
+        and {call.window for call in calls} - {None} == watched.windows
+        and not watched.other_masks
     )

@@ -95,7 +95,7 @@ class RunningRows:
             return self._decoder.step(token, position, first, self._prompt)
         attending, options = nullcontext(), {}
         if self._shares:
-            attending = attention.decoding(self._cache, first, self._prompt)
+            attending = attention.decoding(attention.SharedPrompts(self._cache, first, self._prompt))
         elif self._filled.padded:
             mask = self._filled.mask[self._prompt]
             options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), self._generated)], dim=1)

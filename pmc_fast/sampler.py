@@ -77,8 +77,9 @@ class Sampler:
             options and weights' addresses, and of about the same lengths. Otherwise nothing stays allocated.
 
     Attributes:
-        decoder: what decoded in the last call: "cuda graph", "native" (this library's CPU kernels) or "modules" (the
-            model's own, where a part of it is of no known kind, is watched or replaced, or is tensor-parallel).
+        decoder: what decoded in the last call: "cuda graph" (this library's GPU kernels), "native" (its CPU kernels),
+            "cuda graph of modules" (the model's own, where a part of it is of no known kind) or "modules" (those launch by
+            launch: on a CPU, or where somebody watches or replaces them, they need the host or are tensor-parallel).
 
     Raises:
         UserError: the model has no head this library knows.
@@ -199,7 +200,7 @@ class Sampler:
         sizes = Sizes(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
         sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)).flatten()
         if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
-            self.decoder = "cuda graph"
+            self.decoder = decoder.layers.name
             with torch.cuda.device_of(limit):  # where its kernels are launched
                 wave = decoder.sample(filled, sequence, limit, prune, progress)
             return *wave, int(wave[1].sum()) - len(limit)

@@ -1,4 +1,4 @@
-"""Decodes a model of a known kind on a GPU from fixed memory: a step of so many rows is one CUDA graph.
+"""Decodes a model on a GPU from fixed memory: a step of so many rows is one CUDA graph.
 
 A graph holds everything from the embedding of the last tokens to the record of the next ones, so a step costs the host one
 launch. Rows that finish run on, unseen, until so many have that the others fit the graph of fewer rows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from pmc_fast.ops.sample import preferred
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill
 from pmc_fast.static_layers import StaticLayers, read_in_place, read_static_layers
+from pmc_fast.static_modules import StaticModules, check_modules, read_by_modules
 from pmc_fast.static_rows import Sizes, StaticRows
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ def static_decoder(
     draw: dict[str, Any],
     kept: KeptDecoders | None,
 ) -> StaticDecoder | None:
-    """A decoder for this model, or None where its kernels do not run or one of the model's parts is of no known kind.
+    """A decoder for this model, or None where its kernels do not run or the model's modules cannot be captured.
+
+    Layers of a known kind are run by kernels of our own, all others by their modules.
 
     Args:
         filled: a pass over some prompts, which shows how the model attends.
@@ -53,27 +57,40 @@ def static_decoder(
     if (impl := backend.choose("linear_sample", draw["impl"], device, dtype, prefer)) not in ("triton", "cuda"):
         return None
     try:
-        layers = read_static_layers(lm, filled)
+        reads, layers = _read(lm, filled)
     except Unknown:
         return None
-    draw = {**draw, "impl": impl}
+    draw, keeps = {**draw, "impl": impl}, kept is not None
+    sizes = sizes.rounded() if keeps else sizes
 
-    def make() -> StaticDecoder:
-        return StaticDecoder(lm, StaticLayers(layers, sizes, kept is not None), sizes, ends, draw)
+    def make() -> StaticDecoder | None:
+        try:
+            return StaticDecoder(lm, layers(filled, sizes, keeps), sizes, ends, draw)
+        except Unknown:  # which modules show only when they run
+            return None
 
     if kept is None:
         return make()
-    sizes = sizes.rounded()
     head = (lm.head.weight.data_ptr(), None if lm.head.bias is None else lm.head.bias.data_ptr())
-    return kept.get((sizes, tuple(ends.tolist()), *draw.items(), *head, *read_in_place(layers)), make)
+    return kept.get((sizes, tuple(ends.tolist()), *draw.items(), *head, *reads), make)
+
+
+def _read(lm: LanguageModel, filled: Prefill) -> tuple[Iterator[Hashable], Callable[..., StaticLayers | StaticModules]]:
+    """What a step reads, and what makes the layers that do it, of filled, sizes and keeps. May raise Unknown."""
+    try:
+        layers = read_static_layers(lm, filled)
+    except Unknown:
+        check_modules(lm, filled)
+        return read_by_modules(lm, filled), partial(StaticModules, lm)
+    return read_in_place(layers), partial(StaticLayers, layers)
 
 
 class KeptDecoders:
     """Those that the last call used, for the next one."""
 
     def __init__(self) -> None:
-        self._earlier: dict[Hashable, StaticDecoder] = {}
-        self._used: dict[Hashable, StaticDecoder] = {}
+        self._earlier: dict[Hashable, StaticDecoder | None] = {}
+        self._used: dict[Hashable, StaticDecoder | None] = {}
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -84,7 +101,7 @@ class KeptDecoders:
         finally:
             self._earlier = {}
 
-    def get(self, key: Hashable, make: Callable[[], StaticDecoder]) -> StaticDecoder:
+    def get(self, key: Hashable, make: Callable[[], StaticDecoder | None]) -> StaticDecoder | None:
         if key not in self._used:
             self._used[key] = self._earlier.pop(key, None) or make()
         return self._used[key]
@@ -97,7 +114,7 @@ class StaticDecoder:
     """
 
     def __init__(
-        self, lm: LanguageModel, layers: StaticLayers, sizes: Sizes, ends: Tensor, draw: dict[str, Any]
+        self, lm: LanguageModel, layers: StaticLayers | StaticModules, sizes: Sizes, ends: Tensor, draw: dict[str, Any]
     ) -> None:
         self._lm, self.layers, self.sizes, head = lm, layers, sizes, lm.head
         self._rows = StaticRows(sizes, ends)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from pmc_fast import gpu
-from pmc_fast.attention import AttentionCall
 from pmc_fast.decoder_layers import Layers, LinearParts, NormParts, Unknown, read_layers
 from pmc_fast.gpu.gemm import write_logits
 from pmc_fast.models import LanguageModel
 from pmc_fast.prefill import Prefill
 from pmc_fast.side_by_side import side_by_side
+from pmc_fast.static_cache import StaticCache
 from pmc_fast.static_rows import Sizes, StaticRows
 
-_ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # whose angles depend on positions alone
+ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # whose angles depend on positions alone
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_static_layers(lm: LanguageModel, filled: Prefill) -> Layers[_Norm, _Lin
     """
     dtype = filled.hidden.dtype
     layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear)
-    if getattr(layers.rotary, "rope_type", None) not in _ROTARY_KINDS:
+    if getattr(layers.rotary, "rope_type", None) not in ROTARY_KINDS:
         raise Unknown
     return layers
 
@@ -77,31 +77,15 @@ def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[float | None]:
         yield None if tensor is None else tensor.data_ptr()
 
 
-class StaticLayers:
-    """The layers, and memory for keys and values: the prompts' once, and the rows' own.
+class StaticLayers(StaticCache):
+    """The layers, and memory for keys and values. See `StaticCache`."""
 
-    Args:
-        keeps: whether prompts' keys and values are copied to an address of their own; otherwise they are read where the
-            prefill left them.
-    """
+    name = "cuda graph"
 
-    def __init__(self, layers: Layers[_Norm, _Linear], sizes: Sizes, keeps: bool) -> None:
-        self.layers, self._sizes = layers, sizes
-        weight = layers.embed.weight
-        kv_heads = len(layers.layers[0].key.parts.weight) // layers.head_dim
-
-        def positions(count: int, length: int) -> Tensor:
-            shape = (len(layers.layers), 2, count, kv_heads, length, layers.head_dim)
-            return torch.empty(shape, dtype=weight.dtype, device=weight.device)
-
-        self._kept_prefix = positions(sizes.prompts, sizes.width) if keeps else None
-        self._prefix: Sequence[Sequence[Tensor]] = ()
-        self._own = positions(sizes.rows, sizes.steps)
+    def __init__(self, layers: Layers[_Norm, _Linear], filled: Prefill, sizes: Sizes, keeps: bool) -> None:
+        super().__init__(filled, sizes, keeps)
+        self.layers = layers
         self._cosine, self._sine = self._angles(sizes.width + sizes.steps)
-
-    @property
-    def held_bytes(self) -> int:
-        return self._own.nbytes + (0 if self._kept_prefix is None else self._kept_prefix.nbytes)
 
     def _angles(self, positions: int) -> list[Tensor]:
         """Cosines and sines of the rotary embedding, float32 [positions, R]."""
@@ -109,29 +93,15 @@ class StaticLayers:
         index = torch.arange(positions, device=like.device)[None]
         return [x[0].float().contiguous() for x in self.layers.rotary(like, position_ids=index)]
 
-    def begin(self, filled: Prefill) -> None:
-        """Take the prompts' keys and values, which end where the prefix ends."""
-        self._prefix = [layer.filled() for layer in filled.cache.layers]
-        if self._kept_prefix is not None:
-            pad = self._sizes.width - filled.cache.get_seq_length()
-            for mine, its in zip(self._kept_prefix.flatten(0, 1), chain(*self._prefix), strict=True):
-                mine[:, :, pad:] = its
-            self._prefix = self._kept_prefix
-
-    def move(self, source: Tensor, destination: Tensor, held: int) -> None:
-        """Copy rows' own keys and values, of the first positions, onto others'."""
-        self._own[:, :, destination, :, :held] = self._own[:, :, source, :, :held]
-
     def hidden(self, of: StaticRows, rows: int) -> Tensor:
         """The last hidden states [rows, D] of one more token for each of the first rows."""
-        elementwise, kernel = gpu.kernels("elementwise"), gpu.kernels("decode_attention").decode_attention
+        elementwise, attend = gpu.kernels("elementwise"), self.attention(of, rows)
         layers, dim = self.layers, self.layers.head_dim
-        position, length, prefix_row = of.position[:rows], of.step[:rows], of.prefix_row[:rows]
+        position, length = of.position[:rows], of.step[:rows]
         hidden = layers.embed(of.token[:rows]).float()
-        first: dict[int | None, Tensor] = {None: of.first[:rows]}
         added = None
-        for layer, (prefix_keys, prefix_values), own in zip(layers.layers, self._prefix, self._own, strict=True):
-            keys, values = own[:, :rows]
+        for index, layer in enumerate(layers.layers):
+            keys, values = self.own[index, :, :rows]
             x = layer.norm(hidden, added)
             query, key, value = (
                 part.view(rows, -1, dim) for part in side_by_side(x, (layer.query, layer.key, layer.value))
@@ -143,20 +113,7 @@ class StaticLayers:
                 query, key, value, self._cosine, self._sine, position, length, keys, values
             )
             call = layer.attention
-            if call.window not in first:
-                first[call.window] = torch.maximum(first[None], length + (self._sizes.width - call.window))
-            attended = kernel(
-                turned,
-                keys,
-                values,
-                first[call.window],
-                scale=_scale(call),
-                softcap=call.softcap,
-                prefix_key=prefix_keys,
-                prefix_value=prefix_values,
-                prefix_row=prefix_row,
-                length=length,
-            )
+            attended = attend(index, turned, window=call.window, scale=call.scaling, softcap=call.softcap)
             added = layer.output(attended.flatten(1))
             if layer.gate is None:
                 added += layer.down(elementwise.activate(layer.up(x), "gelu_tanh"))
@@ -164,7 +121,3 @@ class StaticLayers:
                 gate, up = side_by_side(layer.mlp_norm(hidden, added), (layer.gate, layer.up))
                 added = layer.down(elementwise.activate(gate, "silu", up))
         return layers.final(hidden, added)
-
-
-def _scale(call: AttentionCall) -> float:
-    return call.head_dim**-0.5 if call.scaling is None else call.scaling

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from pmc_fast import backend, fast_linear, gpu, running_rows, static_decoder
 from pmc_fast.packing import pad_left
-from pmc_fast.reference import decode_attention as reference
 from pmc_fast.sampler import Sampler
 from pmc_fast.sharding import kind
+from pmc_fast.static_layers import StaticLayers
 
 # By kind of layer; what shares its weight with the head is decoded in the same way.
 MODELS = [
@@ -129,21 +129,23 @@ def _changed_weights(rank, ranks, seed):
 def _fixed_memory(rank, ranks, seed):
     """The decoder for GPUs, torch in its kernels' place: what is kept for the next call knows where weights were gathered."""
     chosen = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, "native"))
-    kernels = {"elementwise": decoder_kernels, "append_token": decoder_kernels, "decode_attention": reference}
-    with patch.object(static_decoder, "backend", chosen), patch.object(gpu, "kernels", kernels.get):
-        sampler, whole = Sampler(_shard(make_model(seed=seed)), keep_graphs=True), Sampler(make_model(seed=seed))
-        for scale in (1.0, 1.0, 1.5):
-            with torch.no_grad():
-                for parameter in chain(sampler.lm.model.parameters(), whole.lm.model.parameters()):
-                    parameter *= scale
-            _assert_same(sampler, whole, seed)
-            assert sampler.decoder == "cuda graph"
-            assert not any(tensor.untyped_storage().size() for tensor in _weights_read(sampler))
+    with patch.object(static_decoder, "backend", chosen), patch.object(gpu, "kernels", lambda name: decoder_kernels):
+        for family, name in (("llama", "cuda graph"), ("granite", "cuda graph of modules")):
+            sampler = Sampler(_shard(make_model(family, seed)), keep_graphs=True)
+            whole = Sampler(make_model(family, seed))
+            for scale in (1.0, 1.0, 1.5):
+                with torch.no_grad():
+                    for parameter in chain(sampler.lm.model.parameters(), whole.lm.model.parameters()):
+                        parameter *= scale
+                _assert_same(sampler, whole, seed)
+                assert sampler.decoder == name
+                assert not any(tensor.untyped_storage().size() for tensor in _weights_read(sampler))
 
 
 def _weights_read(sampler):
+    """Beyond those of the model's own modules."""
     for decoder in sampler._kept._used.values():
-        for layer in decoder.layers.layers.layers:
+        for layer in decoder.layers.layers.layers if isinstance(decoder.layers, StaticLayers) else ():
             yield layer.query.parts.weight
             yield layer.norm.parts.weight
 

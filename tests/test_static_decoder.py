@@ -1,80 +1,34 @@
 """Decoding from fixed memory gives the answers of the model's modules; on a GPU its steps are CUDA graphs.
 
-Without one most tests have torch in the kernels' place, which are tested in tests/kernels: the interpreter is slow.
+Without one most tests have torch in the kernels' place, which are tested in tests/kernels: the interpreter is slow. How
+models of other kinds get there is in test_static_modules.py.
 """
 
 import gc
 import weakref
-from types import SimpleNamespace
 
-import decoder_kernels
 import numpy as np
 import pytest
 import torch
 from tiny import VOCAB, make_model, make_tokenizer
 
 pytest.importorskip("triton")
-from pmc_fast import backend, gpu, static_decoder
-from pmc_fast.packing import pad_left
+from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sample, watch
+
+from pmc_fast import gpu, static_decoder
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
-from pmc_fast.reference.decode_attention import decode_attention
 from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler
 
 KNOWN = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi": {}}
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOTH = {"llama": "cuda graph", "gemma3_text": "cuda graph of modules"}  # one of a known kind, one of any other
 KERNELS = gpu.kernels
-
-
-def by_torch(name):
-    return SimpleNamespace(decode_attention=decode_attention) if name == "decode_attention" else decoder_kernels
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """What `static_decoder` made, call by call, on any device."""
-    made = []
-    drawing = "triton" if DEVICE == "cuda" else "native"
-    stand_in = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, drawing))
-    monkeypatch.setattr(static_decoder, "backend", stand_in)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(gpu, "kernels", by_torch)
-    monkeypatch.setattr(static_decoder, "LEAST_ROWS", 2)  # so that rows are brought together often
-
-    def watched(*args):
-        made.append(static_decoder.static_decoder(*args))
-        return made[-1]
-
-    monkeypatch.setattr("pmc_fast.sampler.static_decoder", watched)
-    return made
-
-
-def sample(model, seed, prompts=PROMPTS, num_samples=4, **changes):
-    ids, mask = (x.to(DEVICE) for x in pad_left(prompts, 256))
-    options = {
-        "num_samples": num_samples,
-        "max_new_tokens": 7,
-        "eos_token_id": list(range(0, VOCAB, 11)),  # rows finish all the time
-        "seed": seed,
-        "top_p": 0.95,
-        "temperature": 0.9,
-    }
-    sampler = model if isinstance(model, Sampler) else Sampler(model)
-    return sampler.sample(ids, mask, **{**options, **changes})
-
-
-def by_modules(model, seed, monkeypatch, **options):
-    with monkeypatch.context() as patch:
-        patch.setattr("pmc_fast.sampler.static_decoder", lambda *args: None)
-        return sample(model, seed, **options)
-
-
-def assert_same(got, want):
-    for name in ("tokens", "lengths", "finished", "pruned"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+    return watch(monkeypatch)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
@@ -92,18 +46,6 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     monkeypatch.setattr(static_decoder.backend, "choose", lambda *args: asked.append(args) or "triton")
     sample(make_model("llama").to(DEVICE), 0, top_k=7)
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
-
-
-def adapt(model, **options):
-    """LoRA on every linear layer but the head, its adapters random instead of no-ops."""
-    peft = pytest.importorskip("peft")
-    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    model = peft.get_peft_model(model, peft.LoraConfig(**options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
@@ -124,13 +66,7 @@ def test_lora_adapters(family, built, monkeypatch, rng_seed):
     assert plain.tokens.shape != adapted.tokens.shape or not torch.equal(plain.tokens, adapted.tokens)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_other_adapters_are_left_to_their_modules(options, built, rng_seed):
-    sample(adapt(make_model(seed=rng_seed).to(DEVICE), **options), rng_seed, max_new_tokens=2)
-    assert built == [None]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "phi"])
+@pytest.mark.parametrize("family", ["qwen3", "phi", "gemma3_text"])
 def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
     monkeypatch.setattr(gpu, "kernels", KERNELS)
     model = make_model(family, seed=rng_seed).to(DEVICE)
@@ -153,22 +89,25 @@ def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
     ],
     ids=lambda changes: ", ".join(changes),
 )
-def test_edges(changes, built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed).to(DEVICE)
+@pytest.mark.parametrize("family", BOTH)
+def test_edges(family, changes, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed).to(DEVICE)
     changes = {k: v.to(DEVICE) if k == "sequence_ids" else v for k, v in changes.items()}
     assert_same(sample(model, rng_seed, **changes), by_modules(model, rng_seed, monkeypatch, **changes))
     assert built[0] is not None
 
 
-def test_waves(built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed).to(DEVICE)
+@pytest.mark.parametrize("family", BOTH)
+def test_waves(family, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed).to(DEVICE)
     budget = Sampler(model).cache_bytes(4, 7 + 7)
     assert_same(sample(model, rng_seed, cache_budget=2 * budget), by_modules(model, rng_seed, monkeypatch))
     assert len(built) == 2 and built[0].sizes.prompts == 2
 
 
-def test_pruning_stops_the_same_answers(built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed).to(DEVICE)
+@pytest.mark.parametrize("family", BOTH)
+def test_pruning_stops_the_same_answers(family, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed).to(DEVICE)
     letters = " ".join("abcdefghijklmnopqrstuvwxyz0123456789")
 
     def pruner():
@@ -182,19 +121,21 @@ def test_pruning_stops_the_same_answers(built, monkeypatch, rng_seed):
 
 
 @torch.no_grad()
-def test_kept_graphs_serve_calls_of_about_the_same_sizes_and_weights_that_change(built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed).to(DEVICE)
+@pytest.mark.parametrize("family", BOTH)
+def test_kept_graphs_serve_calls_of_about_the_same_sizes_and_weights_that_change(family, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed).to(DEVICE)
     sampler = Sampler(model, keep_graphs=True)
     for prompts, steps in ((PROMPTS, 7), (PROMPTS, 5), ([[9, 8], [7], [6, 5, 4], [3]], 9)):
         options = {"prompts": prompts, "max_new_tokens": steps}
         assert_same(sample(sampler, rng_seed, **options), by_modules(model, rng_seed, monkeypatch, **options))
-        assert sampler.decoder == "cuda graph"
+        assert sampler.decoder == BOTH[family]
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     assert built[0] is built[1] is built[2]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", BOTH)
 @pytest.mark.parametrize(
     "change",
     [
@@ -206,8 +147,8 @@ def test_kept_graphs_serve_calls_of_about_the_same_sizes_and_weights_that_change
         lambda model, options: setattr(model.model.norm, "weight", torch.nn.Parameter(2 * model.model.norm.weight)),
     ],
 )
-def test_kept_graphs_serve_no_other_call(change, built, monkeypatch, rng_seed):
-    model, options = make_model(seed=rng_seed).to(DEVICE), {"seed": rng_seed}
+def test_kept_graphs_serve_no_other_call(family, change, built, monkeypatch, rng_seed):
+    model, options = make_model(family, seed=rng_seed).to(DEVICE), {"seed": rng_seed}
     sampler = Sampler(model, keep_graphs=True)
     sample(sampler, **options)
     change(model, options)
@@ -217,8 +158,9 @@ def test_kept_graphs_serve_no_other_call(change, built, monkeypatch, rng_seed):
     assert built[2] is not built[0]  # gone with the call that had no use for it
 
 
-def test_kept_graphs_know_which_adapters_are_on(built, monkeypatch, rng_seed):
-    model = adapt(make_model(seed=rng_seed).to(DEVICE))
+@pytest.mark.parametrize("family", BOTH)
+def test_kept_graphs_know_which_adapters_are_on(family, built, monkeypatch, rng_seed):
+    model = adapt(make_model(family, seed=rng_seed).to(DEVICE))
     model.add_adapter("other", model.peft_config["default"])
     sampler = Sampler(model, keep_graphs=True)
     sample(sampler, rng_seed)
@@ -228,8 +170,9 @@ def test_kept_graphs_know_which_adapters_are_on(built, monkeypatch, rng_seed):
         assert built[-1] is not None and built[-1] is not built[-2]
 
 
-def test_nothing_is_kept_unless_asked_for(built, rng_seed):
-    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE))
+@pytest.mark.parametrize("family", BOTH)
+def test_nothing_is_kept_unless_asked_for(family, built, rng_seed):
+    sampler = Sampler(make_model(family, seed=rng_seed).to(DEVICE))
     sample(sampler, rng_seed), sample(sampler, rng_seed)
     assert built[0] is not built[1]
     memory = [weakref.ref(decoder) for decoder in built]
@@ -248,10 +191,11 @@ def test_kept_memory_fits_the_budget(built, rng_seed):
     assert built[0].layers.held_bytes <= 2 * one
 
 
-def test_the_sampler_says_what_decoded(built, monkeypatch, rng_seed):
-    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE))
+@pytest.mark.parametrize("family", BOTH)
+def test_the_sampler_says_what_decoded(family, built, monkeypatch, rng_seed):
+    sampler = Sampler(make_model(family, seed=rng_seed).to(DEVICE))
     sample(sampler, rng_seed)
-    assert sampler.decoder == "cuda graph"
+    assert sampler.decoder == BOTH[family]
     by_modules(sampler, rng_seed, monkeypatch)
     assert sampler.decoder in ("native", "modules")
 
@@ -260,21 +204,6 @@ def test_progress_ends_with_few_rows(built, rng_seed):
     seen = []
     sample(make_model(seed=rng_seed).to(DEVICE), rng_seed, progress=seen.append)
     assert seen and seen[0] <= 16 and seen == sorted(seen, reverse=True)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"hidden_act": "relu"}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
-        ("gemma2", {}),
-        ("gpt2", {}),
-    ],
-    ids=str,
-)
-def test_other_kinds_of_layers_are_left_to_their_modules(family, changes, built, rng_seed):
-    sample(make_model(family, seed=rng_seed, **changes).to(DEVICE), rng_seed, max_new_tokens=2)
-    assert built == [None]
 
 
 def test_a_product_that_somebody_replaced_is_left_to_the_modules(built, monkeypatch, rng_seed):
@@ -288,7 +217,7 @@ def test_a_product_that_somebody_replaced_is_left_to_the_modules(built, monkeypa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma3_text"])
 def test_in_bfloat16_it_is_near_the_exact_model(family, built, rng_seed):
     model = make_model(family, seed=rng_seed).bfloat16().to(DEVICE)
     exact = make_model(family, seed=rng_seed).bfloat16().float().to(DEVICE)

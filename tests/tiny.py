@@ -37,11 +37,17 @@ FAMILIES = {
     "gpt_neox": {},
     "gpt2": {},
 }
+# For single tests.
+MORE = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"sliding_window": 6},
+    "phimoe": {"num_local_experts": 4, "sliding_window": 6},
+}
 
 
 def make_model(family: str = "llama", seed: int = 0, **changes):
     """A model with random weights, large enough that its distributions are not flat."""
-    sizes = {**_SIZES, **FAMILIES[family], **changes}
+    sizes = {**_SIZES, **{**FAMILIES, **MORE}[family], **changes}
     if family == "gpt2":
         sizes = {
             "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,

@@ -1,0 +1,215 @@
+"""Models of other than the known kinds are decoded from fixed memory by their own modules, unless these need the host.
+
+See test_static_decoder.py, which holds both ways to the same.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny import FAMILIES, make_model
+from torch import nn
+from transformers import DynamicCache
+from transformers.activations import NewGELUActivation
+from transformers.masking_utils import create_causal_mask
+
+pytest.importorskip("triton")
+from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sample, watch
+
+from pmc_fast import attention
+from pmc_fast.running_rows import RunningRows
+from pmc_fast.sampler import Sampler
+from pmc_fast.static_modules import StaticModules, _Layer
+
+# Those whose layers are of no known kind, and variants of those that are.
+OTHERS = {
+    **{name: (name, {}) for name in FAMILIES if name not in ("llama", "mistral", "qwen2", "qwen3", "phi")},
+    "phi3": ("phi3", {}),
+    "llama with ReLU": ("llama", {"hidden_act": "relu"}),
+    "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+}
+ROPE = {"rope_theta": 1e4, "factor": 2.0}
+LONG = {**ROPE, "rope_type": "longrope", "original_max_position_embeddings": 8}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.fixture
+def built(monkeypatch):
+    return watch(monkeypatch)
+
+
+def make(family, seed, **changes):
+    model = make_model(family, seed=seed, **changes).to(DEVICE)
+    if family == "gemma2":  # transformers gives it eager attention, training this library's
+        attention.install(model)
+    return model
+
+
+def by_transformers(model, seed, monkeypatch, **options):
+    """With transformers' masks over the whole cache."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningRows, "_attends_natively", lambda self: False)
+        return by_modules(model, seed, monkeypatch, **options)
+
+
+def is_captured(decoder):
+    return decoder is not None and isinstance(decoder.layers, StaticModules)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_same_answers_as_the_modules(kind, prompts, built, monkeypatch, rng_seed):
+    family, changes = OTHERS[kind]
+    got = sample(make(family, rng_seed, **changes), rng_seed, prompts=prompts)
+    assert len(built) == 1 and is_captured(built[0])
+    reference = make_model(family, seed=rng_seed, **changes).to(DEVICE)
+    assert_same(got, by_transformers(reference, rng_seed, monkeypatch, prompts=prompts))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_adapters_that_are_no_two_products(options, built, monkeypatch, rng_seed):
+    model = adapt(make("llama", rng_seed), **options)
+    adapted = sample(model, rng_seed)
+    assert is_captured(built[-1])
+    assert_same(adapted, by_modules(model, rng_seed, monkeypatch))
+    with model.disable_adapter():
+        plain = sample(model, rng_seed)
+        assert_same(plain, by_modules(model, rng_seed, monkeypatch))
+    assert plain.tokens.shape != adapted.tokens.shape or not torch.equal(plain.tokens, adapted.tokens)
+
+
+def test_an_answer_that_ended_takes_no_position_that_was_not_learned(built, monkeypatch, rng_seed):
+    model, prompts = make("gpt2", rng_seed, n_positions=16), [list(range(14)), [4]]
+    options = {"prompts": prompts, "max_new_tokens": torch.tensor([2, 15]), "eos_token_id": 257}
+    assert_same(sample(model, rng_seed, **options), by_transformers(model, rng_seed, monkeypatch, **options))
+    assert is_captured(built[0])
+
+
+def test_prompts_may_fill_all_learned_positions(built, monkeypatch, rng_seed):
+    model, options = make("gpt2", rng_seed, n_positions=7), {"max_new_tokens": 1}
+    assert_same(sample(model, rng_seed, **options), by_modules(model, rng_seed, monkeypatch, **options))
+    assert is_captured(built[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "sliding_window", 2),
+        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1),
+        lambda model: setattr(model.model.layers[1].mlp.activation_fn, "__class__", NewGELUActivation),
+        lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
+    ],
+    ids=["the configuration of attention", "a number", "a module", "a buffer"],
+)
+def test_kept_graphs_know_what_they_read(change, built, monkeypatch, rng_seed):
+    model = make("phi3", rng_seed)
+    sampler = Sampler(model, keep_graphs=True)
+    before = sample(sampler, rng_seed)
+    change(model)
+    after = sample(sampler, rng_seed)
+    assert built[0] is not built[1]
+    assert_same(after, by_modules(model, rng_seed, monkeypatch))
+    assert before.logprobs.shape != after.logprobs.shape or not torch.equal(before.logprobs, after.logprobs)
+    sample(sampler, rng_seed)
+    assert built[2] is built[1]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_are_captured_if_the_host_need_not_know_who_is_asked(implementation, built, monkeypatch, rng_seed):
+    model = make("mixtral", rng_seed)
+    model.set_experts_implementation(implementation)
+    sampler = Sampler(model, keep_graphs=True)
+    assert_same(sample(sampler, rng_seed), by_modules(model, rng_seed, monkeypatch))
+    assert is_captured(built[0]) == (implementation == "batched_mm")
+    assert_same(sample(sampler, rng_seed), by_modules(model, rng_seed, monkeypatch))
+    sample(sampler, rng_seed)
+    assert sampler.decoder == ("cuda graph of modules" if implementation == "batched_mm" else "modules")
+
+
+@pytest.mark.parametrize("rope", [{**ROPE, "rope_type": "dynamic"}, LONG], ids=lambda rope: rope["rope_type"])
+def test_angles_that_depend_on_other_rows_are_left_to_the_modules(rope, built, monkeypatch, rng_seed):
+    options = {"rope_parameters": rope, "max_position_embeddings": 8}
+    sampler = Sampler(make("granite", rng_seed, **options))
+    got = sample(sampler, rng_seed)
+    assert built == [None] and sampler.decoder == "modules"
+    assert_same(got, by_modules(make("granite", rng_seed, **options), rng_seed, monkeypatch))
+
+
+def test_a_window_that_masks_alone_know_of_is_left_to_them(built, monkeypatch, rng_seed):
+    model = make("phimoe", rng_seed)
+    model.set_experts_implementation("batched_mm")
+    got = sample(model, rng_seed)
+    assert built == [None]
+    assert_same(got, by_transformers(model, rng_seed, monkeypatch))
+    model.config.sliding_window = None
+    got = sample(model, rng_seed)
+    assert is_captured(built[1])
+    assert_same(got, by_transformers(model, rng_seed, monkeypatch))
+
+
+def test_masks_of_somebodys_own_are_left_to_them(built, monkeypatch, rng_seed):
+    near = partial(create_causal_mask, and_mask_function=lambda batch, head, query, key: query - key < 3)
+    monkeypatch.setattr("transformers.models.granite.modeling_granite.create_causal_mask", near)
+    model = make("granite", rng_seed)
+    got = sample(model, rng_seed)
+    assert built == [None]
+    assert_same(got, by_transformers(model, rng_seed, monkeypatch))
+
+
+class Watched(nn.Module):
+    """Somebody's own module around one of the model's."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.mlp.register_forward_hook(lambda module, args, out: out),
+        lambda layer: layer.mlp.register_forward_pre_hook(lambda module, args: None),
+        lambda layer: setattr(layer.mlp, "forward", layer.mlp.forward),
+        lambda layer: setattr(layer, "mlp", Watched(layer.mlp)),
+        lambda layer: setattr(layer.mlp, "_compiled_call_impl", layer.mlp._call_impl),  # as its compile() does
+    ],
+    ids=["hook", "hook before", "forward", "wrapper", "compiled"],
+)
+def test_modules_that_somebody_watches_replaces_or_compiles_run_by_themselves(change, built, rng_seed):
+    model = make("granite", rng_seed)
+    change(model.model.layers[1])
+    sample(model, rng_seed, max_new_tokens=2)
+    assert built == [None]
+
+
+def test_keys_and_values_are_appended_and_counted_as_in_any_cache(rng_seed):
+    prompts, own = torch.randn(2, 3, 2, 5, 4), torch.full((2, 3, 2, 6, 4), torch.nan)
+    theirs = DynamicCache()
+    theirs.update(*prompts, 0)
+    for step in range(1, 7):
+        layer = _Layer(own, torch.full((3,), step), torch.tensor(5 + step - 1), 11)
+        assert layer.get_seq_length() == theirs.get_seq_length()
+        new = torch.randn(2, 3, 2, 1, 4)
+        theirs.update(*new, 0)
+        for held, got, want in zip(
+            own, layer.update(*new), (theirs.layers[0].keys, theirs.layers[0].values), strict=True
+        ):
+            assert got.data_ptr() == held.data_ptr()
+            torch.testing.assert_close(got[:, :, :step], want[:, :, 5:], rtol=0, atol=0)
+            assert got[:, :, step:].isnan().all()
+        assert layer.get_seq_length() == theirs.get_seq_length()
+    assert layer.get_mask_sizes(1) == (11, 0) and layer.get_max_length() == 11
+
+
+def test_rows_that_hold_more_than_others(rng_seed):
+    own = torch.full((2, 3, 2, 6, 4), torch.nan)
+    new, length = torch.randn(2, 3, 2, 1, 4), torch.tensor([4, 1, 6])
+    _Layer(own, length, torch.tensor(0), 6).update(*new)
+    for row, place in enumerate((length - 1).tolist()):
+        torch.testing.assert_close(own[:, row, :, place], new[:, row, :, 0], rtol=0, atol=0)
+    assert own.isnan().sum() == own.numel() - new.numel()
