@@ -34,8 +34,8 @@ class _Norm:
 
     def _write(self, x: Tensor, added: Tensor | None, out: Tensor) -> Tensor:
         part = self.parts
-        normalize = gpu.kernels("elementwise").normalize
-        return normalize(x, part.weight, part.bias, part.epsilon, centered=part.centered, added=added, out=out)
+        options = {"centered": part.centered, "offset": part.offset, "added": added, "out": out}
+        return gpu.kernels("elementwise").normalize(x, part.weight, part.bias, part.epsilon, **options)
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ def read_static_layers(lm: LanguageModel, filled: Prefill) -> Layers[_Norm, _Lin
     """
     dtype = filled.hidden.dtype
     layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear)
-    if getattr(layers.rotary, "rope_type", None) not in _ROTARY_KINDS:
+    kinds = layers.angles.rotary.rope_type
+    if not {*(kinds.values() if isinstance(kinds, dict) else [kinds])} <= {*_ROTARY_KINDS}:
         raise Unknown
     return layers
 
 
 def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[float | None]:
     """Where the weights lie that a step reads, and the numbers that it multiplies them with."""
+    yield layers.embed.scale
     tensors = [layers.embed.weight]
     for part in chain([layers.final], *(vars(layer).values() for layer in layers.layers)):
         if isinstance(part, (_Norm, _Linear)):
@@ -97,17 +99,12 @@ class StaticLayers:
         self._kept_prefix = positions(sizes.prompts, sizes.width) if keeps else None
         self._prefix: Sequence[Sequence[Tensor]] = ()
         self._own = positions(sizes.rows, sizes.steps)
-        self._cosine, self._sine = self._angles(sizes.width + sizes.steps)
+        position = torch.arange(sizes.width + sizes.steps, device=weight.device)
+        self._cosine, self._sine = layers.angles(position, weight.dtype)  # float32 [K, positions, R]
 
     @property
     def held_bytes(self) -> int:
         return self._own.nbytes + (0 if self._kept_prefix is None else self._kept_prefix.nbytes)
-
-    def _angles(self, positions: int) -> list[Tensor]:
-        """Cosines and sines of the rotary embedding, float32 [positions, R]."""
-        like = self.layers.embed.weight[:1, :1]
-        index = torch.arange(positions, device=like.device)[None]
-        return [x[0].float().contiguous() for x in self.layers.rotary(like, position_ids=index)]
 
     def begin(self, filled: Prefill) -> None:
         """Take the prompts' keys and values, which end where the prefix ends."""
@@ -127,21 +124,20 @@ class StaticLayers:
         elementwise, kernel = gpu.kernels("elementwise"), gpu.kernels("decode_attention").decode_attention
         layers, dim = self.layers, self.layers.head_dim
         position, length, prefix_row = of.position[:rows], of.step[:rows], of.prefix_row[:rows]
-        hidden = layers.embed(of.token[:rows]).float()
+        hidden = layers.embed(of.token[:rows])
         first: dict[int | None, Tensor] = {None: of.first[:rows]}
         added = None
         for layer, (prefix_keys, prefix_values), own in zip(layers.layers, self._prefix, self._own, strict=True):
             keys, values = own[:, :rows]
-            x = layer.norm(hidden, added)
+            x = self._input(layer.norm, hidden, added)
             query, key, value = (
                 part.view(rows, -1, dim) for part in side_by_side(x, (layer.query, layer.key, layer.value))
             )
             for states, norm in ((query, layer.query_norm), (key, layer.key_norm)):
                 if norm is not None:
-                    norm.in_place(states.view(-1, dim))
-            turned = elementwise.rotate_and_append(
-                query, key, value, self._cosine, self._sine, position, length, keys, values
-            )
+                    norm.in_place(states.view(-1, len(norm.parts.weight)))
+            angles = self._cosine[layer.rotary], self._sine[layer.rotary]
+            turned = elementwise.rotate_and_append(query, key, value, *angles, position, length, keys, values)
             call = layer.attention
             if call.window not in first:
                 first[call.window] = torch.maximum(first[None], length + (self._sizes.width - call.window))
@@ -157,13 +153,29 @@ class StaticLayers:
                 prefix_row=prefix_row,
                 length=length,
             )
-            added = layer.output(attended.flatten(1))
+            output = layer.output(attended.flatten(1))
+            if layer.output_norm is not None:
+                layer.output_norm.in_place(output)
+            y = x if layer.parallel else self._input(layer.mlp_norm, hidden, output)
             if layer.gate is None:
-                added += layer.down(elementwise.activate(layer.up(x), "gelu_tanh"))
+                inner = elementwise.activate(layer.up(y), layer.activation)
             else:
-                gate, up = side_by_side(layer.mlp_norm(hidden, added), (layer.gate, layer.up))
-                added = layer.down(elementwise.activate(gate, "silu", up))
+                gate, up = side_by_side(y, (layer.gate, layer.up))
+                inner = elementwise.activate(gate, layer.activation, up)
+            added = layer.down(inner)
+            if layer.down_norm is not None:
+                layer.down_norm.in_place(added)
+            if layer.parallel:
+                added += output
         return layers.final(hidden, added)
+
+    def _input(self, norm: _Norm | None, hidden: Tensor, added: Tensor | None) -> Tensor:
+        """What is added to the hidden states, normalised."""
+        if norm is not None:
+            return norm(hidden, added)
+        if added is not None:
+            hidden += added
+        return hidden.to(self.layers.embed.weight.dtype)
 
 
 def _scale(call: AttentionCall) -> float:

@@ -14,7 +14,7 @@ import torch
 from tiny import VOCAB, make_model, make_tokenizer
 
 pytest.importorskip("triton")
-from pmc_fast import backend, gpu, static_decoder
+from pmc_fast import attention, backend, gpu, static_decoder
 from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
@@ -22,7 +22,26 @@ from pmc_fast.reference.decode_attention import decode_attention
 from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler
 
-KNOWN = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi": {}}
+KNOWN = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {},
+    "phi": {},
+    "phi3": {"sliding_window": 6},
+    "granite": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "olmo2": {},
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "original_max_position_embeddings": 12,
+}
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = gpu.kernels
@@ -81,6 +100,8 @@ def assert_same(got, want):
 @pytest.mark.parametrize("family", KNOWN)
 def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed, **KNOWN[family]).to(DEVICE)
+    if family == "gemma2":  # transformers gives it eager attention, training this library's
+        attention.install(model)
     got = sample(model, rng_seed, prompts=prompts)
     assert len(built) == 1 and built[0] is not None
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prompts=prompts))
@@ -106,7 +127,7 @@ def adapt(model, **options):
     return model.eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
 def test_lora_adapters(family, built, monkeypatch, rng_seed):
     model = adapt(make_model(family, seed=rng_seed).to(DEVICE))
     model.add_adapter("other", model.peft_config["default"])
@@ -130,7 +151,7 @@ def test_other_adapters_are_left_to_their_modules(options, built, rng_seed):
     assert built == [None]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi"])
+@pytest.mark.parametrize("family", ["qwen3", "phi", "gemma3_text"])
 def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
     monkeypatch.setattr(gpu, "kernels", KERNELS)
     model = make_model(family, seed=rng_seed).to(DEVICE)
@@ -267,7 +288,8 @@ def test_progress_ends_with_few_rows(built, rng_seed):
     [
         ("llama", {"hidden_act": "relu"}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
-        ("gemma2", {}),
+        ("phi3", {"rope_parameters": LONGROPE}),
+        ("gemma2", {}),  # its attention is transformers' own
         ("gpt2", {}),
     ],
     ids=str,
@@ -288,7 +310,7 @@ def test_a_product_that_somebody_replaced_is_left_to_the_modules(built, monkeypa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "granite", "gemma3_text", "olmo2"])
 def test_in_bfloat16_it_is_near_the_exact_model(family, built, rng_seed):
     model = make_model(family, seed=rng_seed).bfloat16().to(DEVICE)
     exact = make_model(family, seed=rng_seed).bfloat16().float().to(DEVICE)
