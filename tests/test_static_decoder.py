@@ -323,4 +323,4 @@ def test_in_bfloat16_it_is_near_the_exact_model(family, built, rng_seed):
             ids = torch.cat([torch.tensor(prompt, device=DEVICE), answer[:length]])[None]
             want = exact(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
             errors.append(logprob[:length] - want.gather(1, answer[:length, None])[:, 0])
-    assert torch.cat(errors).square().mean().sqrt() < 0.02  # of 80 seeds each, 0.005 at most
+    assert torch.cat(errors).square().mean().sqrt() < 0.02  # of 80 seeds each, 0.007 at most
