@@ -4,6 +4,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -32,15 +33,13 @@ pmc::CachedPositions positions(const Positions& from) {
 }
 
 // A decoder's weights, as native/decoder.py hands them over.
-using Norm = std::tuple<uintptr_t, uintptr_t, float, bool>;
+using Norm = std::tuple<uintptr_t, uintptr_t, int64_t, float, bool>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, int64_t>;
 using Linear = std::tuple<uintptr_t, int, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
-using Layer = std::tuple<Norm, Linear, Linear, Linear, std::optional<Norm>, std::optional<Norm>, Linear,
-                         std::optional<Norm>, std::optional<Linear>, Linear, Linear, int64_t, float, float>;
 
 pmc::NormWeights norm(const Norm& from) {
-    const auto& [weight, bias, epsilon, centered] = from;
-    return {pointer<const float>(weight), pointer<const float>(bias), epsilon, centered};
+    const auto& [weight, bias, size, epsilon, centered] = from;
+    return {pointer<const float>(weight), pointer<const float>(bias), size, epsilon, centered};
 }
 
 pmc::LinearWeights linear(const Linear& from) {
@@ -61,23 +60,35 @@ auto maybe(const std::optional<From>& from, const Read& read) {
     return from ? std::make_optional(read(*from)) : std::nullopt;
 }
 
-pmc::DecoderLayer decoder_layer(const Layer& from) {
-    const auto& [first_norm, query, key, value, query_norm, key_norm, output, mlp_norm, gate, up, down, window, scale,
-                 softcap] = from;
-    return {norm(first_norm),
-            linear(query),
-            linear(key),
-            linear(value),
-            maybe(query_norm, norm),
-            maybe(key_norm, norm),
-            linear(output),
-            maybe(mlp_norm, norm),
-            maybe(gate, linear),
-            linear(up),
-            linear(down),
-            window,
-            scale,
-            softcap};
+pmc::Activation activation(const std::string& name) {
+    if (name == "silu") return pmc::Activation::kSilu;
+    if (name == "gelu_tanh") return pmc::Activation::kGeluTanh;
+    throw py::value_error("activation: got " + name + ", expected silu or gelu_tanh");
+}
+
+// By the names of its fields.
+pmc::DecoderLayer decoder_layer(const py::dict& from) {
+    const auto norm_of = [&](const char* name) { return maybe(from[name].cast<std::optional<Norm>>(), norm); };
+    const auto linear_of = [&](const char* name) { return linear(from[name].cast<Linear>()); };
+    return {norm_of("norm"),
+            linear_of("query"),
+            linear_of("key"),
+            linear_of("value"),
+            norm_of("query_norm"),
+            norm_of("key_norm"),
+            linear_of("output"),
+            norm_of("output_norm"),
+            from["parallel"].cast<bool>(),
+            norm_of("mlp_norm"),
+            maybe(from["gate"].cast<std::optional<Linear>>(), linear),
+            linear_of("up"),
+            activation(from["activation"].cast<std::string>()),
+            linear_of("down"),
+            norm_of("down_norm"),
+            from["rotary"].cast<int64_t>(),
+            from["window"].cast<int64_t>(),
+            from["scale"].cast<float>(),
+            from["softcap"].cast<float>()};
 }
 
 #ifdef _OPENMP
@@ -192,9 +203,9 @@ PYBIND11_MODULE(_C, m) {
         release());
 
     py::class_<pmc::Decoder>(m, "Decoder")
-        .def(py::init([](const std::vector<Layer>& layers, const Norm& final_norm, int64_t head_dim) {
+        .def(py::init([](const std::vector<py::dict>& layers, const Norm& final_norm, int64_t head_dim) {
             std::vector<pmc::DecoderLayer> read;
-            for (const Layer& layer : layers) read.push_back(decoder_layer(layer));
+            for (const py::dict& layer : layers) read.push_back(decoder_layer(layer));
             return pmc::Decoder(std::move(read), norm(final_norm), head_dim);
         }))
         .def(

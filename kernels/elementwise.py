@@ -27,6 +27,7 @@ def normalize_kernel(
     out_stride,
     size,
     epsilon,
+    offset,
     CENTERED: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -41,7 +42,7 @@ def normalize_kernel(
         value -= tl.sum(value, 0) / size
         value = tl.where(inside, value, 0)
     value *= 1 / tl.sqrt_rn(tl.sum(value * value, 0) / size + epsilon)
-    value *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    value *= tl.load(weight + column, mask=inside, other=0).to(tl.float32) + offset
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0).to(tl.float32)
     tl.store(out + row * out_stride + column, rounded(value, out.dtype.element_ty), mask=inside)
@@ -54,10 +55,11 @@ def normalize(
     epsilon: float,
     *,
     centered: bool,
+    offset: float = 0.0,
     added: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
-    """out = (x - mean) / sqrt(variance + epsilon) * weight + bias over the last dimension, after x += added.
+    """out = (x - mean) / sqrt(variance + epsilon) * (weight + offset) + bias over the last dimension, after x += added.
 
     Args:
         x: [N, D], float32 where something is added; may be out.
@@ -79,6 +81,7 @@ def normalize(
         out.stride(0),
         size,
         epsilon,
+        offset,
         CENTERED=centered,
         SIZE=block,
         num_warps=_warps(block),
@@ -217,7 +220,7 @@ def variants(capability: int) -> list[Variant]:
     listed = []
     for name, size, kind, bias in (("Llama-3.2-3B", 3072, "*bf16", None), ("Phi-1.5", 2048, "*fp16", "*fp16")):
         optional = {"bias": bias, "added": kind}
-        signature = {"x": "*fp32", "weight": kind, "out": kind, "size": "i32", "epsilon": "fp32"}
+        signature = {"x": "*fp32", "weight": kind, "out": kind, "size": "i32", "epsilon": "fp32", "offset": "fp32"}
         signature |= dict.fromkeys(("x_stride", "added_stride", "out_stride"), "i32")
         block = triton.next_power_of_2(size)
         listed.append(
@@ -232,7 +235,7 @@ def variants(capability: int) -> list[Variant]:
                 + (("bias",) if bias else ()),
             )
         )
-    for name, gelu, up in (("silu times up", False, "*bf16"), ("gelu", True, None)):
+    for name, gelu, up in (("silu times up", False, "*bf16"), ("gelu times up", True, "*bf16"), ("gelu", True, None)):
         listed.append(
             Variant(
                 name=f"activate, {name}",

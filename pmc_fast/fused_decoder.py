@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pmc_fast.attention import AttentionCall
@@ -21,14 +20,14 @@ class FusedDecoder:
         if lm.device.type != "cpu":
             raise Unknown
         read = read_layers(lm, calls, _norm, _linear)
-        self._embed, self._rotary, self._dtype = read.embed, read.rotary, read.embed.weight.dtype
+        self._embed, self._angles, self._dtype = read.embed, read.angles, read.embed.weight.dtype
         self._cache = cache
         layers = []
         for layer in read.layers:
-            parts, call = dict(vars(layer)), layer.attention
-            del parts["attention"]
+            parts = dict(vars(layer))
+            call = parts.pop("attention")
             scale = read.head_dim**-0.5 if call.scaling is None else call.scaling
-            layers.append(decoder.Layer(**parts, window=call.window or 0, scale=scale, softcap=call.softcap or 0.0))
+            layers.append({**parts, "window": call.window or 0, "scale": scale, "softcap": call.softcap or 0.0})
         tensors = ([getattr(layer, name) for layer in cache.layers] for name in _CACHED)
         self._decoder = decoder.Decoder(layers, read.final, read.head_dim, *tensors)
 
@@ -40,13 +39,11 @@ class FusedDecoder:
             first: int64 [N], the first position that a row sees.
             prefix_row: int64 [N], each row's prompt.
         """
-        embedded = self._embed(token[:, None])
-        cosine, sine = (x[:, 0].float().contiguous() for x in self._rotary(embedded, position_ids=position[:, None]))
-        hidden = embedded[:, 0].to(torch.float32, copy=True).contiguous()
+        cosine, sine = self._angles(position, self._dtype)
         for layer in self._cache.layers:
             layer.length += 1
         filled = self._cache.layers[0].length
-        return self._decoder.step(hidden, cosine, sine, filled, prefix_row, first).to(self._dtype)
+        return self._decoder.step(self._embed(token), cosine, sine, filled, prefix_row, first).to(self._dtype)
 
 
 _CACHED = ("keys", "values", "prefix_keys", "prefix_values")
@@ -54,11 +51,12 @@ _CACHED = ("keys", "values", "prefix_keys", "prefix_values")
 
 def _norm(parts: NormParts) -> decoder.Norm:
     bias = None if parts.bias is None else parts.bias.float()
-    return decoder.Norm(parts.weight.float(), bias, parts.epsilon, parts.centered)
+    return decoder.Norm(parts.weight.float() + parts.offset, bias, parts.epsilon, parts.centered)
 
 
 def _linear(parts: LinearParts) -> decoder.Linear:
-    if (weight := packed(parts.weight)) is None:
+    whole, begin = parts.whole, parts.begin
+    if (weight := packed(whole)) is None or (weight := weight.rows(begin, begin + len(parts.weight))) is None:
         raise Unknown
     bias = None if parts.bias is None else parts.bias.float()
     return decoder.Linear(weight, bias, tuple(_adapter(adapter) for adapter in parts.adapters))

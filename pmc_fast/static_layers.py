@@ -34,8 +34,8 @@ class _Norm:
 
     def _write(self, x: Tensor, added: Tensor | None, out: Tensor) -> Tensor:
         part = self.parts
-        normalize = gpu.kernels("elementwise").normalize
-        return normalize(x, part.weight, part.bias, part.epsilon, centered=part.centered, added=added, out=out)
+        options = {"centered": part.centered, "offset": part.offset, "added": added, "out": out}
+        return gpu.kernels("elementwise").normalize(x, part.weight, part.bias, part.epsilon, **options)
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ def read_static_layers(lm: LanguageModel, filled: Prefill) -> Layers[_Norm, _Lin
     """
     dtype = filled.hidden.dtype
     layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear)
-    if getattr(layers.rotary, "rope_type", None) not in ROTARY_KINDS:
+    kinds = layers.angles.rotary.rope_type
+    if not {*(kinds.values() if isinstance(kinds, dict) else [kinds])} <= {*ROTARY_KINDS}:
         raise Unknown
     return layers
 
 
 def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[float | None]:
     """Where the weights lie that a step reads, and the numbers that it multiplies them with."""
+    yield layers.embed.scale
     tensors = [layers.embed.weight]
     for part in chain([layers.final], *(vars(layer).values() for layer in layers.layers)):
         if isinstance(part, (_Norm, _Linear)):
@@ -85,39 +87,49 @@ class StaticLayers(StaticCache):
     def __init__(self, layers: Layers[_Norm, _Linear], filled: Prefill, sizes: Sizes, keeps: bool) -> None:
         super().__init__(filled, sizes, keeps)
         self.layers = layers
-        self._cosine, self._sine = self._angles(sizes.width + sizes.steps)
-
-    def _angles(self, positions: int) -> list[Tensor]:
-        """Cosines and sines of the rotary embedding, float32 [positions, R]."""
-        like = self.layers.embed.weight[:1, :1]
-        index = torch.arange(positions, device=like.device)[None]
-        return [x[0].float().contiguous() for x in self.layers.rotary(like, position_ids=index)]
+        position = torch.arange(sizes.width + sizes.steps, device=filled.hidden.device)
+        self._cosine, self._sine = layers.angles(position, layers.embed.weight.dtype)  # float32 [K, positions, R]
 
     def hidden(self, of: StaticRows, rows: int) -> Tensor:
         """The last hidden states [rows, D] of one more token for each of the first rows."""
         elementwise, attend = gpu.kernels("elementwise"), self.attention(of, rows)
         layers, dim = self.layers, self.layers.head_dim
         position, length = of.position[:rows], of.step[:rows]
-        hidden = layers.embed(of.token[:rows]).float()
+        hidden = layers.embed(of.token[:rows])
         added = None
         for index, layer in enumerate(layers.layers):
             keys, values = self.own[index, :, :rows]
-            x = layer.norm(hidden, added)
+            x = self._input(layer.norm, hidden, added)
             query, key, value = (
                 part.view(rows, -1, dim) for part in side_by_side(x, (layer.query, layer.key, layer.value))
             )
             for states, norm in ((query, layer.query_norm), (key, layer.key_norm)):
                 if norm is not None:
-                    norm.in_place(states.view(-1, dim))
-            turned = elementwise.rotate_and_append(
-                query, key, value, self._cosine, self._sine, position, length, keys, values
-            )
+                    norm.in_place(states.view(-1, len(norm.parts.weight)))
+            angles = self._cosine[layer.rotary], self._sine[layer.rotary]
+            turned = elementwise.rotate_and_append(query, key, value, *angles, position, length, keys, values)
             call = layer.attention
             attended = attend(index, turned, window=call.window, scale=call.scaling, softcap=call.softcap)
-            added = layer.output(attended.flatten(1))
+            output = layer.output(attended.flatten(1))
+            if layer.output_norm is not None:
+                layer.output_norm.in_place(output)
+            y = x if layer.parallel else self._input(layer.mlp_norm, hidden, output)
             if layer.gate is None:
-                added += layer.down(elementwise.activate(layer.up(x), "gelu_tanh"))
+                inner = elementwise.activate(layer.up(y), layer.activation)
             else:
-                gate, up = side_by_side(layer.mlp_norm(hidden, added), (layer.gate, layer.up))
-                added = layer.down(elementwise.activate(gate, "silu", up))
+                gate, up = side_by_side(y, (layer.gate, layer.up))
+                inner = elementwise.activate(gate, layer.activation, up)
+            added = layer.down(inner)
+            if layer.down_norm is not None:
+                layer.down_norm.in_place(added)
+            if layer.parallel:
+                added += output
         return layers.final(hidden, added)
+
+    def _input(self, norm: _Norm | None, hidden: Tensor, added: Tensor | None) -> Tensor:
+        """What is added to the hidden states, normalised."""
+        if norm is not None:
+            return norm(hidden, added)
+        if added is not None:
+            hidden += added
+        return hidden.to(self.layers.embed.weight.dtype)

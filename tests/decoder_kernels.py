@@ -11,13 +11,13 @@ def decode_attention(*args, **options):
         return reference(*args, **options)
 
 
-def normalize(x, weight, bias, epsilon, *, centered, added=None, out):
+def normalize(x, weight, bias, epsilon, *, centered, offset=0.0, added=None, out):
     if added is not None:
         x += added.float()
     value = x.float()
     if centered:
         value = value - value.mean(-1, keepdim=True)
-    value = value * (value.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight.float()
+    value = value * (value.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (weight.float() + offset)
     return out.copy_(value if bias is None else value + bias.float())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import VOCAB, make_model
 
-from pmc_fast import fast_linear, fused_decoder
+from pmc_fast import attention, fast_linear, fused_decoder
 from pmc_fast.native import library
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
@@ -15,6 +15,12 @@ FUSED = {
     "qwen2": {},
     "qwen3": {},
     "phi": {},
+    "phi3": {},
+    "granite": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "olmo2": {},
 }
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 
@@ -40,6 +46,13 @@ def built(monkeypatch):
     return made
 
 
+def make(family, seed):
+    model = make_model(family, seed=seed, **FUSED[family])
+    if family == "gemma2":  # transformers gives it eager attention, training this library's
+        attention.install(model)
+    return model
+
+
 def sample(model, seed, prompts=PROMPTS):
     ids, mask = pad_left(prompts, 256)
     ends = list(range(0, VOCAB, 11))  # rows retire all the time
@@ -57,7 +70,7 @@ def by_modules(model, seed, monkeypatch, **options):
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
 @pytest.mark.parametrize("family", FUSED)
 def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, rng_seed):
-    model = make_model(family, seed=rng_seed, **FUSED[family])
+    model = make(family, rng_seed)
     got = sample(model, rng_seed, prompts=prompts)
     assert len(built) == 1 and built[0] is not None
     want = by_modules(model, rng_seed, monkeypatch, prompts=prompts)
@@ -65,7 +78,18 @@ def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, r
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "checkpoints"), [("llama", False), ("phi", True)])
+def test_angles_that_change_with_the_longest_row(built, monkeypatch, rng_seed):
+    angles = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    angles["original_max_position_embeddings"] = 12
+    model = make_model("phi3", seed=rng_seed, rope_parameters=angles)
+    got, want = sample(model, rng_seed), by_modules(model, rng_seed, monkeypatch)
+    assert built[0] is not None and got.lengths.max() > 8
+    assert torch.equal(got.tokens, want.tokens)
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpoints"), [("llama", False), ("phi", True), ("phi3", False), ("gemma3_text", True)]
+)
 def test_lora_adapters(family, checkpoints, built, monkeypatch, rng_seed):
     peft = pytest.importorskip("peft")
     options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -104,8 +128,7 @@ def error(samples, exact):
 def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_modules_are(family, isa, built, monkeypatch, rng_seed):
     """Between the layers it keeps float32."""
     monkeypatch.setattr(fast_linear, "has_fast_bfloat16", lambda: False)
-    model = make_model(family, seed=rng_seed, **FUSED[family]).bfloat16()
-    exact = make_model(family, seed=rng_seed, **FUSED[family]).bfloat16().float()
+    model, exact = make(family, rng_seed).bfloat16(), make(family, rng_seed).bfloat16().float()
     got = sample(model, rng_seed)
     assert built[-1] is not None
     assert error(got, exact) < error(by_modules(model, rng_seed, monkeypatch), exact) < 0.02
@@ -145,12 +168,16 @@ def replace_forward(model):
     norm.forward = lambda x, forward=norm.forward: 1.1 * forward(x)
 
 
-CHANGES = [hook, adapt, replace_forward]
+def adapt_fused(model):
+    model.model.layers[0].self_attn.qkv_proj = Twice(model.model.layers[0].self_attn.qkv_proj)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_a_model_that_somebody_changed_is_left_to_its_modules(change, built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed)
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [("llama", hook), ("llama", adapt), ("llama", replace_forward), ("gemma", hook), ("phi3", adapt_fused)],
+)
+def test_a_model_that_somebody_changed_is_left_to_its_modules(family, change, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed)
     before = sample(model, rng_seed)
     change(model)
     got = sample(model, rng_seed)
@@ -166,7 +193,10 @@ def test_a_model_that_somebody_changed_is_left_to_its_modules(change, built, mon
         ("llama", {"hidden_act": "relu"}),
         ("phi", {"hidden_act": "gelu"}),
         ("phi", {"qk_layernorm": True}),
-        ("granite", {}),
+        ("phi3", {"intermediate_size": 50}),  # the second half begins within a panel
+        ("gemma", {"hidden_act": "relu"}),
+        ("granite", {"residual_multiplier": 0.0}),
+        ("cohere", {}),
     ],
     ids=str,
 )

@@ -51,6 +51,16 @@ def test_views_are_read_and_written_in_place(isa, rng_seed):
     assert held[:, :5].isnan().all() and held[:, 22:].isnan().all()
 
 
+def test_rows_that_begin_with_a_panel_are_multiplied_where_they_lie(isa, rng_seed):
+    x, weight = torch.randn(7, 19), torch.randn(101, 19)
+    whole = pack(weight)
+    for begin, end in ((0, 101), (0, 5), (32, 61), (64, 101)):
+        part = whole.rows(begin, end)
+        assert part.panels.untyped_storage().data_ptr() == whole.panels.untyped_storage().data_ptr()
+        torch.testing.assert_close(packed_linear(x, part), F.linear(x, weight[begin:end]), rtol=1e-5, atol=1e-5)
+    assert whole.rows(3, 40) is None
+
+
 def test_a_transposed_weight_and_a_batch_of_any_rank(isa, rng_seed):
     x, weight = torch.randn(2, 3, 12), torch.randn(12, 10).T
     got = packed_linear(x, pack(weight))

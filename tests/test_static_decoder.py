@@ -15,14 +15,26 @@ from tiny import VOCAB, make_model, make_tokenizer
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sample, watch
 
-from pmc_fast import gpu, static_decoder
+from pmc_fast import attention, gpu, static_decoder
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
 from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler
 
-KNOWN = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "phi": {}}
-BOTH = {"llama": "cuda graph", "gemma3_text": "cuda graph of modules"}  # one of a known kind, one of any other
+KNOWN = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {},
+    "phi": {},
+    "phi3": {},
+    "granite": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "olmo2": {},
+}
+BOTH = {"llama": "cuda graph", "cohere": "cuda graph of modules"}  # one of a known kind, one of any other
 KERNELS = gpu.kernels
 
 
@@ -35,6 +47,8 @@ def built(monkeypatch):
 @pytest.mark.parametrize("family", KNOWN)
 def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed, **KNOWN[family]).to(DEVICE)
+    if family == "gemma2":  # transformers gives it eager attention, training this library's
+        attention.install(model)
     got = sample(model, rng_seed, prompts=prompts)
     assert len(built) == 1 and built[0] is not None
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prompts=prompts))
@@ -48,7 +62,7 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
 def test_lora_adapters(family, built, monkeypatch, rng_seed):
     model = adapt(make_model(family, seed=rng_seed).to(DEVICE))
     model.add_adapter("other", model.peft_config["default"])
@@ -206,6 +220,11 @@ def test_progress_ends_with_few_rows(built, rng_seed):
     assert seen and seen[0] <= 16 and seen == sorted(seen, reverse=True)
 
 
+def test_attention_that_is_not_torchs_is_left_to_the_modules(built, rng_seed):
+    sample(make_model("gemma2", seed=rng_seed).to(DEVICE), rng_seed, max_new_tokens=2)  # transformers' own
+    assert built == [None]
+
+
 def test_a_product_that_somebody_replaced_is_left_to_the_modules(built, monkeypatch, rng_seed):
     model = make_model(seed=rng_seed).to(DEVICE)
     before = sample(model, rng_seed)
@@ -217,7 +236,7 @@ def test_a_product_that_somebody_replaced_is_left_to_the_modules(built, monkeypa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "phi", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "phi", "granite", "gemma3_text", "olmo2", "cohere"])
 def test_in_bfloat16_it_is_near_the_exact_model(family, built, rng_seed):
     model = make_model(family, seed=rng_seed).bfloat16().to(DEVICE)
     exact = make_model(family, seed=rng_seed).bfloat16().float().to(DEVICE)
@@ -230,4 +249,4 @@ def test_in_bfloat16_it_is_near_the_exact_model(family, built, rng_seed):
             ids = torch.cat([torch.tensor(prompt, device=DEVICE), answer[:length]])[None]
             want = exact(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
             errors.append(logprob[:length] - want.gather(1, answer[:length, None])[:, 0])
-    assert torch.cat(errors).square().mean().sqrt() < 0.02  # of 80 seeds each, 0.005 at most
+    assert torch.cat(errors).square().mean().sqrt() < 0.02  # of 80 seeds each, 0.007 at most

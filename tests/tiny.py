@@ -26,13 +26,28 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
     "phi": {"num_key_value_heads": 4},
+    "phi3": {
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 64,
+        "sliding_window": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "gemma": {},
     "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "sliding_window": 6},
     "gemma3_text": {
         "final_logit_softcapping": 3.0,
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "granite": {"logits_scaling": 4.0},
+    "granite": {
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.3,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+    },
+    "olmo2": {},
     "cohere": {"logit_scale": 0.3},
     "gpt_neox": {},
     "gpt2": {},
@@ -40,7 +55,6 @@ FAMILIES = {
 # For single tests.
 MORE = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "phi3": {"sliding_window": 6},
     "phimoe": {"num_local_experts": 4, "sliding_window": 6},
 }
 

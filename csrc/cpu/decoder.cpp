@@ -32,9 +32,15 @@ Decoder::Rows Decoder::rows_of(std::vector<float>& buffer, int64_t size, int64_t
     return {buffer.data(), size, size + padding};
 }
 
-void Decoder::normalize(const NormWeights& norm, const Rows& x, const Rows& y) const {
-    kernels().normalize(
-        {x.at, rows_, x.size, x.stride, norm.weight, norm.bias, norm.epsilon, norm.centered, y.at, y.stride, threads_});
+void Decoder::normalize(const NormWeights& norm, const Rows& x, const Rows& y, bool accumulate) const {
+    kernels().normalize({x.at, rows_, x.size, x.stride, norm.weight, norm.bias, norm.epsilon, norm.centered, y.at,
+                         y.stride, accumulate, threads_});
+}
+
+// y = norm(x), or x where there is none.
+void Decoder::normalize(const std::optional<NormWeights>& norm, const Rows& x, const Rows& y) const {
+    if (norm) return normalize(*norm, x, y, false);
+    for (int64_t r = 0; r < rows_; ++r) std::copy_n(x.at + r * x.stride, x.size, y.at + r * y.stride);
 }
 
 void Decoder::multiply(const LinearWeights& linear, const Rows& x, const Rows& y, bool accumulate) {
@@ -49,14 +55,23 @@ void Decoder::multiply(const LinearWeights& linear, const Rows& x, const Rows& y
     }
 }
 
+// to += norm(linear(x)).
+void Decoder::add(const LinearWeights& linear, const std::optional<NormWeights>& norm, const Rows& x, const Rows& to) {
+    if (!norm) return multiply(linear, x, to, true);
+    const Rows y = rows_of(added_, to.size, 0);
+    multiply(linear, x, y, false);
+    normalize(*norm, y, to, true);
+}
+
 // query_, key_ and value_, already multiplied, to attended_.
 int64_t Decoder::attend(const DecoderStep& step, size_t index) {
     const DecoderLayer& layer = layers_[index];
     const int64_t heads = layer.query.out_features / head_dim_, kv_heads = layer.key.out_features / head_dim_;
     const auto normalize_heads = [&](const std::optional<NormWeights>& norm, std::vector<float>& states, int64_t of) {
         if (norm)
-            kernels().normalize({states.data(), rows_ * of, head_dim_, head_dim_, norm->weight, norm->bias,
-                                 norm->epsilon, norm->centered, states.data(), head_dim_, threads_});
+            kernels().normalize({states.data(), rows_ * of * head_dim_ / norm->size, norm->size, norm->size,
+                                 norm->weight, norm->bias, norm->epsilon, norm->centered, states.data(), norm->size,
+                                 false, threads_});
     };
     normalize_heads(layer.query_norm, query_, heads);
     normalize_heads(layer.key_norm, key_, kv_heads);
@@ -67,8 +82,9 @@ int64_t Decoder::attend(const DecoderStep& step, size_t index) {
     // To [rows, of, head_dim], whose rows and heads are so far apart.
     const auto rotate = [&](const std::vector<float>& states, int64_t of, int64_t rotated, void* to, int64_t row_stride,
                             int64_t head_stride) {
-        kernels().rotate({states.data(), rows_, of, head_dim_, of * head_dim_, step.cosine, step.sine, rotated, to,
-                          row_stride, head_stride, step.dtype, threads_});
+        const int64_t angles = layer.rotary * rows_ * step.rotated;
+        kernels().rotate({states.data(), rows_, of, head_dim_, of * head_dim_, step.cosine + angles, step.sine + angles,
+                          rotated, to, row_stride, head_stride, step.dtype, threads_});
     };
     const auto last = [&](const void* base, const CacheStrides& stride) {
         return static_cast<std::byte*>(const_cast<void*>(base)) + (own.length - 1) * stride.position * bytes;
@@ -112,20 +128,20 @@ int64_t Decoder::step(const DecoderStep& step) {
         multiply(layer.key, x, key, false);
         multiply(layer.value, x, value, false);
         if (const int64_t bad = attend(step, index); bad_row == kAllRowsFinite) bad_row = bad;
-        multiply(layer.output, attended, hidden, true);
-        if (layer.mlp_norm) normalize(*layer.mlp_norm, hidden, x);
+        add(layer.output, layer.output_norm, attended, hidden);
+        if (!layer.parallel) normalize(layer.mlp_norm, hidden, x);
         multiply(layer.up, x, up, false);
         if (layer.gate) {
             const Rows gate = rows_of(gate_, layer.gate->out_features, kPadding);
             multiply(*layer.gate, x, gate, false);
-            kernels().activate({gate.at, up.at, rows_, gate.size, gate.stride, Activation::kSilu, threads_});
-            multiply(layer.down, gate, hidden, true);
+            kernels().activate({gate.at, up.at, rows_, gate.size, gate.stride, layer.activation, threads_});
+            add(layer.down, layer.down_norm, gate, hidden);
         } else {
-            kernels().activate({up.at, nullptr, rows_, up.size, up.stride, Activation::kGeluTanh, threads_});
-            multiply(layer.down, up, hidden, true);
+            kernels().activate({up.at, nullptr, rows_, up.size, up.stride, layer.activation, threads_});
+            add(layer.down, layer.down_norm, up, hidden);
         }
     }
-    normalize(final_norm_, hidden, hidden);
+    normalize(final_norm_, hidden, hidden, false);
     return bad_row;
 }
 

@@ -11,7 +11,8 @@
 namespace pmc {
 
 struct NormWeights {
-    const float *weight, *bias;  // bias may be null
+    const float *weight, *bias;  // [size]; bias may be null
+    int64_t size;
     float epsilon;
     bool centered;
 };
@@ -29,16 +30,23 @@ struct LinearWeights {
     std::vector<Adapter> adapters;
 };
 
-// h += output(attention(norm(h))), then h += down(silu(gate(y)) * up(y)) with y = mlp_norm(h); without a gate
-// h += output(attention(norm(h))) + down(gelu(up(norm(h)))).
+// h += output_norm(output(attention(x))) with x = norm(h), then h += down_norm(down(activation(gate(y)) * up(y))) with
+// y = mlp_norm(h), or y = x in a parallel layer. A norm that is not there changes nothing; without a gate it is
+// activation(up(y)).
 struct DecoderLayer {
-    NormWeights norm;
+    std::optional<NormWeights> norm;
     LinearWeights query, key, value;
-    std::optional<NormWeights> query_norm, key_norm;  // of each head
+    std::optional<NormWeights> query_norm, key_norm;  // as wide as a head or as all of them
     LinearWeights output;
+    std::optional<NormWeights> output_norm;
+    bool parallel;
     std::optional<NormWeights> mlp_norm;
     std::optional<LinearWeights> gate;
-    LinearWeights up, down;
+    LinearWeights up;
+    Activation activation;
+    LinearWeights down;
+    std::optional<NormWeights> down_norm;
+    int64_t rotary;  // which of the angles of a step
     int64_t window;  // positions that a token sees, its own included; 0: all
     float scale, softcap;
 };
@@ -46,8 +54,8 @@ struct DecoderLayer {
 struct DecoderStep {
     float* hidden;  // [rows, size], the embedded tokens, which become the last hidden states
     int64_t rows;
-    const float* cosine;  // [rows, rotated]
-    const float* sine;    // [rows, rotated]
+    const float* cosine;  // [kinds of angles, rows, rotated]
+    const float* sine;    // [kinds of angles, rows, rotated]
     int64_t rotated;
     Dtype dtype;                               // of all keys and values
     std::vector<CachedPositions> own, prefix;  // of each layer; the last of `own`'s positions are written
@@ -66,8 +74,10 @@ class Decoder {
   private:
     struct Rows;  // as many rows of floats as a step has
 
-    void normalize(const NormWeights& norm, const Rows& x, const Rows& y) const;
+    void normalize(const NormWeights& norm, const Rows& x, const Rows& y, bool accumulate) const;
+    void normalize(const std::optional<NormWeights>& norm, const Rows& x, const Rows& y) const;
     void multiply(const LinearWeights& linear, const Rows& x, const Rows& y, bool accumulate);
+    void add(const LinearWeights& linear, const std::optional<NormWeights>& norm, const Rows& x, const Rows& to);
     int64_t attend(const DecoderStep& step, size_t layer);
 
     Rows rows_of(std::vector<float>& buffer, int64_t size, int64_t padding) const;
@@ -76,7 +86,7 @@ class Decoder {
     NormWeights final_norm_;
     int64_t head_dim_, rows_ = 0;
     int threads_ = 1;
-    std::vector<float> normed_, query_, key_, value_, attended_, gate_, up_, low_rank_, workspace_;
+    std::vector<float> normed_, query_, key_, value_, attended_, gate_, up_, added_, low_rank_, workspace_;
     // In the cache's dtype: queries, and what comes of them where that is not float32.
     std::vector<std::byte> turned_, narrow_;
     std::vector<int64_t> first_;

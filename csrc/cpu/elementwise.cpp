@@ -34,17 +34,21 @@ float sum(const float* x, int64_t size, float shift) {
     return total;
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) * weight + bias, mean 0 for an RMS norm; x and y may be the same.
+// y (+)= (x - mean) / sqrt(variance + epsilon) * weight + bias, mean 0 for an RMS norm; x and y may be the same.
 void normalize_row(const NormalizeArgs& args, const float* x, float* y) {
     const float count = static_cast<float>(args.size);
     const float mean = args.centered ? sum<1>(x, args.size, 0) / count : 0;
     const float factor = 1 / std::sqrt(sum<2>(x, args.size, mean) / count + args.epsilon);
     int64_t i = 0;
     for (; i + kLanes <= args.size; i += kLanes) {
-        const Floats scaled = (load(x + i) - mean) * factor * load(args.weight + i);
-        store(y + i, args.bias ? scaled + load(args.bias + i) : scaled);
+        Floats result = (load(x + i) - mean) * factor * load(args.weight + i);
+        if (args.bias) result += load(args.bias + i);
+        store(y + i, args.accumulate ? load(y + i) + result : result);
     }
-    for (; i < args.size; ++i) y[i] = (x[i] - mean) * factor * args.weight[i] + (args.bias ? args.bias[i] : 0);
+    for (; i < args.size; ++i) {
+        const float result = (x[i] - mean) * factor * args.weight[i] + (args.bias ? args.bias[i] : 0);
+        y[i] = args.accumulate ? y[i] + result : result;
+    }
 }
 
 inline Floats sigmoid(Floats x) {

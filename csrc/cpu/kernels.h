@@ -106,7 +106,7 @@ struct PackedLinearArgs {
     int threads;
 };
 
-// y = (x - mean) / sqrt(variance + epsilon) * weight + bias for each row; without `centered` the mean is taken to be 0.
+// y (+)= (x - mean) / sqrt(variance + epsilon) * weight + bias for each row; the mean is 0 unless `centered`.
 struct NormalizeArgs {
     const float* x;  // [rows, size], x_stride elements apart
     int64_t rows, size, x_stride;
@@ -116,6 +116,7 @@ struct NormalizeArgs {
     bool centered;
     float* y;  // [rows, size], y_stride elements apart; may be x
     int64_t y_stride;
+    bool accumulate;  // the result is added to what y holds
     int threads;
 };
 

@@ -41,17 +41,20 @@ const float* floats(Numbers& x) { return static_cast<const float*>(x.data()); }
 void fuzz_normalize(Case& c) {
     Random& random = c.random;
     const int64_t rows = random.between(0, 20), size = random.size(), stride = size + random.between(0, 5);
-    const bool centered = random.one_in(2), in_place = random.one_in(2);
+    const bool centered = random.one_in(2), in_place = random.one_in(2), accumulate = random.one_in(2);
     const int64_t y_stride = in_place ? stride : size + random.between(0, 5);
     const float epsilon = random.pick({1e-5f, 1e-3f, 1.0f});
     Numbers x = random_rows(random, rows, stride, size, random.pick({1e-3f, 1.0f, 100.0f}));
-    const std::vector<float> weight = random_floats(random, size), bias = random_floats(random, size);
+    const std::vector<float> weight = random_floats(random, size), bias = random_floats(random, size),
+                             held = random_floats(random, elements(rows, y_stride, size));
     c.for_each_isa([&] {
         Numbers y = in_place ? x : Numbers(Dtype::kFloat32, elements(rows, y_stride, size), kNaN);
+        if (accumulate && !in_place)
+            for (int64_t at = 0; at < y.size(); ++at) y.set(at, held[at]);
         const Numbers before = y;
         kernels().normalize({in_place ? floats(y) : floats(x), rows, size, stride, weight.data(),
                              centered ? bias.data() : nullptr, epsilon, centered, static_cast<float*>(y.data()),
-                             y_stride, static_cast<int>(random.between(1, 2))});
+                             y_stride, accumulate, static_cast<int>(random.between(1, 2))});
         for (int64_t r = 0; r < rows; ++r) {
             double mean = 0, square = 0, largest = 0;
             for (int64_t i = 0; i < size; ++i) mean += static_cast<double>(x.get(r * stride + i)) / size;
@@ -65,8 +68,10 @@ void fuzz_normalize(Case& c) {
                          error = largest * factor * 1e-6 * std::sqrt(size) + 1e-6;
             if (!(largest < 1e15)) continue;  // its square is no float
             for (int64_t i = 0; i < size; ++i) {
+                const double added = accumulate ? before.get(r * y_stride + i) : 0;
                 const double want = (x.get(r * stride + i) - mean) * factor * weight[i] + (centered ? bias[i] : 0.0);
-                c.check_near("y", r, i, y.get(r * y_stride + i), want, error * (1 + std::abs(weight[i])));
+                c.check_near("y", r, i, y.get(r * y_stride + i), added + want,
+                             error * (1 + std::abs(weight[i])) + 1e-6 * std::abs(added));
             }
         }
         check_gaps(c, y, before, rows, y_stride, size);

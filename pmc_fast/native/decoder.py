@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,40 +31,18 @@ class Linear(NamedTuple):
     adapters: tuple[tuple[PackedWeight, PackedWeight], ...]
 
 
-class Layer(NamedTuple):
-    """h += output(attention(norm(h))), then h += down(silu(gate(mlp_norm(h))) * up(mlp_norm(h))).
-
-    Without mlp_norm and gate, h += output(attention(norm(h))) + down(gelu_tanh(up(norm(h)))). window: how many positions a
-    token sees, its own included; 0 is all of them.
-    """
-
-    norm: Norm
-    query: Linear
-    key: Linear
-    value: Linear
-    query_norm: Norm | None
-    key_norm: Norm | None
-    output: Linear
-    mlp_norm: Norm | None
-    gate: Linear | None
-    up: Linear
-    down: Linear
-    window: int
-    scale: float
-    softcap: float
-
-
 class Decoder:
     """Layers, and the norm after the last of them, over one cache.
 
     Args:
+        layers: the parts of each by the names of `DecoderLayer`'s fields (csrc/cpu/decoder.h).
         keys, values: of each layer, float32 or bfloat16 [rows, heads, T, head_dim], which a step writes one position of.
         prefix_keys, prefix_values: of each layer, [prompts, heads, S, head_dim], which come before.
     """
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[Mapping[str, Norm | Linear | str | float | None]],
         final: Norm,
         head_dim: int,
         keys: Sequence[Tensor],
@@ -73,7 +51,8 @@ class Decoder:
         prefix_values: Sequence[Tensor],
     ) -> None:
         self._held = (layers, final, keys, values, prefix_keys, prefix_values)  # what C++ has the addresses of
-        self._decoder = library().Decoder([_layer(layer) for layer in layers], _norm(final), head_dim)
+        parts = [{name: _part(part) for name, part in layer.items()} for layer in layers]
+        self._decoder = library().Decoder(parts, _norm(final), head_dim)
         self._own = [positions_at(*pair) for pair in zip(keys, values, strict=True)]
         self._prefix = [positions_at(*pair) for pair in zip(prefix_keys, prefix_values, strict=True)]
         self._dtype = dtype_code(keys[0].dtype)
@@ -85,7 +64,7 @@ class Decoder:
 
         Args:
             hidden: contiguous float32 [N, D], the tokens embedded.
-            cosine, sine: contiguous float32 [N, R], of the tokens' positions.
+            cosine, sine: contiguous float32 [K, N, R], of the tokens' positions; a layer's `rotary` is one of the K kinds.
             filled: positions of the cache that are, this token's included.
             prefix_row: contiguous int64 [N], each row's prompt.
             first: contiguous int64 [N], the first position that each row sees.
@@ -98,7 +77,7 @@ class Decoder:
             len(hidden),
             cosine.data_ptr(),
             sine.data_ptr(),
-            cosine.shape[1],
+            cosine.shape[2],
             self._dtype,
             self._own,
             self._prefix,
@@ -112,18 +91,14 @@ class Decoder:
         return hidden
 
 
-def _layer(layer: Layer) -> tuple:
-    return tuple(_part(part) for part in layer)
-
-
-def _part(part: Norm | Linear | float | None) -> tuple | float | None:
+def _part(part: Norm | Linear | str | float | None) -> tuple | str | float | None:
     if isinstance(part, Norm):
         return _norm(part)
     return _linear(part) if isinstance(part, Linear) else part
 
 
 def _norm(norm: Norm) -> tuple:
-    return norm.weight.data_ptr(), _address(norm.bias), norm.epsilon, norm.centered
+    return norm.weight.data_ptr(), _address(norm.bias), len(norm.weight), norm.epsilon, norm.centered
 
 
 def _linear(linear: Linear) -> tuple:

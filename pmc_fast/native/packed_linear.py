@@ -18,6 +18,12 @@ class PackedWeight:
     out_features: int
     in_features: int
 
+    def rows(self, begin: int, end: int) -> PackedWeight | None:
+        """weight[begin:end] in the same memory; None unless a panel begins there."""
+        if begin % library().packed_weight_elements(1, 1):  # the columns of a panel
+            return None
+        return PackedWeight(self.panels[begin * self.in_features :], end - begin, self.in_features)
+
 
 def packed_bytes(weight: Tensor) -> int:
     """How much memory `pack(weight)` takes."""

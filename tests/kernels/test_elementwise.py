@@ -25,7 +25,7 @@ def test_normalize(rows, size, centered, dtype, rng_seed):
     x = torch.full((rows, size + 3), math.nan)
     x[:, :size] = torch.randn(rows, size) + 0.5
     added, weight, bias = torch.randn(rows, size).to(dtype), torch.randn(size).to(dtype), torch.randn(size).to(dtype)
-    for options in ({}, {"added": added}, {"bias": bias, "added": added}):
+    for options in ({}, {"added": added, "offset": 1.0}, {"bias": bias, "added": added}):
         options = {"bias": None, "epsilon": 1e-5, "centered": centered} | options
         mine, its = x.clone(), x.clone()
         got = elementwise.normalize(mine[:, :size], weight, out=torch.full_like(added, math.nan), **options)
