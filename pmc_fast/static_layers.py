@@ -83,6 +83,9 @@ class StaticLayers:
     Args:
         keeps: whether prompts' keys and values are copied to an address of their own; otherwise they are read where the
             prefill left them.
+
+    Attributes:
+        own: [layers, 2, rows, kv_heads, steps, head_dim], the rows' own keys and values.
     """
 
     def __init__(self, layers: Layers[_Norm, _Linear], sizes: Sizes, keeps: bool) -> None:
@@ -96,12 +99,12 @@ class StaticLayers:
 
         self._kept_prefix = positions(sizes.prompts, sizes.width) if keeps else None
         self._prefix: Sequence[Sequence[Tensor]] = ()
-        self._own = positions(sizes.rows, sizes.steps)
+        self.own = positions(sizes.rows, sizes.steps)
         self._cosine, self._sine = self._angles(sizes.width + sizes.steps)
 
     @property
     def held_bytes(self) -> int:
-        return self._own.nbytes + (0 if self._kept_prefix is None else self._kept_prefix.nbytes)
+        return self.own.nbytes + (0 if self._kept_prefix is None else self._kept_prefix.nbytes)
 
     def _angles(self, positions: int) -> list[Tensor]:
         """Cosines and sines of the rotary embedding, float32 [positions, R]."""
@@ -118,10 +121,6 @@ class StaticLayers:
                 mine[:, :, pad:] = its
             self._prefix = self._kept_prefix
 
-    def move(self, source: Tensor, destination: Tensor, held: int) -> None:
-        """Copy rows' own keys and values, of the first positions, onto others'."""
-        self._own[:, :, destination, :, :held] = self._own[:, :, source, :, :held]
-
     def hidden(self, of: StaticRows, rows: int) -> Tensor:
         """The last hidden states [rows, D] of one more token for each of the first rows."""
         elementwise, kernel = gpu.kernels("elementwise"), gpu.kernels("decode_attention").decode_attention
@@ -130,7 +129,7 @@ class StaticLayers:
         hidden = layers.embed(of.token[:rows]).float()
         first: dict[int | None, Tensor] = {None: of.first[:rows]}
         added = None
-        for layer, (prefix_keys, prefix_values), own in zip(layers.layers, self._prefix, self._own, strict=True):
+        for layer, (prefix_keys, prefix_values), own in zip(layers.layers, self._prefix, self.own, strict=True):
             keys, values = own[:, :rows]
             x = layer.norm(hidden, added)
             query, key, value = (

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from pmc_fast import backend, fast_linear, gpu, running_rows, static_decoder
 from pmc_fast.packing import pad_left
-from pmc_fast.reference import decode_attention as reference
 from pmc_fast.sampler import Sampler
 from pmc_fast.sharding import kind
 
@@ -129,8 +128,7 @@ def _changed_weights(rank, ranks, seed):
 def _fixed_memory(rank, ranks, seed):
     """The decoder for GPUs, torch in its kernels' place: what is kept for the next call knows where weights were gathered."""
     chosen = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, "native"))
-    kernels = {"elementwise": decoder_kernels, "append_token": decoder_kernels, "decode_attention": reference}
-    with patch.object(static_decoder, "backend", chosen), patch.object(gpu, "kernels", kernels.get):
+    with patch.object(static_decoder, "backend", chosen), patch.object(gpu, "kernels", lambda name: decoder_kernels):
         sampler, whole = Sampler(_shard(make_model(seed=seed)), keep_graphs=True), Sampler(make_model(seed=seed))
         for scale in (1.0, 1.0, 1.5):
             with torch.no_grad():

@@ -18,7 +18,6 @@ from pmc_fast import backend, gpu, static_decoder
 from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
-from pmc_fast.reference.decode_attention import decode_attention
 from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler
 
@@ -26,10 +25,6 @@ KNOWN = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = gpu.kernels
-
-
-def by_torch(name):
-    return SimpleNamespace(decode_attention=decode_attention) if name == "decode_attention" else decoder_kernels
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def built(monkeypatch):
     stand_in = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, drawing))
     monkeypatch.setattr(static_decoder, "backend", stand_in)
     if DEVICE == "cpu":
-        monkeypatch.setattr(gpu, "kernels", by_torch)
+        monkeypatch.setattr(gpu, "kernels", lambda name: decoder_kernels)
     monkeypatch.setattr(static_decoder, "LEAST_ROWS", 2)  # so that rows are brought together often
 
     def watched(*args):
@@ -74,6 +69,7 @@ def by_modules(model, seed, monkeypatch, **options):
 def assert_same(got, want):
     for name in ("tokens", "lengths", "finished", "pruned"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.decoded == want.decoded
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
 
 
