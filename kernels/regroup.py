@@ -11,9 +11,7 @@ from torch import Tensor
 from pmc_fast.gpu import regroup as by_sorting
 from pmc_fast.kernels.variant import Variant
 
-# An answer or two to a thread: more would not fit its registers, and the comparisons grow with the square.
-MOST_ANSWERS = 2048
-OTHERS = 16  # answers that each is compared with at a time
+MOST_ANSWERS = 1024  # one to a thread, since the comparisons grow with the square
 
 
 @triton.jit
@@ -29,23 +27,23 @@ def regroup_kernel(
     answers,
     INHERITED: tl.constexpr,
     ANSWERS: tl.constexpr,
-    OTHERS: tl.constexpr,
+    OTHERS: tl.constexpr,  # answers that each is compared with at a time
 ):
     answer = tl.arange(0, ANSWERS)
     inside = answer < answers
     runs = tl.load(running + answer, mask=inside, other=0) != 0
-    its_row = tl.load(row + answer, mask=inside, other=0)
-    drawn = tl.load(token + answer, mask=inside, other=0)
+    its_row = tl.load(row + answer, mask=inside, other=0).to(tl.int32)
+    drawn = tl.load(token + answer, mask=inside, other=0).to(tl.int32)
     first_of_row = answer
     first_of_text = answer
     for begin in range(0, answers, OTHERS):
         other = begin + tl.arange(0, OTHERS)
         there = other < answers
-        together = (tl.load(row + other, mask=there, other=-1)[None, :] == its_row[:, None]) & (
-            tl.load(running + other, mask=there, other=0) != 0
-        )[None, :]
+        goes_on = tl.load(running + other, mask=there, other=0) != 0
+        other_row = tl.where(goes_on, tl.load(row + other, mask=there, other=0).to(tl.int32), -1)
+        together = other_row[None, :] == its_row[:, None]
         first_of_row = tl.minimum(first_of_row, tl.min(tl.where(together, other[None, :], ANSWERS), 1))
-        together &= tl.load(token + other, mask=there, other=-1)[None, :] == drawn[:, None]
+        together &= tl.load(token + other, mask=there, other=0).to(tl.int32)[None, :] == drawn[:, None]
         first_of_text = tl.minimum(first_of_text, tl.min(tl.where(together, other[None, :], ANSWERS), 1))
 
     leads = runs & (first_of_text == answer)
@@ -90,7 +88,7 @@ class Launch(NamedTuple):
 
 def launch_for(answers: int) -> Launch:
     padded = max(32, triton.next_power_of_2(answers))
-    return Launch(padded, OTHERS, min(32, padded // 32))
+    return Launch(padded, 16 if padded <= 512 else 8, min(32, padded // 32))
 
 
 def regroup(

@@ -104,7 +104,7 @@ class StaticDecoder:
         options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale, **draw}
         self._linear_sample = backend.load("linear_sample", options.pop("impl"))
         self._draw_options = options
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: it ran once
         self._pool = None
 
     def sample(
@@ -142,18 +142,22 @@ class StaticDecoder:
         return self._rows.results()
 
     def _advance(self, rows: int) -> None:
-        """One step, replayed if it ran before. The first time does the step too, since it compiles what has to be."""
-        if (graph := self._graphs.get(rows)) is not None:
-            graph.replay()
+        """One step: the first of so many rows compiles what has to be, a second one is captured, and then replayed.
+
+        So a number of rows that texts soon outgrow costs no capture.
+        """
+        if rows not in self._graphs or not self._lm.head.weight.is_cuda:
+            self._step(rows)
+            self._graphs[rows] = None
             return
-        self._step(rows)
-        if self._lm.head.weight.is_cuda:
+        if self._graphs[rows] is None:
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._step(rows)
             self._pool = graph.pool()
             self._graphs[rows] = graph
+        self._graphs[rows].replay()
 
     def _step(self, rows: int) -> None:
         self._draw(self.layers.hidden(self._rows, rows))
