@@ -89,7 +89,8 @@ class StaticRows:
         self._limit.copy_(limit)
         self.row.copy_(prompt.repeat_interleave(self._sizes.rows // prompts))
         self.running.fill_(True)
-        for zero in (self._length, self._finished, self.pruned, self._logprobs, self.step, self._counts, self._decoded):
+        by_answer = self._length, self._finished, self.pruned, self._logprobs
+        for zero in (*by_answer, self._inherited, self.step, self._counts, self._decoded):
             zero.zero_()
         self._tokens.copy_(self._ends[0].expand_as(self._tokens))
         self.prefix_row[:prompts] = prompt

@@ -197,11 +197,14 @@ def test_answers_that_say_the_same_so_far_share_a_row(family, built, steps, monk
 
 
 def test_greedy_answers_are_a_row_for_each_prompt(built, steps, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed).to(DEVICE)
-    options = {"num_samples": 20, "temperature": 0.0, "eos_token_id": 257}
-    got = sample(model, rng_seed, **options)
-    assert steps == [(4, 4, 80)] * 6
-    assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    options = {"num_samples": 20, "temperature": 0.0, "eos_token_id": VOCAB, "max_new_tokens": 32}
+    want = by_modules(sampler.lm, rng_seed, monkeypatch, **options)
+    for _ in range(3):
+        assert_same(sample(sampler, rng_seed, **options), want)
+        # Rows without a text look up angles, too.
+        assert built[0]._rows.position.max() < 32 + 32
+    assert steps == [(4, 4, 80)] * 31 * 3
 
 
 def test_the_host_waits_only_while_texts_may_become_more():
@@ -228,16 +231,16 @@ def test_waves(built, monkeypatch, rng_seed):
     assert len(built) == 2 and built[0].sizes.prompts == 2
 
 
-@pytest.mark.parametrize("top_k", [None, 3])  # answers that have little in common, or much
-def test_pruning_stops_the_same_answers(top_k, built, steps, monkeypatch, rng_seed):
+@pytest.mark.parametrize(("num_samples", "top_k"), [(4, None), (12, 6)], ids=["little in common", "much"])
+def test_pruning_stops_the_same_answers(num_samples, top_k, built, steps, monkeypatch, rng_seed):
     model = make_model(seed=rng_seed).to(DEVICE)
     letters = " ".join("abcdefghijklmnopqrstuvwxyz0123456789")
 
     def pruner():
         held = np.full(len(PROMPTS), 0.04)
-        return Pruner(RougeRecall(), Prompts(make_tokenizer()), [letters] * len(PROMPTS), held, 4, interval=2)
+        return Pruner(RougeRecall(), Prompts(make_tokenizer()), [letters] * len(PROMPTS), held, num_samples, interval=2)
 
-    options = {"max_new_tokens": 16, "eos_token_id": 257, "top_k": top_k}
+    options = {"max_new_tokens": 16, "eos_token_id": 257, "num_samples": num_samples, "top_k": top_k}
     got = sample(model, rng_seed, prune=pruner(), **options)
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prune=pruner(), **options))
     assert got.pruned.any() and not got.pruned.all()

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from pmc_fast.gpu.regroup import regroup
+from pmc_fast.kernels import regroup as file
+from pmc_fast.kernels.regroup import regroup as by_one_program
 from pmc_fast.running_rows import placed
 
 CASES = {
@@ -65,12 +68,14 @@ def test_rows_are_those_of_running_rows(case, answers, rng_seed):
     assert torch.equal(held[place], parent)
 
 
+def test_no_shape_depends_on_a_value():
+    token, running, state = given(9, CASES["few rows and tokens"])
+    regroup(token.to("meta"), running.to("meta"), **{name: tensor.to("meta") for name, tensor in state.items()})
+
+
 @pytest.mark.parametrize("answers", [1, 31, 160, 257])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_one_program_does_the_same(case, answers, rng_seed):
-    pytest.importorskip("triton")
-    from pmc_fast.kernels.regroup import regroup as by_one_program
-
     token, running, want = given(answers, case)
     got = {name: tensor.clone() for name, tensor in want.items()}
     by_one_program(token, running, **got)
@@ -82,9 +87,6 @@ def test_one_program_does_the_same(case, answers, rng_seed):
 
 
 def test_more_answers_than_one_program_takes(monkeypatch, rng_seed):
-    pytest.importorskip("triton")
-    from pmc_fast.kernels import regroup as file
-
     monkeypatch.setattr(file, "MOST_ANSWERS", 40)
     monkeypatch.setattr(file, "regroup_kernel", None)
     token, running, want = given(41, CASES["few rows and tokens"])
