@@ -164,9 +164,8 @@ class StaticDecoder:
 
     def _draw(self, hidden: Tensor) -> None:
         """Draw the next token of each answer from its row's hidden state, and write down what became of them."""
-        noise = {"sequence": self._rows.sequence, "position": self._rows.step}
-        hidden = hidden[self._rows.row]
-        token, logprob, *_ = self._linear_sample(hidden, self._lm.head.weight, **noise, **self._draw_options)
+        draws = {"sequence": self._rows.sequence, "position": self._rows.step, "hidden_row": self._rows.row}
+        token, logprob, *_ = self._linear_sample(hidden, self._lm.head.weight, **draws, **self._draw_options)
         self._rows.record(token, logprob)
 
 

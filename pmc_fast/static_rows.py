@@ -127,8 +127,8 @@ class StaticRows:
             destination=self._destination,
             counts=self._counts,
         )
-        copies = gpu.kernels("copy_rows").copy_rows
-        copies(self._own, self._source, self._destination, self._counts[2:], self.step[:1])
+        copy_rows = gpu.kernels("copy_rows").copy_rows
+        copy_rows(self._own, self._source, self._destination, self._counts[2:], self.step[:1])
 
     def prune(self, prune: Pruner, step: int) -> None:
         """Stop the answers that cannot be picked any more."""
