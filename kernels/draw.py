@@ -12,7 +12,7 @@ from torch import Tensor
 from pmc_fast.kernels.logits import INFINITY, Head, head_logit, is_distribution, mass_below
 from pmc_fast.kernels.philox import gumbel, gumbel_bound, tile_words, token_word
 from pmc_fast.kernels.sampling import DRAWS, NOISE, Draws, Sampling, logits_variants
-from pmc_fast.kernels.variant import Variant
+from pmc_fast.kernels.variant import Variant, absent, present
 
 TILE = 4096  # tokens that a program of a first pass reads
 SMALLEST_TILE = 128
@@ -46,11 +46,12 @@ def draw_from_all(logits: Tensor, head: Head, sampling: Sampling, draws: Draws) 
     `draw_kernel` reads the logits once, a program per tile of a row, and leaves each tile's maximum, its masses and its
     winner; `finish_draw_kernel` reduces those. R V s bytes for R rows, V tokens and s bytes a logit, and 20 bytes a tile.
     """
-    rows, vocab = logits.shape
+    rows, vocab = len(draws.token), logits.shape[1]
     tile = tile_for(vocab, SMALLEST_TILE)
     parts = Parts.empty(rows, triton.cdiv(vocab, tile), logits.device)
     draw_kernel[(rows * parts.tiles,)](
         logits,
+        sampling.logits_row,
         logits.stride(0),
         vocab,
         *head,
@@ -159,6 +160,7 @@ def gap(bound, scaled):
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def draw_kernel(
     logits,  # [rows, vocab]
+    logits_row,  # int64 [draws], or None: of each draw its own
     stride,  # of its rows
     vocab,
     bias,
@@ -168,9 +170,9 @@ def draw_kernel(
     inverse_temperature,
     seed_low,
     seed_high,
-    sequence,  # int64 [rows]
+    sequence,  # int64 [draws]
     position,
-    tops,  # this and what follows: [rows, tiles]
+    tops,  # this and what follows: [draws, tiles]
     masses,
     tempered_masses,
     winners,
@@ -183,7 +185,8 @@ def draw_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * TILE
     token = first + tl.arange(0, TILE)
-    product = tl.load(logits + row * stride + token, mask=token < vocab, other=0)
+    its_row = row if logits_row is None else tl.load(logits_row + row)
+    product = tl.load(logits + its_row * stride + token, mask=token < vocab, other=0)
     logit = head_logit(product, bias, token, token < vocab, logit_scale, softcap)
     only = tl.zeros([1], tl.int64)
     its_sequence = tl.load(sequence + row + only).to(tl.uint32)
@@ -266,8 +269,10 @@ def variants(capability: int) -> list[Variant]:
                 Variant(
                     name=f"{'greedy' if greedy else 'draw'}, {logits.name}",
                     kernel=draw_kernel,
-                    signature=logits.signature | temper | NOISE | PARTS,
-                    constants=logits.constants | {"GREEDY": greedy, "TEMPERED": not greedy, "TILE": tile},
+                    signature=logits.signature | present(logits.logits_row) | temper | NOISE | PARTS,
+                    constants=logits.constants
+                    | absent(logits.logits_row)
+                    | {"GREEDY": greedy, "TEMPERED": not greedy, "TILE": tile},
                     num_warps=warps_for(tile),
                     num_stages=3,
                     aligned=logits.aligned,

@@ -41,18 +41,27 @@ def linear_sample(
     seed: int,
     sequence: Tensor,
     position: Tensor,
+    hidden_row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight = row_major(hidden), row_major(weight)
+    """Logits that several draws are from are multiplied once, and with truncation their groups are measured once."""
     head = Head(None if bias is None else bias.contiguous(), None if logit_scale == 1 else logit_scale, softcap)
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, sequence, position)
-    rows, vocab = len(hidden), len(weight)
+    rows, vocab = len(sequence), len(weight)
+    fused = rows <= FUSED_ROWS and not sampling.truncates(vocab)
+    at_once = max(1, SCRATCH_BYTES // (4 * vocab))
+    if hidden_row is not None and not fused and len(hidden) < rows and len(hidden) <= at_once:
+        sampling = sampling._replace(logits_row=hidden_row.contiguous())
+    elif hidden_row is not None:
+        hidden = hidden[hidden_row]
+    hidden, weight = row_major(hidden), row_major(weight)
     draws = Draws.empty(rows, hidden.device)
-    if rows <= FUSED_ROWS and not sampling.truncates(vocab):
-        if rows:
-            _draw_fused(hidden, weight, head, sampling, draws)
-    else:
-        for piece in even_pieces(rows, max(1, SCRATCH_BYTES // (4 * vocab))):
+    if sampling.logits_row is not None:
+        _draw_from_products(hidden, weight, head, sampling, draws)
+    elif not fused:
+        for piece in even_pieces(rows, at_once):
             _draw_from_products(hidden[piece], weight, head, sampling.rows(piece), draws.rows(piece))
+    elif rows:
+        _draw_fused(hidden, weight, head, sampling, draws)
     return draws.checked("linear_sample")
 
 

@@ -29,6 +29,7 @@ class Sampling(NamedTuple):
     seed: int
     sequence: Tensor
     position: Tensor
+    logits_row: Tensor | None = None  # int64, contiguous: whose logits each draw is from; None: its own
 
     def rows(self, rows: slice) -> Sampling:
         return self._replace(sequence=self.sequence[rows], position=self.position[rows])
@@ -87,6 +88,7 @@ class LogitsVariant(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, None]
     aligned: tuple[str, ...]
+    logits_row: dict[str, str | None]  # an argument of kernels that draw
 
 
 def logits_variants() -> Iterator[LogitsVariant]:
@@ -102,4 +104,5 @@ def logits_variants() -> Iterator[LogitsVariant]:
 def _logits_variant(name: str, vocab: int, dtype: str, head: dict[str, str | None]) -> LogitsVariant:
     signature = {"logits": "*" + dtype, "stride": "i32", "vocab": "i32"} | present(head)
     aligned = ("logits", "stride", "vocab", *(("bias",) if head["bias"] else ()))
-    return LogitsVariant(name, vocab, signature, absent(head), aligned)
+    logits_row = {"logits_row": "*i64" if dtype == "fp32" else None}
+    return LogitsVariant(name, vocab, signature, absent(head), aligned, logits_row)

@@ -27,7 +27,7 @@ from pmc_fast.kernels.draw import NO_TOKEN, tile_for, warps_for
 from pmc_fast.kernels.logits import INFINITY, Head, head_logit, is_distribution, mass_below
 from pmc_fast.kernels.philox import gumbel, gumbel_bound, halves, token_word
 from pmc_fast.kernels.sampling import DRAWS, NOISE, Draws, Sampling, logits_variants
-from pmc_fast.kernels.variant import Variant
+from pmc_fast.kernels.variant import Variant, absent, present
 
 GROUP = 128  # tokens whose maximum and masses the truncation starts from
 MOST_GROUPS = 2048  # of a row; groups are doubled until they are no more
@@ -48,13 +48,13 @@ class Groups(NamedTuple):
 def draw_truncated(logits: Tensor, head: Head, sampling: Sampling, draws: Draws) -> None:
     """`group_kernel` reads the logits once and leaves each group's maximum and masses, 12 bytes for GROUP tokens.
 
-    `truncate_kernel`, a program per row, finds from these a value that no kept token lies below (the k-th largest of the
+    `truncate_kernel`, a program per draw, finds from these a value that no kept token lies below (the k-th largest of the
     maxima; for top-p, the highest value below which the groups cannot hold 1 - p of the mass), reads only the groups that
     reach it, gathers the tokens at or above it, narrows the place of the cut among them, and draws. So R V s bytes for R
     rows, V tokens and s bytes a logit, and little more: for top-k, some k groups of a row. Gathered tokens beyond the
     buffer's CAPACITY (a flat distribution) are read again from those groups until the cut's bracket fits.
     """
-    rows, vocab = logits.shape
+    (rows, vocab), drawn = logits.shape, len(draws.token)
     group = group_size(vocab)
     tile = tile_for(vocab, group)
     tiles = triton.cdiv(vocab, tile)
@@ -74,8 +74,9 @@ def draw_truncated(logits: Tensor, head: Head, sampling: Sampling, draws: Draws)
         num_warps=warps_for(tile),
     )
     by_rank = sampling.cuts_rank(vocab)
-    truncate_kernel[(rows,)](
+    truncate_kernel[(drawn,)](
         logits,
+        sampling.logits_row,
         logits.stride(0),
         vocab,
         *head,
@@ -85,7 +86,7 @@ def draw_truncated(logits: Tensor, head: Head, sampling: Sampling, draws: Draws)
         math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
         *sampling.noise(),
         *groups,
-        torch.empty(rows, count + CAPACITY, dtype=torch.int32, device=logits.device),
+        torch.empty(drawn, count + CAPACITY, dtype=torch.int32, device=logits.device),
         *draws,
         TEMPERED=sampling.tempered,
         BY_RANK=by_rank,
@@ -145,6 +146,7 @@ def group_kernel(
 @triton.jit(do_not_specialize=["k", "top_p_low", "top_p_high", "seed_low", "seed_high", "first_row"])
 def truncate_kernel(
     logits,  # [rows, vocab]
+    logits_row,  # int64 [draws], or None: of each draw its own
     stride,  # of its rows
     vocab,
     bias,
@@ -157,13 +159,13 @@ def truncate_kernel(
     log_min_p,
     seed_low,
     seed_high,
-    sequence,  # int64 [rows]
+    sequence,  # int64 [draws]
     position,
     tops,  # this and the next two: [rows, groups]
     masses,
     tempered_masses,
     groups,
-    scratch,  # int32 [rows, groups + CAPACITY]: the active groups, then gathered tokens
+    scratch,  # int32 [draws, groups + CAPACITY]: the active groups, then gathered tokens
     out_token,
     out_logprob,
     out_sampling_logprob,
@@ -179,8 +181,9 @@ def truncate_kernel(
     CAPACITY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    its_row = row if logits_row is None else tl.load(logits_row + row)
     group = tl.arange(0, GROUPS)
-    part = row * groups + group
+    part = its_row * groups + group
     peak = tl.load(tops + part, mask=group < groups, other=-INFINITY)
     group_mass = tl.load(masses + part, mask=group < groups, other=0)
     top = tl.max(peak, 0)
@@ -212,7 +215,7 @@ def truncate_kernel(
     tl.debug_barrier()  # other threads read what was written
 
     low = reach << TOKEN_BITS
-    source = (logits + row * stride, vocab, bias, logit_scale, softcap, temperature, shift, active, groups)
+    source = (logits + its_row * stride, vocab, bias, logit_scale, softcap, temperature, shift, active, groups)
     count = gather(source, all_length, low, HIGHEST_KEY, GROUP, CAPACITY)
     complete = count <= CAPACITY
     length = tl.where(complete, count, all_length)
@@ -247,7 +250,7 @@ def truncate_kernel(
             score = tl.where(wins, highest, score)
             best = tl.where(wins, first, best)
 
-    product = tl.load(logits + row * stride + best)
+    product = tl.load(logits + its_row * stride + best)
     logit = head_logit(product, bias, best, best < vocab, logit_scale, softcap)
     drawn = tl.div_rn(logit, temperature)
     tl.store(out_token + row, best.to(tl.int64))
@@ -288,13 +291,14 @@ def variants(capability: int) -> list[Variant]:
                     name=f"truncate{' top-k' * by_rank}{' top-p' * by_mass}{' min-p' * by_floor}, {logits.name}",
                     kernel=truncate_kernel,
                     signature=logits.signature
+                    | present(logits.logits_row)
                     | {"temperature": "fp32"}
                     | cuts
                     | NOISE
                     | GROUPS
                     | {"scratch": "*i32"}
                     | DRAWS,
-                    constants=logits.constants | {"TEMPERED": True} | by | sizes,
+                    constants=logits.constants | absent(logits.logits_row) | {"TEMPERED": True} | by | sizes,
                     num_warps=row_warps(count),
                     num_stages=3,
                     aligned=logits.aligned,

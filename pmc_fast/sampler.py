@@ -202,8 +202,7 @@ class Sampler:
         if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
             self.decoder = decoder.layers.name
             with torch.cuda.device_of(limit):  # where its kernels are launched
-                wave = decoder.sample(filled, sequence, limit, prune, progress)
-            return *wave, int(wave[1].sum()) - len(limit)
+                return decoder.sample(filled, sequence, limit, prune, progress)
         rows = RunningRows(self.lm, filled, num_samples, steps)
         self.decoder = "native" if rows.native else "modules"
         return _run(self.lm, rows, sequence, limit, ends, draw, prune, progress)

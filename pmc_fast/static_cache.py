@@ -49,10 +49,6 @@ class StaticCache:
                 mine[:, :, pad:] = its
             self._prefix = self._kept_prefix
 
-    def move(self, source: Tensor, destination: Tensor, held: int) -> None:
-        """Copy rows' own keys and values, of the first positions, onto others'."""
-        self.own[:, :, destination, :, :held] = self.own[:, :, source, :, :held]
-
     def attention(self, of: StaticRows, rows: int) -> StepAttention:
         """That of one more token for each of the first rows, whose keys and values are appended first."""
         return StepAttention(self.own[:, :, :rows], self._prefix, self._sizes.width, of, rows)

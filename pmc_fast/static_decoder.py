@@ -1,7 +1,7 @@
 """Decodes a model on a GPU from fixed memory: a step of so many rows is one CUDA graph.
 
 A graph holds everything from the embedding of the last tokens to the record of the next ones, so a step costs the host one
-launch. Rows that finish run on, unseen, until so many have that the others fit the graph of fewer rows.
+launch. A row is a text that some answers say so far: the graph of the fewest rows that hold all texts is the one that runs.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ class StaticDecoder:
         self, lm: LanguageModel, layers: StaticLayers | StaticModules, sizes: Sizes, ends: Tensor, draw: dict[str, Any]
     ) -> None:
         self._lm, self.layers, self.sizes, head = lm, layers, sizes, lm.head
-        self._rows = StaticRows(sizes, ends)
+        self._rows = StaticRows(sizes, ends, layers.own)
         options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale, **draw}
         self._linear_sample = backend.load("linear_sample", options.pop("impl"))
         self._draw_options = options
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: it ran once
         self._pool = None
 
     def sample(
@@ -131,65 +131,63 @@ class StaticDecoder:
         limit: Tensor,
         prune: Pruner | None,
         progress: Callable[[int], object] | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Decode until no row is left: tokens [rows, T], lengths, logprobs [rows, T], finished, pruned.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """Decode until no answer is left: tokens [answers, T], lengths, logprobs [answers, T], finished, pruned; and how many
+        tokens went through the layers.
 
         Args:
-            filled: the prompts' pass; each has the same number of rows.
-            sequence, limit: int64 [rows].
+            filled: the prompts' pass; each has the same number of answers.
+            sequence, limit: int64 [answers].
         """
-        rows, steps = self.sizes.rows, int(limit.max())
         self.layers.begin(filled)
         self._rows.begin(filled, sequence, limit)
-        self._draw(filled.hidden.repeat_interleave(rows // self.sizes.prompts, dim=0))
-        alive = self._rows.count()
-        for step in range(1, steps):  # so many tokens are drawn
+        self._draw(filled.hidden)
+        counts = self._rows.counts()
+        for step in range(1, int(limit.max())):  # so many tokens are drawn
             if prune is not None and step % prune.interval == 0:
                 with phase("prune"):
-                    self._rows.prune(prune, rows, step)
-                alive.forget()
-            running = alive.latest()
+                    self._rows.prune(prune, step)
+                counts.forget()
+            texts, running = counts.latest()
             if running == 0:
                 break
-            if (fewer := _graph_rows(rows, running)) < rows:
-                with phase("retire"):
-                    # The last token's keys and values come with the next step.
-                    self.layers.move(*self._rows.compact(rows), step - 1)
-                rows = fewer
             with phase("decode"):
-                self._advance(rows)
-            alive.note()
+                self._advance(_graph_rows(self.sizes.rows, texts))
+            counts.note()
             if progress:
                 progress(running)
         return self._rows.results()
 
     def _advance(self, rows: int) -> None:
-        """One step, replayed if it ran before. The first time does the step too, since it compiles what has to be."""
-        if (graph := self._graphs.get(rows)) is not None:
-            graph.replay()
+        """One step: the first of so many rows compiles what has to be, a second one is captured, and then replayed.
+
+        So a number of rows that texts soon outgrow costs no capture.
+        """
+        if rows not in self._graphs or not self._lm.head.weight.is_cuda:
+            self._step(rows)
+            self._graphs[rows] = None
             return
-        self._step(rows)
-        if self._lm.head.weight.is_cuda:
+        if self._graphs[rows] is None:
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._step(rows)
             self._pool = graph.pool()
             self._graphs[rows] = graph
+        self._graphs[rows].replay()
 
     def _step(self, rows: int) -> None:
         self._draw(self.layers.hidden(self._rows, rows))
 
     def _draw(self, hidden: Tensor) -> None:
-        """Draw the next token of each of the first rows, and write down what became of them."""
-        rows = len(hidden)
-        noise = {"sequence": self._rows.sequence[:rows], "position": self._rows.step[:rows]}
-        token, logprob, *_ = self._linear_sample(hidden, self._lm.head.weight, **noise, **self._draw_options)
+        """Draw the next token of each answer from its row's hidden state, and write down what became of them."""
+        draws = {"sequence": self._rows.sequence, "position": self._rows.step, "hidden_row": self._rows.row}
+        token, logprob, *_ = self._linear_sample(hidden, self._lm.head.weight, **draws, **self._draw_options)
         self._rows.record(token, logprob)
 
 
-def _graph_rows(rows: int, running: int) -> int:
-    """How many rows the next step has: those of before, halved as often as those still running allow."""
-    while rows > LEAST_ROWS and running <= (half := -(-rows // (2 * LEAST_ROWS)) * LEAST_ROWS) < rows:
+def _graph_rows(rows: int, texts: int) -> int:
+    """How many rows the next step has: all, halved as often as the texts allow."""
+    while rows > LEAST_ROWS and texts <= (half := -(-rows // (2 * LEAST_ROWS)) * LEAST_ROWS) < rows:
         rows = half
     return rows

@@ -89,7 +89,7 @@ class StaticModules(StaticCache):
             token=torch.zeros_like(padding),
             position=filled.position,
             step=torch.ones_like(padding),
-            running=torch.ones_like(padding, dtype=torch.bool),
+            texts=torch.ones_like(padding[:1]).fill_(rows),
             first=padding + (self._sizes.width - filled.cache.get_seq_length()),
             prefix_row=torch.arange(rows, device=padding.device),
         )
@@ -109,8 +109,8 @@ class StaticModules(StaticCache):
         length = of.step[:rows]
         held = self._prefix_length + length[0] - 1
         most = self._sizes.width + self._sizes.steps
-        # Rows that have ended count on, perhaps beyond the positions that the model has learned.
-        position = of.position[:rows] * of.running[:rows]
+        # Rows without a text count on, perhaps beyond the positions that the model has learned.
+        position = of.position[:rows] * (torch.arange(rows, device=length.device) < of.texts)
         cache = Cache(layers=[_Layer(own, length, held, most) for own in self.own[:, :, :rows]])
         with attention.decoding(_Rows(self.attention(of, rows))), _not_warning(self._lm.backbone):
             hidden = self._lm.hidden(

@@ -1,4 +1,4 @@
-"""The rows of a sampling call on a GPU, in fixed memory: what a step reads of them, and what it writes down."""
+"""The answers of a sampling call on a GPU and the rows of their texts, in fixed memory: what a step reads and writes down."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ STEPS_AHEAD = 2  # of what the host knows: it never waits for the step under way
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the fixed memory of a call is made for: `prompts` of up to `width` tokens, and `rows` of up to `steps` more."""
+    """What the fixed memory of a call is made for: `prompts` of up to `width` tokens, and `rows` of up to `steps` more.
+
+    There is a row for each answer, since in the end each may say something else.
+    """
 
     rows: int
     prompts: int
@@ -39,148 +42,148 @@ def rounded(positions: int) -> int:
 
 
 class StaticRows:
-    """The answers of a call, each in a row until it ends; all counts lie on the device.
+    """The answers of a call, and a row for each text that some of them have in common so far; all counts lie on the device.
+
+    As in `pmc_fast.running_rows`, but answers stay where they are: those that are done draw on, unseen, from the first row.
+    Texts lie in the first rows. What lies beyond has no meaning, and is never drawn from.
+
+    Args:
+        own: [layers, 2, rows, kv_heads, steps, head_dim], the rows' own keys and values, which texts take along.
 
     Attributes:
-        sequence: int64 [rows], the noise that a row draws.
+        sequence: int64 [answers], the noise that an answer draws.
+        row: int64 [answers], the row whose text an answer says so far.
+        running: bool [answers], whether it has not ended; pruned: whether it was stopped.
+        token: int64 [rows], a row's last token; position: its place, for the rotary embedding.
         prefix_row: int64 [rows], its prompt; first: the first position it sees.
-        token: int64 [rows], its last token; position: its place, for the rotary embedding; step: how many it has drawn.
-        running: bool [rows], whether it has not ended.
-        pruned: bool [answers], which answers were stopped.
+        step: int64 [answers or rows], how many tokens have been drawn.
+        texts: int64 [1], how many rows have a text.
     """
 
-    def __init__(self, sizes: Sizes, ends: Tensor) -> None:
-        self._sizes, self._ends = sizes, ends
+    def __init__(self, sizes: Sizes, ends: Tensor, own: Tensor) -> None:
+        self._sizes, self._ends, self._own = sizes, ends, own
         rows, device = sizes.rows, ends.device
 
-        def counts(dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(rows, dtype=dtype, device=device)
+        def counts(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
 
-        # By row, and moved with it:
-        self.sequence, self.prefix_row, self.first, self.token = (counts() for _ in range(4))
-        self.position, self.step, self.running = counts(), counts(), counts(torch.bool)
-        self._slot = counts()
         # By answer:
-        self._limit, self._length, self._finished, self.pruned = (
-            counts(),
-            counts(),
-            counts(torch.bool),
-            counts(torch.bool),
-        )
-        self._tokens = counts()[:, None].repeat(1, sizes.steps)
-        self._logprobs = torch.zeros(rows, sizes.steps, device=device)
-        self._alive = torch.zeros((), dtype=torch.int64, device=device)
+        self.sequence, self.row, self._limit, self._length = counts(4, rows)
+        self.running, self._finished, self.pruned = counts(3, rows, dtype=torch.bool)
+        self._tokens = counts(rows, sizes.steps)
+        self._logprobs = counts(rows, sizes.steps, dtype=torch.float32)
+        # By row:
+        self.token = counts(rows)
+        self._inherited = counts(3, rows)
+        self.prefix_row, self.first, self.position = self._inherited
+        # By either:
+        self.step = counts(rows)
+        self._source, self._destination = counts(2, rows)
+        self._counts = counts(3)  # texts, running answers, rows that are to be copied
+        self.texts = self._counts[:1]
+        self._decoded = counts(1)
 
     def begin(self, filled: Prefill, sequence: Tensor, limit: Tensor) -> None:
-        """Everything as it is before the first draw. Prompts end where the prefix ends."""
-        copies = self._sizes.rows // self._sizes.prompts
-        pad = self._sizes.width - filled.cache.get_seq_length()
-        torch.arange(self._sizes.rows, out=self._slot)
+        """Everything as it is before the first draw: a row for each prompt. Prompts end where the prefix ends."""
+        prompts = self._sizes.prompts
+        prompt = torch.arange(prompts, device=self.row.device)
         self.sequence.copy_(sequence)
         self._limit.copy_(limit)
-        prompt = torch.arange(self._sizes.prompts, device=self._slot.device)
-        self.prefix_row.copy_(prompt.repeat_interleave(copies))
-        self.first.copy_((filled.padding + pad).repeat_interleave(copies))
-        self.position.copy_(filled.position.repeat_interleave(copies))
-        self.step.zero_()
+        self.row.copy_(prompt.repeat_interleave(self._sizes.rows // prompts))
         self.running.fill_(True)
-        self._length.zero_()
-        self._finished.zero_()
-        self.pruned.zero_()
+        by_answer = self._length, self._finished, self.pruned, self._logprobs
+        for zero in (*by_answer, self._inherited, self.step, self._counts, self._decoded):
+            zero.zero_()
         self._tokens.copy_(self._ends[0].expand_as(self._tokens))
-        self._logprobs.zero_()
+        self.prefix_row[:prompts] = prompt
+        self.first[:prompts] = filled.padding + (self._sizes.width - filled.cache.get_seq_length())
+        self.position[:prompts] = filled.position
 
     def record(self, token: Tensor, logprob: Tensor) -> None:
-        """Write down what the first rows drew."""
-        rows = len(token)
-        self.token[:rows].copy_(token)
+        """Write down what the answers drew, and give each text that goes on a row."""
+        self._decoded += self.texts
         gpu.kernels("append_token").append_token(
             token,
             logprob,
-            self._slot[:rows],
             self._ends,
             self._limit,
-            running=self.running[:rows],
+            running=self.running,
             length=self._length,
             finished=self._finished,
             tokens=self._tokens,
             logprobs=self._logprobs,
-            position=self.position[:rows],
-            step=self.step[:rows],
+            position=self.position,
+            step=self.step,
         )
-        self._alive.copy_(self.running[:rows].sum())
+        self._regroup(token)
 
-    def prune(self, prune: Pruner, rows: int, step: int) -> None:
+    def _regroup(self, token: Tensor) -> None:
+        """token: int64 [answers], the last of each."""
+        gpu.kernels("regroup").regroup(
+            token,
+            self.running,
+            row=self.row,
+            row_token=self.token,
+            inherited=self._inherited,
+            source=self._source,
+            destination=self._destination,
+            counts=self._counts,
+        )
+        copy_rows = gpu.kernels("copy_rows").copy_rows
+        copy_rows(self._own, self._source, self._destination, self._counts[2:], self.step[:1])
+
+    def prune(self, prune: Pruner, step: int) -> None:
         """Stop the answers that cannot be picked any more."""
-        slot, running = self._slot[:rows], self.running[:rows]
-        still = slot[running]
+        still = self.running.nonzero()[:, 0]
         lengths = self._length.index_copy(0, still, self._limit[still])
         stopped = prune(still, self._tokens[:, :step], lengths)
         if stopped is not None:
-            self.pruned[still[stopped.to(slot.device)]] = True
-            running &= ~self.pruned[slot]
-        self._alive.copy_(running.sum())
+            gone = still[stopped.to(still.device)]
+            self.pruned[gone], self.running[gone] = True, False
+            self._regroup(self.token[self.row])
 
-    def compact(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Bring those of the first rows that run to the front; returns which rows moved and where to."""
-        source, destination, running = _retired(~self.running[:rows])
-        by_row = (self._slot, self.sequence, self.prefix_row, self.first, self.token, self.position, self.running)
-        for values in by_row:
-            values[destination] = values[source]
-        self.running[running:] = False
-        return source, destination
+    def counts(self) -> Counts:
+        return Counts(self._counts[:2])
 
-    def count(self) -> Counts:
-        return Counts(self._alive)
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """tokens [rows, T], lengths, logprobs [rows, T], finished, pruned."""
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """tokens [answers, T], lengths, logprobs [answers, T], finished, pruned; how many tokens were decoded."""
         longest = int(self._length.max())
         results = (self._tokens[:, :longest], self._length, self._logprobs[:, :longest], self._finished, self.pruned)
-        return tuple(result.clone() for result in results)
-
-
-def _retired(finished: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Which unfinished rows to copy onto which finished ones so that the unfinished come first, and how many they are.
-
-    Moves as few rows as possible: those at the end fill the holes before it.
-    """
-    rows = int((~finished).sum())
-    holes = finished[:rows].nonzero()[:, 0]
-    movers = (~finished[rows:]).nonzero()[:, 0] + rows
-    return movers, holes, rows
+        return *(result.clone() for result in results), int(self._decoded)
 
 
 class Counts:
-    """Reads how many rows run without waiting for the step under way: the number lags by up to STEPS_AHEAD steps."""
+    """Reads how many texts and running answers there are, waiting for the step under way only if texts may become more.
 
-    def __init__(self, alive: Tensor) -> None:
-        self._alive = alive
-        self._noted: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self._latest: int | None = None
+    Once each running answer has a text of its own, texts can only become fewer: the numbers lag by up to STEPS_AHEAD steps.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        self._counts = counts
+        self._noted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._latest: list[int] | None = None
 
     def forget(self) -> None:
-        """The next number is to be exact."""
+        """The next numbers are to be exact."""
         self._noted.clear()
         self._latest = None
 
     def note(self) -> None:
-        """After a step: its number is to be read later."""
-        if self._alive.device.type == "cpu":
-            self._latest = int(self._alive)
-            return
-        copy = torch.empty((), dtype=torch.int64, pin_memory=True)
-        copy.copy_(self._alive, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        """After a step: its numbers are to be read later."""
+        on_gpu, event = self._counts.is_cuda, None
+        copy = torch.empty(2, dtype=torch.int64, pin_memory=on_gpu).copy_(self._counts, non_blocking=on_gpu)
+        if on_gpu:
+            event = torch.cuda.Event()
+            event.record()
         self._noted.append((copy, event))
 
-    def latest(self) -> int:
-        """Rows that ran STEPS_AHEAD steps ago, or now if nobody looked yet."""
+    def latest(self) -> tuple[int, int]:
+        """Texts, at least as many as there are, and the answers that ran when there were so many."""
         if self._latest is None:
-            self._latest = int(self._alive)
-        if len(self._noted) > STEPS_AHEAD:
+            self._latest = self._counts.tolist()
+        while self._noted and (self._latest[0] < self._latest[1] or len(self._noted) > STEPS_AHEAD):
             copy, event = self._noted.popleft()
-            event.synchronize()
-            self._latest = int(copy)
-        return self._latest
+            if event is not None:
+                event.synchronize()
+            self._latest = copy.tolist()
+        return self._latest[0], self._latest[1]

@@ -1,14 +1,14 @@
 """What the kernels of the static decoder compute, in plain torch."""
 
+from contextlib import suppress
+
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pmc_fast.reference.decode_attention import decode_attention as reference
+from pmc_fast.gpu.regroup import regroup
+from pmc_fast.reference import decode_attention as reference
 
-
-def decode_attention(*args, **options):
-    with _disable_current_modes():  # unlike the kernel, the reference looks at values
-        return reference(*args, **options)
+__all__ = ["activate", "append_token", "copy_rows", "decode_attention", "normalize", "regroup", "rotate_and_append"]
 
 
 def normalize(x, weight, bias, epsilon, *, centered, offset=0.0, added=None, out):
@@ -42,14 +42,37 @@ def rotate_and_append(query, key, value, cosine, sine, position, length, keys, v
     return turned(query)
 
 
+def decode_attention(query, key, value, first, *, prefix_row, length, **options):
+    """A row that has no text may hold anything, of which the reference complains; the kernel makes NaN of it, too."""
+
+    def attend(rows):
+        its = {"prefix_row": prefix_row[rows], "length": length[rows]}
+        with _disable_current_modes():  # unlike the kernel, the reference looks at values
+            return reference.decode_attention(query[rows], key[rows], value[rows], first[rows], **its, **options)
+
+    try:
+        return attend(slice(None))
+    except ValueError:
+        out = torch.full_like(query, torch.nan)
+        for row in range(len(query)):
+            with suppress(ValueError):
+                out[row] = attend([row])[0]
+        return out
+
+
 def append_token(
-    token, logprob, slot, ends, limit, *, running, length, finished, tokens, logprobs, position, step
+    token, logprob, ends, limit, *, running, length, finished, tokens, logprobs, position, step
 ):  # fmt: skip
-    mine = slot[running]
-    tokens[mine, length[mine]], logprobs[mine, length[mine]] = token[running], logprob[running]
-    length[mine] += 1
+    ran = running.nonzero()[:, 0]
+    tokens[ran, length[ran]], logprobs[ran, length[ran]] = token[ran], logprob[ran]
+    length[ran] += 1
     ended = torch.isin(token, ends)
-    finished[slot[running & ended]] = True
-    running &= ~ended & (length[slot] < limit[slot])
+    finished[ran] |= ended[ran]
+    running &= ~ended & (length < limit)
     position += 1
     step += 1
+
+
+def copy_rows(own, source, destination, copies, length):
+    count, held = int(copies), int(length) - 1
+    own[:, :, destination[:count], :, :held] = own[:, :, source[:count], :, :held]

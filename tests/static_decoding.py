@@ -56,6 +56,7 @@ def by_modules(model, seed, monkeypatch, **options):
 def assert_same(got, want):
     for name in ("tokens", "lengths", "finished", "pruned"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.decoded == want.decoded
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
 
 

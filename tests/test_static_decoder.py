@@ -20,6 +20,7 @@ from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
 from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler
+from pmc_fast.static_rows import STEPS_AHEAD, Counts
 
 KNOWN = {
     "llama": {},
@@ -38,17 +39,38 @@ BOTH = {"llama": "cuda graph", "cohere": "cuda graph of modules"}  # one of a kn
 KERNELS = gpu.kernels
 
 
+def make(family, seed):
+    model = make_model(family, seed=seed, **KNOWN.get(family, {})).to(DEVICE)
+    if family == "gemma2":  # transformers gives it eager attention, training this library's
+        attention.install(model)
+    return model
+
+
 @pytest.fixture
 def built(monkeypatch):
     return watch(monkeypatch)
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """The rows, the texts and the answers that run of each step; before it, all that no text has written becomes NaN."""
+    seen, advance = [], static_decoder.StaticDecoder._advance
+
+    def watched(decoder, rows):
+        texts, running = decoder._rows._counts[:2].tolist()
+        seen.append((rows, texts, running))
+        decoder.layers.own[:, :, max(1, texts) :] = torch.nan
+        decoder.layers.own[..., int(decoder._rows.step[0]) - 1 :, :] = torch.nan
+        advance(decoder, rows)
+
+    monkeypatch.setattr(static_decoder.StaticDecoder, "_advance", watched)
+    return seen
+
+
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
 @pytest.mark.parametrize("family", KNOWN)
 def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_seed):
-    model = make_model(family, seed=rng_seed, **KNOWN[family]).to(DEVICE)
-    if family == "gemma2":  # transformers gives it eager attention, training this library's
-        attention.install(model)
+    model = make(family, rng_seed)
     got = sample(model, rng_seed, prompts=prompts)
     assert len(built) == 1 and built[0] is not None
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prompts=prompts))
@@ -81,10 +103,10 @@ def test_lora_adapters(family, built, monkeypatch, rng_seed):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi", "gemma3_text"])
-def test_the_kernels_themselves(family, built, monkeypatch, rng_seed):
+def test_the_kernels_themselves(family, built, steps, monkeypatch, rng_seed):
     monkeypatch.setattr(gpu, "kernels", KERNELS)
     model = make_model(family, seed=rng_seed).to(DEVICE)
-    options = {"prompts": PROMPTS[:2], "num_samples": 2, "max_new_tokens": 4}
+    options = {"prompts": PROMPTS[:2], "num_samples": 5, "max_new_tokens": 5, "top_k": 2, "eos_token_id": 257}
     got = sample(model, rng_seed, **options)
     assert built[0] is not None
     assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
@@ -111,6 +133,57 @@ def test_edges(family, changes, built, monkeypatch, rng_seed):
     assert built[0] is not None
 
 
+def chain(rows):
+    """The numbers of rows that steps may have."""
+    found = [rows]
+    while found[-1] > 2:
+        found.append(-(-found[-1] // 4) * 2)
+    return found
+
+
+@pytest.mark.parametrize("family", [*KNOWN, "cohere", "gpt2"])
+def test_answers_that_say_the_same_so_far_share_a_row(family, built, steps, monkeypatch, rng_seed):
+    model = make(family, rng_seed)
+    options = {"num_samples": 20, "top_k": 2, "eos_token_id": 257, "max_new_tokens": torch.tensor([16, 6, 9, 8])}
+    got = sample(model, rng_seed, **options)
+    rows, texts, running = zip(*steps, strict=True)
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
+    assert got.decoded == sum(texts) < got.count - 80
+    for has, needs, most in zip(rows, texts, running, strict=True):
+        fewest = min(number for number in chain(80) if number >= needs)
+        assert has == fewest if needs < most else has >= fewest
+    assert rows[0] < max(rows) > rows[-1]  # they become more and fewer
+    assert max(step for step in range(1, len(texts)) if texts[step] > texts[step - 1]) > 2  # texts have lengths to copy
+
+
+def test_greedy_answers_are_a_row_for_each_prompt(built, steps, monkeypatch, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    options = {"num_samples": 20, "temperature": 0.0, "eos_token_id": VOCAB, "max_new_tokens": 32}
+    want = by_modules(sampler.lm, rng_seed, monkeypatch, **options)
+    for _ in range(3):
+        assert_same(sample(sampler, rng_seed, **options), want)
+        # Rows without a text look up angles, too.
+        assert built[0]._rows.position.max() < 32 + 32
+    assert steps == [(4, 4, 80)] * 31 * 3
+
+
+def test_the_host_waits_only_while_texts_may_become_more():
+    device = torch.tensor([3, 9], device=DEVICE)
+    counts = Counts(device)
+    assert counts.latest() == (3, 9)
+
+    def step(texts, running):
+        device.copy_(torch.tensor([texts, running]))
+        counts.note()
+        return counts.latest()
+
+    assert [step(5, 9), step(7, 8), step(6, 6)] == [(5, 9), (7, 8), (6, 6)]
+    late = [step(5, 5), step(4, 4), step(3, 3), step(2, 2)]
+    assert late == [(6, 6)] * STEPS_AHEAD + [(5, 5), (4, 4)]
+    counts.forget()
+    assert counts.latest() == (2, 2)
+
+
 @pytest.mark.parametrize("family", BOTH)
 def test_waves(family, built, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed).to(DEVICE)
@@ -120,15 +193,16 @@ def test_waves(family, built, monkeypatch, rng_seed):
 
 
 @pytest.mark.parametrize("family", BOTH)
-def test_pruning_stops_the_same_answers(family, built, monkeypatch, rng_seed):
+@pytest.mark.parametrize(("num_samples", "top_k"), [(4, None), (12, 6)], ids=["little in common", "much"])
+def test_pruning_stops_the_same_answers(family, num_samples, top_k, built, steps, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed).to(DEVICE)
     letters = " ".join("abcdefghijklmnopqrstuvwxyz0123456789")
 
     def pruner():
         held = np.full(len(PROMPTS), 0.04)
-        return Pruner(RougeRecall(), Prompts(make_tokenizer()), [letters] * len(PROMPTS), held, 4, interval=2)
+        return Pruner(RougeRecall(), Prompts(make_tokenizer()), [letters] * len(PROMPTS), held, num_samples, interval=2)
 
-    options = {"max_new_tokens": 16, "eos_token_id": 257}
+    options = {"max_new_tokens": 16, "eos_token_id": 257, "num_samples": num_samples, "top_k": top_k}
     got = sample(model, rng_seed, prune=pruner(), **options)
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prune=pruner(), **options))
     assert got.pruned.any() and not got.pruned.all()

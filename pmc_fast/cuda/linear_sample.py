@@ -16,8 +16,16 @@ SCRATCH_BYTES = 1 << 29  # of logits held at once
 
 
 def linear_sample(
-    hidden: Tensor, weight: Tensor, *, sequence: Tensor, position: Tensor, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    sequence: Tensor,
+    position: Tensor,
+    hidden_row: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
+    if hidden_row is not None:
+        hidden = hidden[hidden_row]
     rows, vocab = len(hidden), len(weight)
     drawn = []
     for piece in even_pieces(rows, max(1, SCRATCH_BYTES // (4 * vocab))) if rows else [slice(0, 0)]:

@@ -1,4 +1,4 @@
-"""The host side of implementations for GPUs: products by torch, the loss in chunks of rows, and how rows that are no distribution are reported."""
+"""The host side of implementations for GPUs, and what they leave to torch."""
 
 from importlib import import_module
 from typing import Any

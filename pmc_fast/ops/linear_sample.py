@@ -29,7 +29,8 @@ def linear_sample(
 
     Equivalent to ``sample(logit_scale * (hidden @ weight.T + bias), ...)``, each logit passed through
     ``softcap * tanh(logit / softcap)`` first where softcap is given. With hidden_row, hidden stands for
-    ``hidden[hidden_row]``: many draws from the same distribution, whose logits "native" computes and truncates once.
+    ``hidden[hidden_row]``: many draws from the same distribution, whose logits "native" computes and truncates once, and
+    "triton" computes once.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D]; with hidden_row, [R, D].
@@ -80,10 +81,10 @@ def _linear_sample(
     shared = {}
     if hidden_row is not None:
         _checks.within("hidden_row", hidden_row, len(hidden))
-        if name == "native":
-            shared["hidden_row"] = hidden_row
-        else:
+        if name == "reference":
             hidden = hidden[hidden_row]
+        else:
+            shared["hidden_row"] = hidden_row
     return backend.load("linear_sample", name)(
         hidden,
         weight,

@@ -48,6 +48,30 @@ def test_more_rows_than_a_tile_holds(monkeypatch, rng_seed):
     assert_same(hidden, weight, temperature=0.7)
 
 
+@pytest.mark.parametrize(
+    ("fused", "at_once", "multiplied"),
+    [(3, 5, [5]), (3, 4, [3, 3, 3]), (9, 5, None)],  # pieces of 9 rows that are not shared; no product
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}], ids=str)
+def test_draws_share_the_logits_of_a_row(options, fused, at_once, multiplied, monkeypatch, rng_seed):
+    monkeypatch.setattr(kernels, "FUSED_ROWS", fused)
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 4 * 131 * at_once)
+    products, multiply = [], kernels.write_product
+    monkeypatch.setattr(kernels, "write_product", lambda out, *of: products.append(len(out)) or multiply(out, *of))
+    hidden, weight = exact_in_any_order(5, 20), exact_in_any_order(131, 20)
+    hidden[3] = math.nan  # nobody draws from it
+    row = torch.tensor([0, 1, 2, 4])[torch.randint(4, (9,))]
+    options = SAMPLING | PLAIN | coordinates(9) | options
+    got = kernels.linear_sample(hidden, weight, hidden_row=row, **options)
+    want = reference(hidden[row], weight, **options)
+    assert torch.equal(got[0], want[0])
+    for mine, its in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=5e-6)
+    if multiplied is not None:
+        assert products == multiplied
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias_scale_and_soft_cap(dtype, options, rng_seed):
