@@ -130,7 +130,7 @@ def _fixed_memory(rank, ranks, seed):
     """The decoder for GPUs, torch in its kernels' place: what is kept for the next call knows where weights were gathered."""
     chosen = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, "native"))
     with patch.object(static_decoder, "backend", chosen), patch.object(gpu, "kernels", lambda name: decoder_kernels):
-        for family, name in (("llama", "cuda graph"), ("granite", "cuda graph of modules")):
+        for family, name in (("llama", "cuda graph"), ("cohere", "cuda graph of modules")):
             sampler = Sampler(_shard(make_model(family, seed)), keep_graphs=True)
             whole = Sampler(make_model(family, seed))
             for scale in (1.0, 1.0, 1.5):
