@@ -1,6 +1,7 @@
 """Several processes on this machine, and counting what they exchange."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def _rank(rank, ranks, checks, seed, store, args):
             check(rank, ranks, seed, *args)
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may abort while Python ends: docs/distributed.md
 
 
 class CountingGathers(TorchDispatchMode):
