@@ -1,11 +1,8 @@
 """Models sharded by DeepSpeed ZeRO-3 over two and three gloo processes, against one process with whole weights."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-from collectives import CountingGathers
+from collectives import CountingGathers, on_ranks
 from tiny import make_model, make_tokenizer
 
 from pmc_fast import PMC, PMCConfig, UserError, parallel
@@ -23,17 +20,8 @@ RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old 
 @pytest.mark.parametrize(("ranks", "family"), [(2, "llama"), (3, "gemma2")])  # gemma2: the head is the embedding
 def test_ranks_agree_with_one_process(ranks, family, rng_seed, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    torch.multiprocessing.spawn(_rank, (ranks, family, rng_seed, str(tmp_path / "store")), nprocs=ranks)
-
-
-def _rank(rank, ranks, family, seed, store):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_SIZE=str(ranks))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    try:
-        _training(rank, ranks, family, seed)
-    finally:
-        dist.destroy_process_group()
+    monkeypatch.setenv("LOCAL_SIZE", str(ranks))  # DeepSpeed's name for LOCAL_WORLD_SIZE
+    on_ranks(ranks, [_training], rng_seed, tmp_path / "store", family)
 
 
 def _make_pmc(family, seed):
@@ -57,7 +45,7 @@ def _is_sharded(pmc):
     return not any(parameter.numel() for parameter in pmc.lm.model.parameters())
 
 
-def _training(rank, ranks, family, seed):
+def _training(rank, ranks, seed, family):
     single, mine = _make_pmc(family, seed), _make_pmc(family, seed)
     engine = _shard(mine, ranks)
     for pmc in (single, mine):
