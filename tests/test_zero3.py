@@ -1,5 +1,7 @@
 """Models sharded by DeepSpeed ZeRO-3 over two and three gloo processes, against one process with whole weights."""
 
+import os
+
 import pytest
 import torch
 from collectives import CountingGathers, on_ranks
@@ -9,6 +11,7 @@ from pmc_fast import PMC, PMCConfig, UserError, parallel
 from pmc_fast.data import QA
 from pmc_fast.packing import pad_left
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # before it is imported, here and on each rank
 deepspeed = pytest.importorskip("deepspeed")
 
 QUESTIONS = [
@@ -18,9 +21,7 @@ RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old 
 
 
 @pytest.mark.parametrize(("ranks", "family"), [(2, "llama"), (3, "gemma2")])  # gemma2: the head is the embedding
-def test_ranks_agree_with_one_process(ranks, family, rng_seed, tmp_path, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("LOCAL_SIZE", str(ranks))  # DeepSpeed's name for LOCAL_WORLD_SIZE
+def test_ranks_agree_with_one_process(ranks, family, rng_seed, tmp_path):
     on_ranks(ranks, [_training], rng_seed, tmp_path / "store", family)
 
 
@@ -46,6 +47,7 @@ def _is_sharded(pmc):
 
 
 def _training(rank, ranks, seed, family):
+    os.environ["LOCAL_SIZE"] = str(ranks)  # DeepSpeed's name for LOCAL_WORLD_SIZE
     single, mine = _make_pmc(family, seed), _make_pmc(family, seed)
     engine = _shard(mine, ranks)
     for pmc in (single, mine):
