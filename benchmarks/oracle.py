@@ -115,17 +115,17 @@ def truncated(
 def surprise_of_counts(counts: torch.Tensor, probability: torch.Tensor, allowed: torch.Tensor) -> float:
     """How many standard deviations the chi-squared statistic of `counts` [V] lies above what `probability` [V] predicts.
 
-    Tokens expected fewer than 5 times are taken together. Infinite when a token was drawn that is not `allowed` [V];
+    Tokens expected fewer than 5 times are taken together, with the least likely of the others where that is not yet 5,
+    for one draw of a cell that hardly expects any is no large deviation. Infinite when a token was drawn that is not `allowed` [V];
     draws of one allowed at the blurred edge, of probability 0, are left out.
     """
     if bool((counts[~allowed] > 0).any()):
         return math.inf
     counts = torch.where(probability > 0, counts, 0)
-    expected = probability * counts.sum()
-    rare = expected < 5
-    want = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    got = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
-    want, got = want[want > 0], got[want > 0]
+    expected, order = (probability * counts.sum()).sort()
+    counts = counts[order].double()
+    rare = max(int((expected < 5).sum()), int((expected.cumsum(0) < 5).sum()) + 1)
+    want, got = (torch.cat([x[:rare].sum()[None], x[rare:]]) for x in (expected, counts))
     free = len(want) - 1
     if free < 1:
         return 0.0

@@ -120,6 +120,7 @@ def _rank(rank: int, ranks: int, threads: int, seed: int, repeats: int, divide: 
             (Path(folder) / "result.json").write_text(json.dumps(content))
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may abort while Python ends: docs/distributed.md
 
 
 def _measure(case: Case, rank: int, ranks: int, seed: int, repeats: int) -> list[Row]:

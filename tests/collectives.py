@@ -1,5 +1,6 @@
 """Several processes on this machine, and counting what they exchange."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,18 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+IMPORTED = ["torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.trainer", "pytest"]
+
 
 def on_ranks(ranks: int, checks: list[Callable], seed: int, store: Path, *args):
-    """Runs check(rank, ranks, seed, *args) of each check, one after the other, in so many gloo processes."""
-    torch.multiprocessing.spawn(_rank, (ranks, checks, seed, str(store), args), nprocs=ranks)
+    """Runs check(rank, ranks, seed, *args) of each check, one after the other, in so many gloo processes.
+
+    They are forks of a process that has imported what takes long and nothing else; its environment is that of the first call.
+    They end without Python's own end, in which threads of gloo may abort (docs/distributed.md).
+    """
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    arguments = (ranks, checks, seed, str(store), args)
+    torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def _rank(rank, ranks, checks, seed, store, args):
@@ -22,6 +31,7 @@ def _rank(rank, ranks, checks, seed, store, args):
         for check in checks:
             torch.manual_seed(seed)
             check(rank, ranks, seed, *args)
+        dist.barrier()  # no rank leaves while another is still connecting to it
     finally:
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,18 @@ def test_help_needs_no_torch():
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(filter(None, sys.path))}).returncode
         == 0
     )
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_nobody_reads_ends_it_quietly(buffered):
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["PYTHONUNBUFFERED"] = "" if buffered else "1"
+    command = [sys.executable, "-m", "pmc_fast", "doctor"]
+    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("command", ["demo", "finetune", "unlearn", "evaluate", "doctor"])

@@ -50,5 +50,5 @@ def _run_in_processes(count, command):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
     paths = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -4,14 +4,14 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
-from collectives import CountingGathers
+from collectives import CountingGathers, on_ranks
 from tiny import make_model, make_tokenizer
 
 from pmc_fast import PMC, PMCConfig, UserError, parallel
 from pmc_fast.data import QA
 from pmc_fast.packing import pad_left
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # before it is imported, here and on each rank
 deepspeed = pytest.importorskip("deepspeed")
 
 QUESTIONS = [
@@ -21,19 +21,8 @@ RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old 
 
 
 @pytest.mark.parametrize(("ranks", "family"), [(2, "llama"), (3, "gemma2")])  # gemma2: the head is the embedding
-def test_ranks_agree_with_one_process(ranks, family, rng_seed, tmp_path, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    torch.multiprocessing.spawn(_rank, (ranks, family, rng_seed, str(tmp_path / "store")), nprocs=ranks)
-
-
-def _rank(rank, ranks, family, seed, store):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_SIZE=str(ranks))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    try:
-        _training(rank, ranks, family, seed)
-    finally:
-        dist.destroy_process_group()
+def test_ranks_agree_with_one_process(ranks, family, rng_seed, tmp_path):
+    on_ranks(ranks, [_training], rng_seed, tmp_path / "store", family)
 
 
 def _make_pmc(family, seed):
@@ -57,7 +46,8 @@ def _is_sharded(pmc):
     return not any(parameter.numel() for parameter in pmc.lm.model.parameters())
 
 
-def _training(rank, ranks, family, seed):
+def _training(rank, ranks, seed, family):
+    os.environ["LOCAL_SIZE"] = str(ranks)  # DeepSpeed's name for LOCAL_WORLD_SIZE
     single, mine = _make_pmc(family, seed), _make_pmc(family, seed)
     engine = _shard(mine, ranks)
     for pmc in (single, mine):

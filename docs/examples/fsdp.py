@@ -1,5 +1,6 @@
 """PMC on a model sharded by FSDP2: torchrun --nproc-per-node 2 fsdp.py MODEL FORGET.jsonl RETAIN.jsonl OUT"""
 
+import os
 import random
 import sys
 
@@ -48,3 +49,6 @@ if rank == 0:
     model.save_pretrained(out, state_dict=state)
     tokenizer.save_pretrained(out)
 dist.destroy_process_group()
+if not torch.cuda.is_available():  # gloo's threads may outlive that, and abort while Python ends: distributed.md
+    sys.stdout.flush()
+    os._exit(0)

@@ -3,6 +3,7 @@
 In two processes: torchrun --nproc-per-node=2 with_trainer.py MODEL FORGET.jsonl RETAIN.jsonl OUT
 """
 
+import gc
 import sys
 
 import torch
@@ -29,3 +30,7 @@ trainer = PMCTrainer(
 )
 trainer.train()
 trainer.save_model()
+if torch.distributed.is_initialized():  # ends its threads, once nothing refers to it: distributed.md
+    del trainer
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -96,12 +96,12 @@ def test_a_compiled_contestant_is_judged_by_its_second_run():
     class Compiling(Doubling):
         def contestants(self):
             def compiles_first(x):
-                calls.append(time.sleep(0 if calls else 0.2))
+                calls.append(time.sleep(0 if calls else 0.8))
                 return 2 * x
 
             return {**super().contestants(), COMPILED: compiles_first}
 
-    rows = {row.contestant: row for row in measure(Compiling(), 3, 2, 0.1)}
+    rows = {row.contestant: row for row in measure(Compiling(), 3, 2, 0.7)}
     assert rows[COMPILED].repeats == 2 and len(calls) > 3
     rows = {row.contestant: row for row in measure(Compiling(), 3, 2, 0.0)}
     assert rows[COMPILED].repeats == 1
@@ -211,6 +211,8 @@ def test_counts_are_surprising_only_when_they_do_not_fit(rng_seed):
     shifted = probability.clone()
     shifted[0] += 0.02
     assert surprise_of_counts(counts, shifted / shifted.sum(), allowed) > 5
+    seldom = torch.tensor([0.5, 0.5 - 1e-6, 1e-6], dtype=torch.double)
+    assert surprise_of_counts(torch.tensor([500, 499, 1]), seldom, seldom > 0) < 1
     counts[41] = 9  # at the edge
     assert abs(surprise_of_counts(counts, probability, allowed)) < 5
     counts[42] = 1

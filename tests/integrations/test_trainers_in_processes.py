@@ -1,13 +1,12 @@
 """PMCTrainer and open-unlearning's PMC in two and three gloo processes, against one process with as many micro-batches."""
 
 import json
-import os
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
+from collectives import on_ranks
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -91,7 +90,8 @@ def test_ranks_agree_with_one_process(ranks, rng_seed, tmp_path):
     start = weights(make_model(seed=rng_seed))
     assert sum(float((value - start[name]).abs().sum()) for name, value in want["weights"].items()) > 0.1
     torch.save({"ours": want, "theirs": outcome(theirs)}, tmp_path / "want.pt")
-    torch.multiprocessing.spawn(_rank, (ranks, rng_seed, tmp_path), nprocs=ranks)
+    checks = [_training, _resuming, _training_again, _theirs, _repeated_questions, _initial_answers, _errors]
+    on_ranks(ranks, checks, rng_seed, tmp_path / "store", tmp_path)
 
     saved = load_file(tmp_path / "ranks" / "final" / "model.safetensors")
     for name, value in saved.items():
@@ -104,16 +104,8 @@ def test_ranks_agree_with_one_process(ranks, rng_seed, tmp_path):
     assert_alike(outcome(resumed), want)
 
 
-def _rank(rank, ranks, seed, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
-    want = torch.load(folder / "want.pt", weights_only=False)
-    try:
-        for check in (_training, _resuming, _training_again, _theirs, _repeated_questions, _initial_answers, _errors):
-            check(rank, ranks, seed, folder, want)
-    finally:
-        dist.destroy_process_group()
+def of_one_process(folder):
+    return torch.load(folder / "want.pt", weights_only=False)
 
 
 class Watch(TrainerCallback):
@@ -131,9 +123,9 @@ class Watch(TrainerCallback):
         self.trainer.model_wrapped.register_comm_hook(None, reduce)
 
 
-def _training(rank, ranks, seed, folder, want):
+def _training(rank, ranks, seed, folder):
     """The whole run: each question once in an epoch, one sampling call and one reduction of gradients in a step."""
-    watch, calls, met = Watch(), [], []
+    want, watch, calls, met = of_one_process(folder)["ours"], Watch(), [], []
     # DDP hands rank 0's model to the others.
     trainer = make_trainer(folder / "ranks", seed=seed + rank, callbacks=[watch], **options(ROUNDS))
     watch.trainer, model = trainer, trainer.model
@@ -144,7 +136,7 @@ def _training(rank, ranks, seed, folder, want):
         trainer.pmc.state_dict = None  # only the main process writes it
     trainer.train()
     trainer.pmc.state_dict = state_dict
-    assert_alike(outcome(trainer), want["ours"])
+    assert_alike(outcome(trainer), want)
     assert trainer.model is model and trainer.accelerator.unwrap_model(model) is model
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert watch.reductions == trainer.state.global_step  # the tiny model is one bucket
@@ -155,17 +147,17 @@ def _training(rank, ranks, seed, folder, want):
     assert all(size == CONFIG.batch_size for size in calls[: first - 1]) and sum(calls[first:]) == len(met)
     assert len(calls) - first <= trainer.state.global_step
     trainer.save_model(str(folder / "ranks" / "final"))
-    *_, evaluated, summary = want["ours"]["logs"]
+    *_, evaluated, summary = want["logs"]
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(summary["train_loss"], rel=1e-3)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-3)
 
 
-def _resuming(rank, ranks, seed, folder, want):
+def _resuming(rank, ranks, seed, folder):
     """From a checkpoint of one process and from one of as many, both within an epoch if it has two steps."""
     for run in ("alone", "ranks"):
         trainer = make_trainer(folder / "resumed", seed=seed, **options(ROUNDS, save_strategy="no"))
         trainer.train(resume_from_checkpoint=str(folder / run / "checkpoint-1"))
-        assert_alike(outcome(trainer), want["ours"])
+        assert_alike(outcome(trainer), of_one_process(folder)["ours"])
     # With other steps: as many more as Trainer makes it, and ranks still agree.
     trainer = make_trainer(folder / "resumed", seed=seed, **options(1, save_strategy="no"))
     trainer.train(resume_from_checkpoint=str(folder / "ranks" / "checkpoint-1"))
@@ -177,7 +169,7 @@ def _resuming(rank, ranks, seed, folder, want):
         )
 
 
-def _training_again(rank, ranks, seed, folder, want):
+def _training_again(rank, ranks, seed, folder):
     """After an evaluation and an earlier training; with adapters, bfloat16 and activations computed again."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
@@ -201,12 +193,12 @@ def _training_again(rank, ranks, seed, folder, want):
     assert all(one != other for one, other in pairwise(losses))
 
 
-def _theirs(rank, ranks, seed, folder, want):
+def _theirs(rank, ranks, seed, folder):
     """open-unlearning's trainer, with retain rows that its dataset pairs with the questions."""
-    trainer = load_theirs(folder / "theirs", ROUNDS, seed)
+    want, trainer = of_one_process(folder)["theirs"], load_theirs(folder / "theirs", ROUNDS, seed)
     trainer.train()
-    assert_alike(outcome(trainer), want["theirs"])
-    summary = want["theirs"]["logs"][-1]
+    assert_alike(outcome(trainer), want)
+    summary = want["logs"][-1]
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(summary["train_loss"], rel=1e-3)
     assert trainer.evaluate() == {"own": "theirs"}
 
@@ -218,7 +210,7 @@ class Drawn(ForgetRetain):
         return {"forget": self.forget[index], "retain": self.retain[torch.randint(0, len(self.retain), (1,)).item()]}
 
 
-def _repeated_questions(rank, ranks, seed, folder, want):
+def _repeated_questions(rank, ranks, seed, folder):
     """Where an epoch meets questions twice, no rank draws again what another has drawn before; and retain rows differ."""
     forget = [make_row([10 + i % 5, 11], [12, 13, i]) for i in range(9)]
     data = Drawn(forget, [make_row([i, 7], [8, 9, i]) for i in range(200)])
@@ -249,7 +241,7 @@ def _repeated_questions(rank, ranks, seed, folder, want):
     assert runs[0] == runs[1]
 
 
-def _initial_answers(rank, ranks, seed, folder, want):
+def _initial_answers(rank, ranks, seed, folder):
     """Shared out over the ranks they are those of one process, also if there are fewer than ranks."""
     for questions in ([row["question"] for row in FORGET], ["Who is Ada?"]):
         ours, single = (PMC(make_model(seed=seed), make_tokenizer(), CONFIG) for _ in range(2))
@@ -265,7 +257,7 @@ def _initial_answers(rank, ranks, seed, folder, want):
         parallel.initialise(ours, ["Who?", "Who is the poet of the north?"])
 
 
-def _errors(rank, ranks, seed, folder, want):
+def _errors(rank, ranks, seed, folder):
     trainer = make_trainer(folder / "errors", seed=seed, **options(1, save_strategy="no"))
     if rank:
         trainer.pmc.initialise([row["question"] for row in FORGET])

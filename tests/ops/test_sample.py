@@ -63,7 +63,10 @@ def test_draws_follow_the_exact_distribution(options, impl, rng_seed):
     drawn = sample(logits.expand(draws, -1), seed=rng_seed, impl=impl, **options)
     counts = drawn.token.bincount(minlength=vocab).double()
     assert_follows(counts, expected[0])
-    torch.testing.assert_close(drawn.sampling_logprob, expected[0].log()[drawn.token].float(), rtol=1e-4, atol=1e-4)
+    # A scaled logit is rounded to float32: 0.0001 at 2000, where a second token is kept at a temperature of 0.001.
+    rounding = 2**-23 * logits.max() / options.get("temperature", 1)
+    want = expected[0].log()[drawn.token].float()
+    torch.testing.assert_close(drawn.sampling_logprob, want, rtol=1e-4, atol=1e-4 + float(rounding))
     torch.testing.assert_close(drawn.logprob, logits[0].log_softmax(-1)[drawn.token], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(drawn.kept_mass, mass.float().expand(draws), rtol=1e-4, atol=1e-5)
 
@@ -74,7 +77,7 @@ def assert_same(got, want, logits, options):
     kept = kept[:, : options.get("top_k")]
     mass = (kept / kept.sum(1, keepdim=True)).cumsum(1)
     sure = ((mass - options.get("top_p", 1)).abs() > 5e-7).all(1) | ("top_p" not in options)
-    assert sure.sum() >= len(sure) - 2
+    assert sure.sum() >= len(sure) - 5  # of 65 rows of 4099 tokens 0.03 are not, so six at once never
     for a, b in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(a[sure], b[sure], rtol=1e-4, atol=2e-5)
 
