@@ -78,8 +78,9 @@ class Sampler:
 
     Attributes:
         decoder: what decoded in the last call: "cuda graph" (this library's GPU kernels), "native" (its CPU kernels),
-            "cuda graph of modules" (the model's own, where a part of it is of no known kind) or "modules" (those launch by
-            launch: on a CPU, or where somebody watches or replaces them, they need the host or are tensor-parallel).
+            "cuda graph of modules" (the model's own, where a part of it is of no known kind), "launches" (either of them, where
+            torch could not capture a step, which it warns of) or "modules" (the model's own, launch by launch: on a CPU, or
+            where somebody watches or replaces them, they need the host or are tensor-parallel).
 
     Raises:
         UserError: the model has no head this library knows.
@@ -200,9 +201,10 @@ class Sampler:
         sizes = Sizes(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
         sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)).flatten()
         if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
-            self.decoder = decoder.layers.name
             with torch.cuda.device_of(limit):  # where its kernels are launched
-                return decoder.sample(filled, sequence, limit, prune, progress)
+                wave = decoder.sample(filled, sequence, limit, prune, progress)
+            self.decoder = decoder.name
+            return wave
         rows = RunningRows(self.lm, filled, num_samples, steps)
         self.decoder = "native" if rows.native else "modules"
         return _run(self.lm, rows, sequence, limit, ends, draw, prune, progress)

@@ -6,6 +6,7 @@ launch. A row is a text that some answers say so far: the graph of the fewest ro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -111,6 +112,9 @@ class StaticDecoder:
     """The layers of a model, memory for the rows of a sampling call, and a graph for each number of rows that ran.
 
     It reads the weights where they lie: they may change between calls, in place. See `static_decoder`.
+
+    Attributes:
+        captures: whether steps are graphs.
     """
 
     def __init__(
@@ -121,7 +125,8 @@ class StaticDecoder:
         options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale, **draw}
         self._linear_sample = backend.load("linear_sample", options.pop("impl"))
         self._draw_options = options
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: it ran once
+        self.captures, self._refused = head.weight.is_cuda, False
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by rows; None: a step ran, which was not captured
         self._pool = None
 
     def sample(
@@ -158,23 +163,36 @@ class StaticDecoder:
                 progress(running)
         return self._rows.results()
 
+    @property
+    def name(self) -> str:
+        """See `Sampler.decoder`."""
+        return self.layers.name if not self._refused else "launches"
+
     def _advance(self, rows: int) -> None:
         """One step: the first of so many rows compiles what has to be, a second one is captured, and then replayed.
 
         So a number of rows that texts soon outgrow costs no capture.
         """
-        if rows not in self._graphs or not self._lm.head.weight.is_cuda:
+        if self.captures and rows in self._graphs:
+            self._graphs[rows] = self._graphs[rows] or self._capture(rows)
+        if (graph := self._graphs.setdefault(rows)) is not None:
+            graph.replay()
+        else:
             self._step(rows)
-            self._graphs[rows] = None
-            return
-        if self._graphs[rows] is None:
-            graph = torch.cuda.CUDAGraph()
+
+    def _capture(self, rows: int) -> torch.cuda.CUDAGraph | None:
+        """A graph of a step; None, and a warning, if torch cannot capture it: then all steps are launched one by one."""
+        graph = torch.cuda.CUDAGraph()
+        try:
             # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._step(rows)
-            self._pool = graph.pool()
-            self._graphs[rows] = graph
-        self._graphs[rows].replay()
+        except RuntimeError as error:
+            self.captures, self._refused = False, True
+            warnings.warn(f"a decoding step cannot be captured as a CUDA graph, so it is slow: {error}", stacklevel=2)
+            return None
+        self._pool = graph.pool()
+        return graph
 
     def _step(self, rows: int) -> None:
         self._draw(self.layers.hidden(self._rows, rows))

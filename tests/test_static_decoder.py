@@ -5,7 +5,9 @@ models of other kinds get there is in test_static_modules.py.
 """
 
 import gc
+import warnings
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -182,6 +184,78 @@ def test_the_host_waits_only_while_texts_may_become_more():
     assert late == [(6, 6)] * STEPS_AHEAD + [(5, 5), (4, 4)]
     counts.forget()
     assert counts.latest() == (2, 2)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Steps that were run, captured and replayed, as (what, rows), without a GPU."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU captures by itself")
+    seen, capturing, run = [], [], static_decoder.StaticDecoder._step
+
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            seen.append(("replay", self.rows))
+            run(self.decoder, self.rows)
+
+    def step(decoder, rows):
+        if capturing:
+            capturing[0].decoder, capturing[0].rows = decoder, rows
+            seen.append(("capture", rows))
+        else:
+            seen.append(("run", rows))
+            run(decoder, rows)
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        capturing.append(graph)
+        yield
+        capturing.clear()
+
+    init = static_decoder.StaticDecoder.__init__
+
+    def make(decoder, *args):
+        init(decoder, *args)
+        decoder.captures = True
+
+    monkeypatch.setattr(static_decoder.StaticDecoder, "__init__", make)
+    monkeypatch.setattr(static_decoder.StaticDecoder, "_step", step)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return seen
+
+
+def test_the_second_step_of_so_many_rows_is_captured(captured, built, monkeypatch, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    options = {"num_samples": 20, "top_k": 2, "eos_token_id": 257, "max_new_tokens": 16}
+    want = by_modules(sampler.lm, rng_seed, monkeypatch, **options)
+    assert_same(sample(sampler, rng_seed, **options), want)
+    for rows in {rows for _, rows in captured}:
+        mine = [what for what, its in captured if its == rows]
+        assert mine == ["run", "capture", *["replay"] * (len(mine) - 2)][: len(mine)]
+    assert len([what for what, _ in captured if what == "replay"]) > 7
+    captured.clear()
+    assert_same(sample(sampler, rng_seed, **options), want)
+    assert ("capture", 80) not in captured and captured.count(("replay", 80)) > 1  # kept from the call before
+
+
+def test_what_cannot_be_captured_is_launched_one_by_one(captured, built, monkeypatch, rng_seed):
+    def refuse(*args, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph, so it is slow: operation not permitted"):
+        got = sample(sampler, rng_seed)
+    assert sampler.decoder == "launches"
+    assert_same(got, by_modules(sampler.lm, rng_seed, monkeypatch))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(sample(sampler, rng_seed), got)
+    assert {what for what, _ in captured} == {"run"} and sampler.decoder == "launches"
 
 
 @pytest.mark.parametrize("family", BOTH)
