@@ -66,7 +66,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Model:
-    """A shape to step and profile, and the options of both."""
+    """A shape to step, sample and profile; the options of the first two and of the last."""
 
     shape: str
     dtype: str
@@ -77,7 +77,10 @@ class Model:
 
 # Sizes of the same plan: for a GPU, and for a rehearsal on a CPU. Ops by the part's name.
 _TESTS = {
-    "cuda": ["tests/ops", "tests/kernels", "tests/cuda", "tests/test_static_decoder.py", "tests/test_varlen.py"],
+    "cuda": [
+        *("tests/ops", "tests/kernels", "tests/cuda", "tests/test_varlen.py"),
+        *("tests/test_static_decoder.py", "tests/test_static_modules.py"),
+    ],
     "cpu": ["tests/test_data.py"],
 }
 _OPS = {
@@ -186,6 +189,7 @@ def _model_parts(model: Model, out: Path, device: str) -> list[Part]:
     return [
         Part(made, making, 0.5 * model.share),
         part("step", ["step", *model.step], 1.0),
+        part("sampling", ["sampling", *model.step], 0.6),
         part("profile", ["profile", "step", *model.profile, *trace], 0.8),
     ]
 

@@ -208,6 +208,7 @@ def _compile_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
 _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
     "pmc_fast.benchmarks.ops/1": _ops_sections,
     "pmc_fast.benchmarks.parallel/1": _ops_sections,
+    "pmc_fast.benchmarks.sampling/1": _ops_sections,
     "pmc_fast.benchmarks.step/1": _step_sections,
     "pmc_fast.benchmarks.run/1": _run_sections,
     "pmc_fast.benchmarks.profile/1": _profile_sections,

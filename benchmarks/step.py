@@ -106,12 +106,13 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                     turns[name].append(turn)
                 bar.update()
             if repeat and args.json:  # after each round, so that a run cut short loses nothing
-                content = {**summary(turns), "agreement": agreement, "config": _options(args, task)}
+                content = {**summary(turns), "agreement": agreement, "config": options(args, task)}
                 results.write(args.json, SCHEMA, {**content, "environment": where, "command": args.command_line})
     print(table(summary(turns), args.repeats))
 
 
-def _options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+def options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """What a result says of the options and of what they led to."""
     config = {name: getattr(task.config, name) for name in ("num_samples", "temperature", "top_k", "top_p")}
     return {
         "model": results.name_of(args.model) or "random weights",
