@@ -97,4 +97,4 @@ def _row(where: str, row: Any, is_text: IsText) -> QA:
 
 
 def _no_text(value: object) -> str:
-    return f"{reprlib.repr(value)}, expected a text{' that is not blank' if isinstance(value, str) else ''}"
+    return f"{kind(value)}, expected a text{' that is not blank' if isinstance(value, str) else ''}"

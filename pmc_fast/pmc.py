@@ -260,6 +260,8 @@ class PMC:
             # Every visit to a question draws from random streams of its own, whoever else is in the batch.
             streams = torch.tensor([ledger.visits[q] * len(ledger.questions) + q for q in questions])
             limits = self._limits(batches)
+            max_length = config.max_length if config.max_new_tokens is None else None
+            self.lm.positions.check_answers(torch.tensor([len(ids) for ids in prompts]), limits, max_length)
             samples = self.sampler.sample(
                 input_ids,
                 attention_mask,

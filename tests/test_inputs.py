@@ -96,7 +96,7 @@ NO_ROWS = {
     "no answer": ([{"question": "a"}], "row 0 is of type dict, expected question and answer"),
     "empty answer": ([QA("a", " ")], "row 0: its answer is ' ', expected a text that is not blank"),
     "no text": ([QA(None, "b")], "row 0: its question is None, expected a text"),
-    "bytes": ([{"question": "a", "answer": b"b"}], "row 0: its answer is b'b', expected a text"),
+    "bytes": ([{"question": "a", "answer": b"b"}], "row 0: its answer is bytes, expected a text"),
 }
 
 
@@ -139,7 +139,7 @@ def test_a_call_that_fails_while_sampling_prepares_nothing(rng_seed, monkeypatch
 
 NO_TEXTS = {
     "text": ("What?", "got 'What\\?', expected a list of texts"),
-    "rows": ([QA("a", "b")], "number 0 is QA\\(.*, expected a text"),
+    "rows": ([QA("a", "b")], "number 0 is QA, expected a text"),
     "mapping": ({"question": ["a"]}, "got dict, expected a list of texts"),
     "number": (3, "got 3, expected a list of texts"),
     "blank": (["a", "\n"], r"number 1 is '\\n', expected a text that is not blank"),

@@ -134,3 +134,8 @@ def test_pmc_names_its_own_limit():
     pmc = PMC(make_model("gpt2"), make_tokenizer(), PMCConfig(num_samples=2))
     with pytest.raises(UserError, match="^max_length: got 200, expected at most 128"):
         pmc.initialise(["Who?"])
+    pmc.initialise(["Who?", "Where was Bo born?"], answers=["one", "two"])
+    for call in (lambda: pmc.loss([0, 1], []), lambda: pmc.prepare([[0], [1]])):
+        with pytest.raises(UserError, match="^max_length: got 200, expected at most 128"):
+            call()
+    assert pmc.ledger.visits == [0, 0] and pmc.prepared_batches == 0
