@@ -44,31 +44,33 @@ class Positions:
         )
         return cls(most, learned or computed)
 
-    def check_answers(self, prompts: Tensor, limits: Tensor, max_length: int | None) -> None:
-        """That prompts have room for their answers.
+    def check_answers(self, prompts: Tensor, limits: Tensor, max_length: int | None, more: int = 0) -> None:
+        """That prompts have room for their answers, whose last token the model is not asked to go on from.
 
         Args:
             prompts, limits: int64 [B] on the CPU, tokens of each prompt and of its answer at most; B at least 1.
             max_length: what the limits come from, if it is that.
+            more: tokens that come behind an answer.
         """
         if self.most is None:
             return
         row = int((prompts + limits).argmax())
         prompt, limit = int(prompts[row]), int(limits[row])
-        if prompt + limit <= self.most:
+        excess = prompt + limit - 1 + more - self.most
+        if excess <= 0:
             return
         name, got = ("max_new_tokens", limit) if max_length is None else ("max_length", max_length)
-        where = f"the model has positions for {self.most} tokens, prompt and answer together"
+        where = f"the model has positions for {self.most} tokens{'' if more else ', all but the last one of an answer'}"
         if not self.fixed:  # as transformers' generate does
             warnings.warn(
                 f"{name}: prompt and answer may have more than {self.most} tokens together, the model's "
                 "max_position_embeddings; its answers may be worse there",
                 stacklevel=5,
             )
-        elif prompt >= self.most:
-            raise UserError(f"input_ids: got a prompt of {prompt} tokens, expected fewer than {self.most}: {where}")
+        elif prompt + more > self.most:
+            raise UserError(f"input_ids: got a prompt of {prompt} tokens, expected at most {self.most - more}: {where}")
         else:
-            raise UserError(f"{name}: got {got}, expected at most {got - (prompt + limit - self.most)}: {where}")
+            raise UserError(f"{name}: got {got}, expected at most {got - excess}: {where}")
 
     def check_sequences(self, name: str, lengths: Iterable[int]) -> None:
         """That sequences of these lengths can be trained on."""

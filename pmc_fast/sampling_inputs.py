@@ -98,7 +98,7 @@ def answer_limits(
         raise ValueError(
             f"{name}: got {got}, which leaves no room for an answer after prompts padded to {width} tokens"
         )
-    if positions.most is not None and prompts and width + int(limits.max()) > positions.most:
+    if positions.most is not None and prompts and width + int(limits.max()) - 1 > positions.most:
         lengths = torch.full_like(limits, width) if attention_mask is None else (attention_mask != 0).sum(1).cpu()
         positions.check_answers(lengths, limits, max_length)
     return limits

@@ -1,6 +1,7 @@
 """Models whose table of positions ends somewhere: refused beyond, exactly there; all others go on."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,9 +65,9 @@ def test_rotary_models_go_on_with_a_warning(family):
 
 
 LIMITS = [
-    ({"max_new_tokens": 300}, "max_new_tokens: got 300, expected at most 123: the model has positions for 128 tokens"),
-    ({"max_new_tokens": torch.tensor([200, 124])}, "max_new_tokens: got 124, expected at most 123"),
-    ({"max_length": 130}, "max_length: got 130, expected at most 128"),
+    ({"max_new_tokens": 300}, "max_new_tokens: got 300, expected at most 124: the model has positions for 128 tokens"),
+    ({"max_new_tokens": torch.tensor([126, 125])}, "max_new_tokens: got 125, expected at most 124"),
+    ({"max_length": 130}, "max_length: got 130, expected at most 129"),
 ]
 
 
@@ -78,13 +79,11 @@ def test_answers_past_the_table_are_refused_before_any_work(limit, message, monk
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model ran"))
     monkeypatch.setattr(type(model.transformer), "forward", lambda *_, **__: pytest.fail("the model ran"))
     ids, mask = torch.randint(0, 250, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    if isinstance(limit.get("max_new_tokens"), torch.Tensor):
-        limit = {"max_new_tokens": torch.tensor([125, 124])}
     for sampler in samplers:
         with pytest.raises(UserError, match=f"^{message}"):
             sampler.sample(ids, mask, eos_token_id=257, **limit)
-        with pytest.raises(UserError, match="^input_ids: got a prompt of 128 tokens, expected fewer than 128"):
-            sampler.sample(torch.randint(0, 250, (1, 128)), eos_token_id=257, max_new_tokens=1)
+        with pytest.raises(UserError, match="^input_ids: got a prompt of 129 tokens, expected at most 128"):
+            sampler.sample(torch.randint(0, 250, (1, 129)), eos_token_id=257, max_new_tokens=1)
 
 
 def test_answers_reach_the_end_of_the_table(rng_seed):
@@ -94,14 +93,12 @@ def test_answers_reach_the_end_of_the_table(rng_seed):
     model, options = make_model("gpt2", seed=rng_seed), {"eos_token_id": 300}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        samples = Sampler(model).sample(ids, mask, max_new_tokens=torch.tensor([118, 98]), **options)
-        assert samples.lengths.flatten().tolist() == [118, 98]
-        assert GenerateSampler(model).sample(ids, mask, max_new_tokens=98, **options).lengths.flatten().tolist() == [
-            98,
-            98,
-        ]
-    with pytest.raises(UserError, match="^max_new_tokens: got 118, expected at most 98"):  # it draws 118 for both
-        GenerateSampler(model).sample(ids, mask, max_new_tokens=torch.tensor([118, 98]), **options)
+        samples = Sampler(model).sample(ids, mask, max_new_tokens=torch.tensor([119, 99]), **options)
+        assert samples.lengths.flatten().tolist() == [119, 99]
+        samples = GenerateSampler(model).sample(ids, mask, max_new_tokens=99, **options)
+        assert samples.lengths.flatten().tolist() == [99, 99]
+    with pytest.raises(UserError, match="^max_new_tokens: got 119, expected at most 99"):  # it draws 119 for both
+        GenerateSampler(model).sample(ids, mask, max_new_tokens=torch.tensor([119, 99]), **options)
 
 
 def test_training_rows_past_the_table_are_refused_before_anything_is_sampled():
@@ -132,10 +129,31 @@ def test_packed_sequences_past_the_table_are_refused():
 
 def test_pmc_names_its_own_limit():
     pmc = PMC(make_model("gpt2"), make_tokenizer(), PMCConfig(num_samples=2))
-    with pytest.raises(UserError, match="^max_length: got 200, expected at most 128"):
+    with pytest.raises(UserError, match="^max_length: got 200, expected at most 129: .* all but the last one"):
         pmc.initialise(["Who?"])
     pmc.initialise(["Who?", "Where was Bo born?"], answers=["one", "two"])
     for call in (lambda: pmc.loss([0, 1], []), lambda: pmc.prepare([[0], [1]])):
         with pytest.raises(UserError, match="^max_length: got 200, expected at most 128"):
             call()
     assert pmc.ledger.visits == [0, 0] and pmc.prepared_batches == 0
+
+
+class Endless(Sampler):
+    """No answer ends by itself."""
+
+    def sample(self, *args, eos_token_id, **options):
+        return super().sample(*args, eos_token_id=300, **options)
+
+
+def test_pmc_trains_on_answers_that_reach_the_end_of_the_table(rng_seed):
+    """Cut off there, with an end token behind them."""
+    config = PMCConfig(num_samples=2, max_length=128, prune=False, reencode=False)
+    model = make_model("gpt2", seed=rng_seed)
+    pmc = PMC(model, make_tokenizer(), config, sampler=Endless(model))
+    pmc.initialise(["Who?"], answers=["one"])
+    assert pmc.loss([0], []).isfinite()
+    assert len(pmc.prompts.prompt_ids("Who?")) + len(pmc.ledger.entries[0].tokens) == 128 + 1
+    longer = PMC(model, pmc.prompts, replace(config, max_length=129), sampler=Endless(model))
+    longer.initialise(["Who?"], answers=["one"])
+    with pytest.raises(UserError, match="^max_length: got 129, expected at most 128"):
+        longer.loss([0], [])
