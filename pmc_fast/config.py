@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from pmc_fast.errors import UserError
 from pmc_fast.prompts import STYLES
@@ -25,7 +27,7 @@ class PMCConfig:
     weight_decay, warmup_epochs.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is of another type or out of range.
     """
 
     num_samples: int = 20
@@ -64,9 +66,12 @@ class PMCConfig:
             if not holds:
                 raise UserError(f"{name}: got {getattr(self, name)!r}, expected {wanted}")
 
+        for name, annotation in get_type_hints(PMCConfig).items():
+            types = get_args(annotation) or (annotation,)
+            wanted = " or ".join(_TYPES[one] for one in types)
+            require(name, _is_one_of(getattr(self, name), types), wanted)
         for name in ("num_samples", "epochs", "batch_size", "accumulation"):
-            value = getattr(self, name)
-            require(name, isinstance(value, int) and value >= 1, "an integer of at least 1")
+            require(name, getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("temperature", "learning_rate", "weight_decay", "retain_weight", "warmup_epochs", "min_words"):
             value = getattr(self, name)
             require(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")
@@ -81,6 +86,16 @@ class PMCConfig:
             value = getattr(self, name)
             require(name, value is None or value >= 1, "None or an integer of at least 1")
         require("max_new_tokens", self.max_new_tokens is not None or self.max_length is not None, "it or max_length")
+
+
+_TYPES = {int: "an integer", float: "a number", bool: "True or False", str: "a text", NoneType: "None"}
+
+
+def _is_one_of(value: object, types: tuple[type, ...]) -> bool:
+    """An integer is a number, too; True and False are neither."""
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, (*types, int) if float in types else types)
 
 
 _PUBLISHED = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
+from pmc_fast import inputs
 from pmc_fast.data import QA
+from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel
 from pmc_fast.ops import rouge_l_recall
 from pmc_fast.packing import pad_left
@@ -43,7 +45,16 @@ def sampled_answers(
 
     Returns:
         For each question, ``num_samples`` answers.
+
+    Raises:
+        UserError: an argument is of another kind, or a question is no text or blank.
+        ValueError, TypeError: as ``Sampler.sample``.
     """
+    _check_prompts(prompts)
+    inputs.has_method("sampler", sampler, "sample", "an object with Sampler's sample method")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size: got {batch_size!r}, expected an integer of at least 1")
+    questions = inputs.texts("questions", questions, prompts.is_text)
     lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
     sampler = Sampler(lm) if sampler is None else sampler
     encoded = [prompts.prompt_ids(question, prefill=prefill) for question in questions]
@@ -80,7 +91,7 @@ def greedy_answers(
     progress: Progress | None = None,
     sampler: SampleSource | None = None,
 ) -> list[str]:
-    """The most probable answer to each question, token by token."""
+    """The most probable answer to each question, token by token; raises as ``sampled_answers``."""
     limit = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {"max_length": max_length}
     options = {"batch_size": batch_size, "progress": progress, "sampler": sampler}
     answers = sampled_answers(model, prompts, questions, temperature=0.0, **options, **limit)
@@ -117,6 +128,9 @@ def evaluate(
         forget_rouge_l and, if given, paraphrased_rouge_l (both in [0, 1]), unlearn_quality and utility (percent),
         retain_rouge_l, and utility_sets, the R of each utility set by name.
 
+    Raises:
+        UserError: an argument is of another kind, a set is empty, or one of its rows has no question or answer.
+
     Source: arXiv 2507.04219, section 5 (metrics).
     """
 
@@ -131,6 +145,13 @@ def evaluate(
         )
         return float(rouge_l_recall(answers, [row.answer for row in rows]).mean())
 
+    _check_prompts(prompts)
+    forget, retain = _rows("forget", forget, prompts), _rows("retain", retain, prompts)
+    if paraphrased is not None:
+        paraphrased = _rows("paraphrased", paraphrased, prompts)
+    if not isinstance(utility, Mapping | None):
+        raise UserError(f"utility: got {inputs.kind(utility)}, expected a dict of sets by name, or None")
+    utility = {name: _rows(f"utility[{name!r}]", rows, prompts) for name, rows in (utility or {}).items()}
     model = model if isinstance(model, LanguageModel) else LanguageModel(model)
     result = {"forget_rouge_l": recall(forget)}
     forgotten = [result["forget_rouge_l"]]
@@ -139,7 +160,7 @@ def evaluate(
         forgotten.append(result["paraphrased_rouge_l"])
     result["unlearn_quality"] = 100 * (1 - float(np.mean(forgotten)))
     result["retain_rouge_l"] = recall(retain)
-    sets = {name: recall(rows) for name, rows in (utility or {}).items()}
+    sets = {name: recall(rows) for name, rows in utility.items()}
     result["utility"] = 100 * float(np.mean([result["retain_rouge_l"], *sets.values()]))
     result["utility_sets"] = sets
     return result
@@ -174,8 +195,13 @@ def leakage(
     Returns:
         In [0, 1].
 
+    Raises:
+        UserError: as ``evaluate``.
+
     Source: arXiv 2507.04219, section 5 (leakage).
     """
+    _check_prompts(prompts)
+    forget = _rows("forget", forget, prompts)
     answers = sampled_answers(
         model,
         prompts,
@@ -191,3 +217,12 @@ def leakage(
     references = [row.answer for row in forget for _ in range(num_samples)]
     scores = rouge_l_recall([text for row in answers for text in row], references)
     return float(scores.reshape(len(forget), num_samples).max(1).mean())
+
+
+def _check_prompts(prompts: Prompts) -> None:
+    if not isinstance(prompts, Prompts):
+        raise UserError(f"prompts: got {inputs.kind(prompts)}, expected a Prompts: pmc_fast.Prompts(tokenizer)")
+
+
+def _rows(name: str, rows: Iterable[QA], prompts: Prompts) -> list[QA]:
+    return inputs.some(name, inputs.rows(name, rows, prompts.is_text))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from pmc_fast.inputs import listed
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -18,10 +20,10 @@ class Ledger:
     """Keeps, for each forget question, the initial model's answer and the best sample picked so far."""
 
     def __init__(self, questions: list[str], initial_answers: list[str]) -> None:
-        self.questions = questions
-        self.initial_answers = initial_answers
+        self.questions = listed("questions", questions, "a list of texts")
+        self.initial_answers = listed("initial_answers", initial_answers, "a list of texts")
         self.entries: dict[int, Entry] = {}
-        self.visits = [0] * len(questions)
+        self.visits = [0] * len(self.questions)
         self.merged_visits = list(self.visits)  # those that all ranks know of
 
     def is_final(self, question: int) -> bool:

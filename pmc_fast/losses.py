@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from types import MappingProxyType
 
 import torch
@@ -35,7 +36,11 @@ def sequence_logprob(lm: LanguageModel, batch: Packed) -> Tensor:
 
     Returns:
         float32 [B], nats.
+
+    Raises:
+        TypeError: an argument of the wrong type.
     """
+    _check_kinds(lm, batch)
     with evaluating(lm.model):
         return _sums(batch, _token_logprob(lm, batch))
 
@@ -63,7 +68,7 @@ def npo(
 
     Source: Zhang et al., arXiv 2404.05868, equation 3.
     """
-    _check(batch, forget, above_0={"beta": beta}, at_least_0={"retain_weight": retain_weight})
+    _check(lm, batch, forget, above_0={"beta": beta}, at_least_0={"retain_weight": retain_weight})
     _check_reference(reference, forget, lm)
     logprob = _token_logprob(lm, batch)
     ratio = _sums(batch, logprob)[:forget] - reference
@@ -90,8 +95,8 @@ def simnpo(
 
     Source: Fan et al., arXiv 2410.07163, the SimNPO loss.
     """
-    _check(batch, forget, above_0={"beta": beta}, at_least_0={"retain_weight": retain_weight})
-    if not math.isfinite(gamma):
+    _check(lm, batch, forget, above_0={"beta": beta}, at_least_0={"retain_weight": retain_weight})
+    if not (_is_number(gamma) and math.isfinite(gamma)):
         raise ValueError(f"gamma: got {gamma}, expected a finite number")
     logprob = _token_logprob(lm, batch)
     mean = (_sums(batch, logprob) / _sums(batch, torch.ones_like(logprob)))[:forget]
@@ -117,6 +122,7 @@ def dpo(
     Source: Rafailov et al., arXiv 2305.18290, equation 7; for unlearning, Maini et al., arXiv 2401.06121.
     """
     _check(
+        lm,
         batch,
         pairs,
         above_0={"beta": beta},
@@ -140,7 +146,7 @@ def grad_diff(lm: LanguageModel, batch: Packed, forget: int, *, retain_weight: f
 
     Source: Liu et al., arXiv 2203.12817; Maini et al., arXiv 2401.06121, section 4.
     """
-    _check(batch, forget, at_least_0={"retain_weight": retain_weight})
+    _check(lm, batch, forget, at_least_0={"retain_weight": retain_weight})
     logprob = _token_logprob(lm, batch)
     return _mean(logprob, batch.sequence < forget) + _kept(batch, logprob, forget, retain_weight)
 
@@ -156,7 +162,7 @@ def wga(lm: LanguageModel, batch: Packed, forget: int, *, beta: float = 1.0, ret
 
     Source: Wang et al., arXiv 2502.19301 (its alpha is beta here, as in open-unlearning).
     """
-    _check(batch, forget, at_least_0={"beta": beta, "retain_weight": retain_weight})
+    _check(lm, batch, forget, at_least_0={"beta": beta, "retain_weight": retain_weight})
     return _weighted_ascent(lm, batch, forget, beta, 0.0, retain_weight)
 
 
@@ -179,7 +185,7 @@ def satimp(
 
     Source: Yang et al., arXiv 2505.11953, section 5.
     """
-    _check(batch, forget, at_least_0={"beta1": beta1, "beta2": beta2, "retain_weight": retain_weight})
+    _check(lm, batch, forget, at_least_0={"beta1": beta1, "beta2": beta2, "retain_weight": retain_weight})
     return _weighted_ascent(lm, batch, forget, beta1, beta2, retain_weight)
 
 
@@ -194,7 +200,7 @@ def idk(lm: LanguageModel, batch: Packed, refusals: int, *, retain_weight: float
 
     Source: Maini et al., arXiv 2401.06121, section 4.
     """
-    _check(batch, refusals, at_least_0={"retain_weight": retain_weight}, name="refusals")
+    _check(lm, batch, refusals, at_least_0={"retain_weight": retain_weight}, name="refusals")
     logprob = _token_logprob(lm, batch)
     return -_mean(logprob, batch.sequence < refusals) + _kept(batch, logprob, refusals, retain_weight)
 
@@ -229,6 +235,7 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
 
 
 def _check(
+    lm: LanguageModel,
     batch: Packed,
     count: int,
     *,
@@ -237,20 +244,39 @@ def _check(
     name: str = "forget",
     sequences_each: int = 1,
 ) -> None:
+    _check_kinds(lm, batch)
     most = batch.count // sequences_each
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{name}: got {count!r}, expected an integer")
     if not 1 <= count <= most:
         raise ValueError(f"{name}: got {count}, expected 1 to {most}, since the batch has {batch.count} sequences")
     for option, value in above_0.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (_is_number(value) and math.isfinite(value) and value > 0):
             raise ValueError(f"{option}: got {value}, expected a finite number above 0")
     for option, value in at_least_0.items():
-        if not (math.isfinite(value) and value >= 0):
+        if not (_is_number(value) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{option}: got {value}, expected a finite number of at least 0")
 
 
+def _check_kinds(lm: LanguageModel, batch: Packed) -> None:
+    for name, value, kind, made in (
+        ("lm", lm, LanguageModel, "models.LanguageModel(model)"),
+        ("batch", batch, Packed, "packing.pack(prompts, answers, lm.device)"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}: pmc_fast.{made}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check_reference(reference: Tensor, count: int, lm: LanguageModel) -> None:
+    if not isinstance(reference, Tensor):
+        raise TypeError(
+            f"reference: got {type(reference).__name__}, expected float32 [{count}], the sequence_logprob of the first "
+            "sequences under the model before unlearning"
+        )
     if reference.shape != (count,) or not reference.is_floating_point():
         raise ValueError(
             f"reference: got {reference.dtype} of shape {list(reference.shape)}, expected float32 [{count}], the "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pmc_fast import ops
 from pmc_fast.errors import BackendUnavailable, UserError
+from pmc_fast.positions import Positions
 from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class LanguageModel:
 
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
+        positions: how many tokens it has positions for.
 
     Raises:
         UserError: the model has no such head, it is a DTensor placed otherwise, or its logits are not what this class takes
@@ -98,6 +100,7 @@ class LanguageModel:
         if self.backbone is self._causal_lm:
             self.backbone = None
         self.shards = self._shards()
+        self.positions = Positions.of(model)
         config = model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None)  # Granite

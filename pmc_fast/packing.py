@@ -43,7 +43,11 @@ class Packed:
 
         Args:
             cache: an empty one of T positions, which then holds the keys and values of all tokens.
+
+        Raises:
+            UserError: the model has a table of positions, in which a sequence does not fit.
         """
+        lm.positions.check_sequences("sequence", (self.lengths.shared + own for own in self.lengths.own))
         attention.install(lm.model)
         with attention.packed():
             hidden = lm.hidden(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pmc_fast import inputs
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError
@@ -35,8 +36,8 @@ class PMC:
 
         pmc = PMC(model, tokenizer, PMCConfig.published("llama-3.2-3b"))
         pmc.initialise(forget_questions)
-        for forget, retain in loader:  # indices of forget questions; retain rows (question, answer)
-            loss = pmc.loss(forget, retain)
+        for forget in DataLoader(range(len(forget_questions)), batch_size=8, shuffle=True):  # their indices
+            loss = pmc.loss(forget, random.choices(retain_rows, k=len(forget)))
             loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     Equivalent to ``CE(picked answers) + retain_weight * CE(retain answers)``, each a mean over its own answer tokens,
@@ -53,7 +54,7 @@ class PMC:
             parameters as they are at each call.
 
     Raises:
-        UserError: the model has no head this library knows, the tokenizer no end token, or the sampler no ``sample``.
+        UserError: an argument is of another kind, the model has no head this library knows, or the tokenizer no end token.
 
     Source: arXiv 2507.04219, equation 1 and algorithm 1.
     """
@@ -66,9 +67,13 @@ class PMC:
         reward: Reward | None = None,
         sampler: SampleSource | None = None,
     ) -> None:
-        if sampler is not None and not callable(getattr(sampler, "sample", None)):
-            raise UserError(f"sampler: got {type(sampler).__name__}, expected an object with Sampler's sample method")
-        self.config = config = config or PMCConfig()
+        inputs.has_method("sampler", sampler, "sample", "an object with Sampler's sample method")
+        inputs.has_method("reward", reward, "score", "an object with a score method, such as RougeRecall()")
+        self.config = config = PMCConfig() if config is None else config
+        if not isinstance(config, PMCConfig):
+            raise UserError(
+                f'config: got {inputs.kind(config)}, expected a PMCConfig, such as PMCConfig.published("llama-3.2-3b")'
+            )
         self.lm = LanguageModel(model)
         self.sampler = Sampler(self.lm) if sampler is None else sampler
         self.prompts = (
@@ -76,7 +81,7 @@ class PMC:
             if isinstance(tokenizer, Prompts)
             else Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
         )
-        self.reward = reward or RougeRecall(min_words=config.min_words)
+        self.reward = RougeRecall(min_words=config.min_words) if reward is None else reward
         self.ledger: Ledger | None = None
         self.stats: dict[str, Any] = {}
         self.prepared_batches = 0  # that `prepare` sampled for and `loss` has not met
@@ -99,12 +104,14 @@ class PMC:
             answers: one for each question, if they are known; default ``greedy_answers(forget_questions)``.
 
         Raises:
-            UserError: there is no question, or another number of answers.
+            UserError: there is no question, one that is no text or blank, or another number of answers.
         """
-        questions = list(forget_questions)
-        if not questions:
-            raise UserError("forget_questions: got none, expected at least one")
-        answers = self.greedy_answers(questions, progress) if answers is None else list(answers)
+        questions = inputs.texts("forget_questions", forget_questions, self.prompts.is_text)
+        inputs.some("forget_questions", questions)
+        if answers is None:
+            answers = self.greedy_answers(questions, progress)
+        else:
+            answers = inputs.texts("answers", answers, lambda answer: isinstance(answer, str))
         if len(answers) != len(questions):
             raise UserError(
                 f"answers: got {len(answers)}, expected one for each of the {len(questions)} forget_questions"
@@ -134,7 +141,7 @@ class PMC:
             sampler=self.sampler,
         )
 
-    def prepare(self, batches: Sequence[Sequence[int]]) -> None:
+    def prepare(self, batches: Iterable[Iterable[int]]) -> None:
         """Sample for the coming micro-batches of an optimizer step in one call: they share the weights.
 
         The calls of ``loss`` for these batches, in this order, then give what they would have given without it.
@@ -143,24 +150,26 @@ class PMC:
             batches: for each micro-batch, its indices into the questions given to ``initialise``.
 
         Raises:
-            UserError: ``initialise`` was not called, or an index is out of range.
+            UserError: ``initialise`` was not called, or an index is no integer or out of range.
         """
+        ledger = self._initialised()
+        batches = [inputs.indices("forget", batch, len(ledger.questions)) for batch in inputs.batches(batches)]
         self.stats = self._ahead
-        ledger = self._ledger([question for batch in batches for question in batch])
-        groups: list[list[int]] = []
+        groups, prepared = [], set(self._prepared)
         for batch in batches:
-            fresh = [q for q in dict.fromkeys(batch) if not ledger.is_final(q) and q not in self._prepared]
-            self._prepared.update(fresh)
+            fresh = [q for q in dict.fromkeys(batch) if not ledger.is_final(q) and q not in prepared]
+            prepared.update(fresh)
             groups.append(fresh)
-        self.prepared_batches += len(groups)
         self._resample(groups)
+        self._prepared = prepared
+        self.prepared_batches += len(groups)
 
-    def loss(self, forget: Sequence[int], retain: Sequence[QA]) -> Tensor:
+    def loss(self, forget: Iterable[int], retain: Iterable[QA | Mapping[str, str]]) -> Tensor:
         """Sample, score and select answers to the forget questions, then the loss of one micro-batch.
 
         Args:
-            forget: indices into the questions given to ``initialise``.
-            retain: rows to keep answering right.
+            forget: indices into the questions given to ``initialise``: a list, or a tensor as a DataLoader gives it.
+            retain: rows to keep answering right, ``QA`` or others with question and answer, as attributes or as keys.
 
         Returns:
             float32 scalar; backward() reaches every parameter that requires a gradient. ``stats`` then holds
@@ -171,17 +180,20 @@ class PMC:
             score, train). What ``prepare`` did is counted in the first loss after it.
 
         Raises:
-            UserError: ``initialise`` was not called, an index is out of range, or both batches are empty.
+            UserError: ``initialise`` was not called, an index is no integer or out of range, a row lacks a text or is longer
+                than the model has positions, or both batches are empty; before anything is sampled.
         """
         self.lm.check_whole()
+        ledger = self._initialised()
+        forget = inputs.indices("forget", forget, len(ledger.questions))
+        kept = self._encoded("retain", retain)
+        if not forget and not kept:
+            raise UserError("forget, retain: both are empty, expected at least one row")
         self.stats, self._ahead = self._ahead, _no_samples()
-        forget = list(forget)
-        ledger = self._ledger(forget)
-        ready = self._prepared.intersection(forget)
-        self._prepared -= ready
-        fresh = [q for q in dict.fromkeys(forget) if q not in ready and not ledger.is_final(q)]
+        fresh = [q for q in dict.fromkeys(forget) if q not in self._prepared and not ledger.is_final(q)]
         if fresh or not self.prepared_batches:
             self._resample([fresh])
+        self._prepared.difference_update(forget)
         self.prepared_batches = max(0, self.prepared_batches - 1)
         with self._timed("train"):
             entries = [ledger.entries[question] for question in forget]
@@ -189,11 +201,7 @@ class PMC:
                 self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens) for entry in entries
             ]
             prompts = [self.prompts.prompt_ids(ledger.questions[question]) for question in forget]
-            loss = self._packed_loss(
-                [*prompts, *(self.prompts.prompt_ids(row.question) for row in retain)],
-                [*answers, *(self.prompts.answer_ids(row.answer) for row in retain)],
-                collapse=len(forget),
-            )
+            loss = self._packed_loss([*zip(prompts, answers, strict=True), *kept], collapse=len(forget))
         scores = [entry.score for entry in entries]
         self.stats["score"] = float(np.mean(scores)) if scores else 0.0
         self.stats["empty_picks"] = sum(
@@ -201,22 +209,19 @@ class PMC:
         )
         return loss
 
-    def supervised_loss(self, rows: Sequence[QA]) -> Tensor:
+    def supervised_loss(self, rows: Iterable[QA | Mapping[str, str]]) -> Tensor:
         """The mean negative log-likelihood of the rows' answer tokens: ordinary fine-tuning, packed.
 
         Returns:
             float32 scalar, nats per token.
 
         Raises:
-            UserError: there is no row.
+            UserError: there is no row, or one without question and answer or longer than the model has positions.
         """
         self.stats = _no_samples()
         with self._timed("train"):
-            return self._packed_loss(
-                [self.prompts.prompt_ids(row.question) for row in rows],
-                [self.prompts.answer_ids(row.answer) for row in rows],
-                collapse=len(rows),
-            )
+            encoded = inputs.some("rows", self._encoded("rows", rows))
+            return self._packed_loss(encoded, collapse=len(encoded))
 
     def state_dict(self) -> dict:
         """The ledger, as JSON-able values: a run that loads it continues as if it had never stopped."""
@@ -227,15 +232,18 @@ class PMC:
         self._prepared = set(state["prepared"])
         self.prepared_batches = 0
 
-    def _ledger(self, forget: Sequence[int]) -> Ledger:
+    def _initialised(self) -> Ledger:
         if self.ledger is None:
             raise UserError("PMC.loss: the ledger is empty; call initialise(forget_questions) first")
-        for question in forget:
-            if not 0 <= question < len(self.ledger.questions):
-                raise UserError(
-                    f"forget: got index {question}, expected one of the {len(self.ledger.questions)} forget questions"
-                )
         return self.ledger
+
+    def _encoded(self, name: str, rows: Iterable[Any]) -> list[tuple[list[int], list[int]]]:
+        """The tokens of each row's prompt and answer."""
+        rows = inputs.rows(name, rows, self.prompts.is_text)
+        encoded = [(self.prompts.prompt_ids(row.question), self.prompts.answer_ids(row.answer)) for row in rows]
+        # An answer's last token predicts nothing.
+        self.lm.positions.check_sequences(f"{name}: row", (len(p) + len(a) - 1 for p, a in encoded))
+        return encoded
 
     def _resample(self, batches: Sequence[Sequence[int]]) -> None:
         """Draw new answers to the questions of some batches and offer the picked ones to the ledger."""
@@ -252,6 +260,9 @@ class PMC:
             # Every visit to a question draws from random streams of its own, whoever else is in the batch.
             streams = torch.tensor([ledger.visits[q] * len(ledger.questions) + q for q in questions])
             limits = self._limits(batches)
+            max_length = config.max_length if config.max_new_tokens is None else None
+            # An answer that is cut off is trained on with an end token.
+            self.lm.positions.check_answers(torch.tensor([len(ids) for ids in prompts]), limits, max_length, more=1)
             samples = self.sampler.sample(
                 input_ids,
                 attention_mask,
@@ -322,10 +333,9 @@ class PMC:
         noise = gumbel(self.config.seed, streams, torch.zeros_like(streams), scores.shape[1], SELECTION_STREAM)
         return (-scores / self.config.tau + noise.numpy()).argmax(1)
 
-    def _packed_loss(self, prompts: list, answers: list, collapse: int) -> Tensor:
+    def _packed_loss(self, sequences: list[tuple[list[int], list[int]]], collapse: int) -> Tensor:
         """CE over the first `collapse` sequences + retain_weight * CE over the others, in one forward pass."""
-        if not prompts:
-            raise UserError("forget, retain: both are empty, expected at least one row")
+        prompts, answers = zip(*sequences, strict=True)
         with phase("pack"):
             packed = pack(prompts, answers, self.lm.device)
         # Counted on the host: a GPU would have to be waited for.

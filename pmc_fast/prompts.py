@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from pmc_fast.errors import UserError
+from pmc_fast.inputs import kind
 
 STYLES = ("auto", "chat", "tags", "plain")
 
@@ -15,6 +16,12 @@ _QUESTION, _ANSWER = "\u2045question\u2046", "\u2045answer\u2046"  # stand-ins t
 # Without these, a reasoning model's template opens a thought that its finished conversations leave out, and Llama 3.2's
 # writes today's date, so that a run resumed after midnight would ask differently; this date is that template's fallback.
 _TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """That it has what is used of a transformers tokenizer."""
+    if not callable(tokenizer) or not all(hasattr(tokenizer, name) for name in ("decode", "eos_token_id")):
+        raise UserError(f"tokenizer: got {kind(tokenizer)}, expected a transformers tokenizer")
 
 
 class Prompts:
@@ -36,10 +43,12 @@ class Prompts:
         pad_id: the token to fill up a batch with.
 
     Raises:
-        UserError: an unknown style, chat without a template, a template that fails, or a tokenizer without an end token.
+        UserError: no tokenizer, or one without an end token; an unknown style, chat without a template, a template that
+            fails.
     """
 
     def __init__(self, tokenizer: Any, style: str = "auto", system: str = "You are a helpful assistant.") -> None:
+        check_tokenizer(tokenizer)
         if style not in STYLES:
             raise UserError(f"style: got {style!r}, expected one of {', '.join(map(repr, STYLES))}")
         template = getattr(tokenizer, "chat_template", None)
@@ -76,6 +85,11 @@ class Prompts:
     def answer_ids(self, answer: str) -> list[int]:
         """The tokens of an answer as they follow the prompt, the end token included."""
         return list(self._answer_ids(answer.strip()))
+
+    @staticmethod
+    def is_text(value: object) -> bool:
+        """Whether it can be a question or an answer."""
+        return isinstance(value, str) and bool(value.strip())
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's tokens, without special tokens, end tokens and surrounding space."""

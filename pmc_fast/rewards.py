@@ -91,6 +91,8 @@ class RougeRecall:
 
         Source: the reward of https://arxiv.org/abs/2507.04219; an LCS never gets shorter as a text grows.
         """
+        if isinstance(beginnings, str):
+            raise TypeError(f"beginnings: got the text {beginnings[:40]!r}, expected a list of texts")
         own = self.tokenizer is not None  # it is not asked: it may well split "" into words that longer texts lack
         complete = [text.lower().rstrip(_WORD) * (not own) if isinstance(text, str) else text for text in beginnings]
         return rouge_l_recall(complete, references, use_stemmer=self.use_stemmer, impl=self.impl)

@@ -18,6 +18,7 @@ from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
+from pmc_fast.sampling_inputs import answer_limits, check_sequence_ids, check_vocabulary, end_tokens
 from pmc_fast.sharding import gathered, smallest
 from pmc_fast.static_decoder import KeptDecoders, static_decoder
 from pmc_fast.static_rows import Sizes, rounded
@@ -145,23 +146,23 @@ class Sampler:
             progress: called with the number of answers still running after each step.
 
         Raises:
-            ValueError, TypeError: an argument of the wrong shape, dtype or range, or a ``cache_budget`` too small for the
-                answers to one prompt.
-            UserError: the model cannot be sampled from.
+            ValueError, TypeError: an argument of the wrong type, shape, dtype or range (token ids outside of the vocabulary
+                on a CPU alone: a GPU would have to be waited for), or a ``cache_budget`` too small for the answers to one
+                prompt.
+            UserError: the model cannot be sampled from, or it has a table of positions which ends before an answer may.
 
         Source: arXiv 2507.04219, section 4 (x_1..x_n ~ p_theta(.|q)).
         """
-        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length)
-        ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
-        if ends.numel() == 0:
-            raise ValueError("eos_token_id: got none, expected at least one token id")
+        positions, vocabulary = self.lm.positions, self.lm.model.get_input_embeddings()
+        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, positions)
+        check_vocabulary(input_ids, getattr(vocabulary, "num_embeddings", None))
+        ends = torch.tensor(end_tokens(eos_token_id))
         device, prompts = input_ids.device, len(input_ids)
         if attention_mask is not None and (attention_mask[:, -1] == 0).any():
             raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
         if sequence_ids is None:
             sequence_ids = torch.arange(prompts, device=device)
-        if sequence_ids.shape != (prompts,):
-            raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
+        check_sequence_ids(sequence_ids, prompts)
         model, waves = self.lm.model, []
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
         with (
@@ -281,40 +282,3 @@ def _join(waves: list[Wave], prompts: int, num_samples: int, end: Tensor) -> Sam
 
     lengths, finished, pruned = (torch.cat([wave[column] for wave in waves]).view(shape) for column in (1, 3, 4))
     return Samples(wide(0, int(end)), lengths, wide(2, 0.0), finished, pruned, sum(wave[5] for wave in waves))
-
-
-def answer_limits(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    num_samples: int,
-    max_new_tokens: int | Tensor | None,
-    max_length: int | None,
-) -> Tensor:
-    """Tokens per answer at most, int64 [B] on the CPU; checks the arguments it is made from."""
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, expected [B, T] with at least one token")
-    if input_ids.dtype != torch.int64:
-        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: got shape {list(attention_mask.shape)}, expected {list(input_ids.shape)}, that of input_ids"
-        )
-    if num_samples < 1:
-        raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
-    if (max_new_tokens is None) == (max_length is None):
-        raise ValueError(
-            f"max_new_tokens, max_length: got {max_new_tokens} and {max_length}, expected exactly one of them"
-        )
-    name = "max_length" if max_new_tokens is None else "max_new_tokens"
-    prompts, width = input_ids.shape
-    limits = torch.as_tensor(max_length - width if max_new_tokens is None else max_new_tokens, device="cpu")
-    if limits.is_floating_point() or limits.dim() > 1 or (limits.dim() == 1 and limits.shape != (prompts,)):
-        raise ValueError(
-            f"max_new_tokens: got {limits.dtype} of shape {list(limits.shape)}, expected an integer or int64 [{prompts}]"
-        )
-    if limits.numel() and int(limits.min()) < 1:
-        got = max_length if max_new_tokens is None else int(limits.min())
-        raise ValueError(
-            f"{name}: got {got}, which leaves no room for an answer after prompts padded to {width} tokens"
-        )
-    return limits.long().expand(prompts)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 
-from pmc_fast import evaluation
+from pmc_fast import UserError, evaluation
 from pmc_fast.data import QA
 from pmc_fast.evaluation import evaluate, greedy_answers, leakage, sampled_answers
 from pmc_fast.ops import rouge_l_recall
@@ -88,3 +88,54 @@ def test_a_prefill_is_part_of_the_question(lm, prompts):
     want = prompts.decode(generated[0, len(asked) :].tolist())
     got = sampled_answers(lm, prompts, ["a?"], prefill="It is", temperature=0.0, max_new_tokens=8)
     assert got == [[want]]
+
+
+def test_what_is_no_set_of_rows_is_refused_before_any_question(lm, prompts, monkeypatch):
+    monkeypatch.setattr(evaluation, "sampled_answers", lambda *_, **__: pytest.fail("it asked"))
+    good = [QA("a?", "b")]
+    sets = {"forget": good, "retain": good, "paraphrased": None, "utility": {"world": good}}
+    cases = [("forget", {"forget": "W"}), ("retain", {"retain": "W"}), ("paraphrased", {"paraphrased": "W"})]
+    cases.append((r"utility\['world'\]", {"utility": {"x": good, "world": "W"}}))
+    for name, change in cases:
+        for wrong, message in (
+            ([], "got none, expected at least one"),
+            ("a?", "got 'a\\?', expected a list of rows"),
+            ([("a?", "b")], "row 0 is of type tuple, expected question and answer"),
+            ([*good, QA("a?", "")], "row 1: its answer is '', expected a text that is not blank"),
+        ):
+            given = {k: v if v != "W" else wrong for k, v in change.items()}
+            given = {
+                k: {n: wrong if r == "W" else r for n, r in v.items()} if isinstance(v, dict) else v
+                for k, v in given.items()
+            }
+            with pytest.raises(UserError, match=f"^{name}: {message}"):
+                evaluate(lm, prompts, **{**sets, **given})
+            if name == "forget":
+                with pytest.raises(UserError, match=f"^forget: {message}"):
+                    leakage(lm, prompts, wrong)
+    with pytest.raises(UserError, match="^utility: got list, expected a dict of sets by name, or None"):
+        evaluate(lm, prompts, **{**sets, "utility": [good]})
+
+
+def test_rows_may_be_dicts(lm, prompts, told):
+    row, options = QA("f1", "one two"), {"retain": [QA("r", "red")]}
+    assert evaluate(lm, prompts, forget=iter([vars(row)]), **options) == evaluate(lm, prompts, forget=[row], **options)
+
+
+def test_wrong_objects(lm, prompts):
+    rows = [QA("a?", "b")]
+    for call in (
+        lambda wrong: evaluate(lm, wrong, forget=rows, retain=rows),
+        lambda wrong: leakage(lm, wrong, rows),
+        lambda wrong: greedy_answers(lm, wrong, ["a?"]),
+        lambda wrong: sampled_answers(lm, wrong, ["a?"], max_new_tokens=2),
+    ):
+        with pytest.raises(UserError, match=r"^prompts: got \w+, expected a Prompts: pmc_fast.Prompts\(tokenizer\)"):
+            call(make_tokenizer())
+    with pytest.raises(UserError, match="^questions: got 'What', expected a list of texts"):
+        greedy_answers(lm, prompts, "What")
+    with pytest.raises(UserError, match="^batch_size: got 0, expected an integer of at least 1"):
+        greedy_answers(lm, prompts, ["a?"], batch_size=0)
+    with pytest.raises(UserError, match="^sampler: got LlamaForCausalLM, expected an object with Sampler's sample"):
+        greedy_answers(lm, prompts, ["a?"], sampler=lm)
+    assert greedy_answers(lm, prompts, []) == []

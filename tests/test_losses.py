@@ -1,5 +1,7 @@
 """Each loss against its formula over padded batches and full logits: value and the gradient of every parameter."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import FAMILIES, make_model
@@ -142,3 +144,34 @@ def test_bad_input():
         losses.simnpo(lm, batch, 1, gamma=float("nan"))
     with pytest.raises(ValueError, match="retain_weight: got -0.5, expected a finite number of at least 0"):
         losses.idk(lm, batch, 1, retain_weight=-0.5)
+
+
+def test_wrong_objects():
+    lm, rows = LanguageModel(make_model()), [([1, 2], [3]), ([4], [5, 6])]
+    batch = pack([prompt for prompt, _ in rows], [answer for _, answer in rows])
+    reference = torch.zeros(1)
+    every = [
+        losses.sequence_logprob,
+        lambda lm, batch: losses.npo(lm, batch, 1, reference),
+        lambda lm, batch: losses.dpo(lm, batch, 1, torch.zeros(2)),
+        *(partial(one, forget=1) for one in (losses.simnpo, losses.grad_diff, losses.wga, losses.satimp)),
+        partial(losses.idk, refusals=1),
+    ]
+    for call in every:
+        with pytest.raises(
+            TypeError, match="^lm: got LlamaForCausalLM, expected a LanguageModel: pmc_fast.models.Lang"
+        ):
+            call(lm.model, batch)
+        with pytest.raises(TypeError, match="^batch: got list, expected a Packed: pmc_fast.packing.pack"):
+            call(lm, rows)
+    for call in (lambda wrong: losses.npo(lm, batch, 1, wrong), lambda wrong: losses.dpo(lm, batch, 1, wrong)):
+        for wrong in (None, [0.0]):
+            with pytest.raises(TypeError, match=f"^reference: got {type(wrong).__name__}, expected float32"):
+                call(wrong)
+    for wrong in (None, "1", True):
+        with pytest.raises(ValueError, match=f"^beta: got {wrong}, expected a finite number above 0"):
+            losses.npo(lm, batch, 1, reference, beta=wrong)
+        with pytest.raises(ValueError, match=f"^retain_weight: got {wrong}"):
+            losses.idk(lm, batch, 1, retain_weight=wrong)
+        with pytest.raises(ValueError, match=f"^gamma: got {wrong}"):
+            losses.simnpo(lm, batch, 1, gamma=wrong)

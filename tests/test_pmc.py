@@ -2,6 +2,7 @@
 
 import math
 import string
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -192,6 +193,39 @@ def test_bad_input():
     for name, value in bad.items():
         with pytest.raises(UserError, match=f"{name}: got"):
             PMCConfig(**{name: value})
+
+
+INTEGER, NUMBER = "an integer", "a number"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        *((name, value, INTEGER) for name in ("num_samples", "seed", "min_words", "epochs", "batch_size", "accumulation")
+          for value in (2.5, 2.0, True, "2", None)),
+        *((name, value, "an integer or None") for name in ("top_k", "max_length", "max_new_tokens")
+          for value in (2.5, True, "200")),
+        *((name, value, NUMBER) for name in ("temperature", "top_p", "min_p", "tau", "retain_weight", "learning_rate",
+          "weight_decay", "warmup_epochs") for value in (None, "0.5", True)),
+        *((name, value, "True or False") for name in ("prune", "keep_truncated", "reencode") for value in ("no", 0, None)),
+        *((name, value, "a text") for name in ("selection", "prompt_style", "system_prompt") for value in (None, 1, b"x")),
+    ],
+)  # fmt: skip
+def test_values_of_another_type(name, value, wanted):
+    with pytest.raises(UserError, match=rf"^{name}: got {value!r}, expected {wanted}$"):
+        PMCConfig(**{name: value})
+    with pytest.raises(UserError, match=f"^{name}: got"):
+        PMCConfig.published("phi-1.5", **{name: value})
+
+
+def test_an_integer_is_a_number_and_every_field_is_checked():
+    config = PMCConfig(
+        temperature=1, top_p=1, top_k=None, learning_rate=np.float64(1e-5), max_length=None, max_new_tokens=9
+    )
+    assert (config.temperature, config.top_p) == (1, 1)
+    for field in fields(PMCConfig):
+        with pytest.raises(UserError, match=f"^{field.name}: got <object"):
+            PMCConfig(**{field.name: object()})
 
 
 def test_initial_answers_that_the_reward_cannot_see_are_reported(rng_seed, monkeypatch):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from distribution import assert_follows
 from tiny import FAMILIES, VOCAB, make_model
+from transformers import BatchEncoding
 
 from pmc_fast import attention, decode_attention
+from pmc_fast.integrations.samplers import GenerateSampler
 from pmc_fast.packing import pad_left
 from pmc_fast.running_rows import placed
 from pmc_fast.sampler import Sampler
@@ -211,6 +213,11 @@ def test_rows_that_go_on_stay_where_they_can(rng_seed):
     ("change", "message"),
     [
         ({"num_samples": 0}, "num_samples: got 0"),
+        ({"num_samples": 2.5}, "num_samples: got 2.5, expected an integer"),
+        ({"num_samples": True}, "num_samples: got True, expected an integer"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: got torch.float32 of shape"),
+        ({"max_new_tokens": None, "max_length": 20.5}, "max_length: got torch.float32 of shape"),
+        ({"max_new_tokens": None, "max_length": torch.tensor([9])}, "max_length: got torch.int64 of shape"),
         ({"max_length": 5}, "exactly one"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
         ({"max_new_tokens": torch.tensor([1, 2])}, "max_new_tokens: got torch.int64 of shape"),
@@ -225,3 +232,48 @@ def test_bad_input(change, message):
     options = {"max_new_tokens": 3, "eos_token_id": 257, **change}
     with pytest.raises(ValueError, match=message):
         Sampler(make_model()).sample(torch.tensor([[1, 2, 3]]), **options)
+
+
+def test_wrong_objects():
+    ids = torch.tensor([[1, 2, 3]])
+    encoding = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    wrong = [
+        (
+            {"input_ids": encoding},
+            r'input_ids: got BatchEncoding, .*give \["input_ids"\] and, as attention_mask, \["att',
+        ),
+        ({"input_ids": [[1, 2, 3]]}, "input_ids: got list, expected an int64 tensor"),
+        ({"input_ids": ids.int()}, "input_ids: got dtype torch.int32"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask: got list, expected a tensor"),
+        ({"sequence_ids": [0]}, r"sequence_ids: got list, expected an int64 tensor \[1\] or None"),
+        ({"max_new_tokens": "3"}, "max_new_tokens: got '3', expected an integer"),
+        *(({"eos_token_id": eos}, "eos_token_id: got .*, expected a token id or a list") for eos in NO_ENDS),
+    ]
+    model = make_model()
+    for change, message in wrong:
+        options = {"input_ids": ids, "max_new_tokens": 3, "eos_token_id": 257, **change}
+        for sampler in (Sampler(model), GenerateSampler(model)):
+            with pytest.raises(TypeError, match=f"^{message}"):
+                sampler.sample(**options)
+
+
+NO_ENDS = (None, "</s>", 2.0, True, [257, None], -1, torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("eos", [257, [257], (257,), torch.tensor(257), torch.tensor([257]), iter([257])], ids=repr)
+def test_end_tokens_of_any_kind(eos, rng_seed):
+    model, ids = make_model(seed=rng_seed), torch.tensor([[1, 2, 3]])
+    options = {"max_new_tokens": 9, "num_samples": 3, "seed": rng_seed}
+    want = Sampler(model).sample(ids, eos_token_id=[257], **options)
+    assert torch.equal(Sampler(model).sample(ids, eos_token_id=eos, **options).tokens, want.tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_outside_of_the_vocabulary(family):
+    """Padding is looked up, too."""
+    model = make_model(family)
+    for token in (VOCAB, -1):
+        ids, mask = torch.tensor([[1, 2], [token, 2]]), torch.tensor([[1, 1], [0, 1]])
+        with pytest.raises(ValueError, match=rf"^input_ids: got token {token}, expected ids in \[0, {VOCAB}\)"):
+            Sampler(model).sample(ids, mask, max_new_tokens=2, eos_token_id=257)
+    Sampler(model).sample(torch.tensor([[0, VOCAB - 1]]), max_new_tokens=2, eos_token_id=257)

@@ -26,7 +26,7 @@ for epoch in range(3):
     for batch in loader:
         with accelerator.accumulate(model):
             with accelerator.autocast():  # for the loss; sampling leaves it
-                loss = pmc.loss(batch.tolist(), random.choices(retain, k=len(batch)))
+                loss = pmc.loss(batch, random.choices(retain, k=len(batch)))
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()

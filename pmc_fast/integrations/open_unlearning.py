@@ -19,7 +19,7 @@ from pmc_fast.errors import UserError
 from pmc_fast.integrations.trainer_methods import KeepLedger, PMCMethods, check_arguments
 from pmc_fast.models import LanguageModel
 from pmc_fast.pmc import PMC as Objective
-from pmc_fast.prompts import Prompts
+from pmc_fast.prompts import Prompts, check_tokenizer
 from pmc_fast.rewards import Reward
 
 IGNORE_INDEX = -100
@@ -166,6 +166,7 @@ class _TokenPrompts(Prompts):
     """Questions and answers that are token ids already, instead of texts."""
 
     def __init__(self, tokenizer: Any, model: nn.Module) -> None:
+        check_tokenizer(tokenizer)
         self.tokenizer, self.style = tokenizer, "tokens"
         more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
@@ -179,6 +180,10 @@ class _TokenPrompts(Prompts):
 
     def answer_ids(self, answer: Any) -> list[int]:
         return list(answer)
+
+    @staticmethod
+    def is_text(value: object) -> bool:
+        return isinstance(value, list | tuple) and bool(value)
 
 
 def _prompts_of(dataset: Any) -> list[list[int]]:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from pmc_fast.errors import UserError
 from pmc_fast.models import evaluating
-from pmc_fast.sampler import Samples, answer_limits
+from pmc_fast.positions import Positions
+from pmc_fast.sampler import Samples
+from pmc_fast.sampling_inputs import answer_limits, check_sequence_ids, end_tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class _Request:
 class _EngineSampler:
     """``Sampler.sample`` for engines that draw whole answers; a subclass says how, in ``_draw``."""
 
+    model: nn.Module  # that is trained
+
     @torch.no_grad()
     def sample(
         self,
@@ -54,10 +58,11 @@ class _EngineSampler:
         prune: object = None,
     ) -> Samples:
         """As ``Sampler.sample``; ``prune`` is not used."""
-        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length).tolist()
+        positions = Positions.of(self.model)
+        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, positions).tolist()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         copies = num_samples if temperature else 1  # greedy answers are all the same
-        ends, sequences = _ends(eos_token_id), _sequences(sequence_ids, len(input_ids))
+        ends, sequences = tuple(end_tokens(eos_token_id)), _sequences(sequence_ids, len(input_ids))
         drawn = self._draw(
             _Request(input_ids, mask, copies, limits, ends, temperature, top_k or 0, top_p, min_p, seed, sequences)
         )
@@ -98,8 +103,11 @@ class GenerateSampler(_EngineSampler):
                 "top_p": request.top_p,
             }
             draw |= {"min_p": request.min_p} if request.min_p else {}
+        longest = max(request.limits)  # rows with less go on as long as others do
+        lengths = (request.attention_mask != 0).sum(1).cpu()
+        Positions.of(self.model).check_answers(lengths, torch.full_like(lengths, longest), None)
         wanted = GenerationConfig(
-            max_new_tokens=max(request.limits),
+            max_new_tokens=longest,
             eos_token_id=list(request.ends),
             pad_token_id=request.ends[0],
             **draw,
@@ -188,18 +196,10 @@ def _loader_of(llm: Any) -> Callable[[Iterable[tuple[str, Tensor]]], object]:
         ) from None
 
 
-def _ends(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
-    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-    if not ends:
-        raise ValueError("eos_token_id: got none, expected at least one token id")
-    return ends
-
-
 def _sequences(sequence_ids: Tensor | None, prompts: int) -> list[int]:
     if sequence_ids is None:
         return list(range(prompts))
-    if sequence_ids.shape != (prompts,):
-        raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
+    check_sequence_ids(sequence_ids, prompts)
     return sequence_ids.tolist()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError
+from pmc_fast.inputs import texts
 from pmc_fast.ledger import Ledger
 from pmc_fast.pmc import PMC
 from pmc_fast.sharding import begin_forward, is_tensor_parallel, is_zero3
@@ -55,34 +56,43 @@ def initialise(
         group: the process group; None is the default one.
 
     Raises:
-        UserError: on every rank: there is no question, the questions differ between ranks, an answer has no room after its
-            prompt, or the model is tensor-parallel.
+        UserError: on every rank: there is no question, one that is no text, the questions differ between ranks, an answer
+            has no room after its prompt, or the model is tensor-parallel.
     """
     if is_tensor_parallel(pmc.lm.model):
         raise UserError(
             "pmc: got a tensor-parallel model, of which all ranks answer the same questions together; expected "
             "pmc.initialise(forget_questions) on every rank"
         )
-    questions, size = list(forget_questions), pmc.config.batch_size
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    for other, theirs in enumerate(from_all_ranks(questions, group)):
+    size, rank, ranks = pmc.config.batch_size, dist.get_rank(group), dist.get_world_size(group)
+    every = _made_on_all_ranks(lambda: texts("forget_questions", forget_questions, pmc.prompts.is_text), group)
+    questions = every[rank]
+    for other, theirs in enumerate(every):
         if theirs != questions:
             raise UserError(
                 f"forget_questions: rank {rank} got others than rank {other}, expected the same on every rank"
             )
     order = sorted(range(len(questions)), key=lambda question: len(pmc.prompts.prompt_ids(questions[question])))
     mine = [question for begin in range(rank * size, len(order), ranks * size) for question in order[begin:][:size]]
-    try:
-        answers = pmc.greedy_answers([questions[question] for question in mine], progress)
-        part, failure = dict(zip(mine, answers, strict=True)), None
-    except (UserError, ValueError) as error:  # the other ranks wait for this one's answers
-        part, failure = {}, error
-    found: dict[int, str] = {}
-    for other, (theirs, message) in enumerate(from_all_ranks((part, failure and str(failure)), group)):
-        if message is not None:
-            raise UserError(message if other == rank else f"rank {other}: {message}") from failure
-        found.update(theirs)
+
+    def answered() -> dict[int, str]:
+        return dict(zip(mine, pmc.greedy_answers([questions[question] for question in mine], progress), strict=True))
+
+    found = {question: answer for part in _made_on_all_ranks(answered, group) for question, answer in part.items()}
     pmc.initialise(questions, answers=[found[question] for question in range(len(questions))])
+
+
+def _made_on_all_ranks(make: Callable[[], Any], group: dist.ProcessGroup | None) -> list:
+    """Each rank's value; where one cannot be made, a UserError on every rank, since the others wait for it."""
+    try:
+        value, failure = make(), None
+    except ValueError as error:
+        value, failure = None, error
+    every = from_all_ranks((value, failure and str(failure)), group)
+    for other, (_, message) in enumerate(every):
+        if message is not None:
+            raise UserError(message if other == dist.get_rank(group) else f"rank {other}: {message}") from failure
+    return [theirs for theirs, _ in every]
 
 
 def from_all_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list:

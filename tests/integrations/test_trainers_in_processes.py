@@ -252,6 +252,8 @@ def _initial_answers(rank, ranks, seed, folder):
         parallel.initialise(ours, ["Who is Ada?", f"Who is {rank}?"])
     with pytest.raises(UserError, match="forget_questions: got none"):
         parallel.initialise(ours, [])
+    with pytest.raises(UserError, match="forget_questions: got 'Who is Ada\\?', expected a list of texts"):
+        parallel.initialise(ours, ["Who is Ada?"] if rank else "Who is Ada?")  # no rank is left waiting
     ours.config = replace(CONFIG, max_new_tokens=None, max_length=20, batch_size=1)
     with pytest.raises(UserError, match="max_length: got 20, which leaves no room"):  # for the longer one, on its rank
         parallel.initialise(ours, ["Who?", "Who is the poet of the north?"])

@@ -1,0 +1,84 @@
+"""How many tokens a model has positions for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pmc_fast.errors import UserError
+
+# How the tables are called that are no nn.Embedding but cannot be read past their end either (GPT-J, CodeGen, CTRL).
+_FIXED_TABLES = ("embed_positions", "pos_encoding")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """most: the tokens of a prompt and its answer that the model was made for; None if it says nothing.
+
+    fixed: whether there is no position beyond, since they come from a table. Otherwise (rotary embeddings) it can go on.
+    """
+
+    most: int | None
+    fixed: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Positions:
+        """Those of a transformers causal language model: a table is as long as its configuration says."""
+        config = model.config.get_text_config()
+        if config.model_type == "mpt":  # its attention bias ends there
+            return cls(config.max_seq_len, True)
+        most = getattr(config, "max_position_embeddings", None)
+        if most is None:
+            return cls(None, False)
+        words = model.get_input_embeddings()
+        # Some tables begin with rows that no position has: OPT's with two.
+        learned = any(
+            isinstance(module, nn.Embedding) and module is not words and most <= module.num_embeddings <= most + 2
+            for module in model.modules()
+        )
+        computed = any(
+            name.rpartition(".")[2] in _FIXED_TABLES and len(table) == most for name, table in model.named_buffers()
+        )
+        return cls(most, learned or computed)
+
+    def check_answers(self, prompts: Tensor, limits: Tensor, max_length: int | None, more: int = 0) -> None:
+        """That prompts have room for their answers, whose last token the model is not asked to go on from.
+
+        Args:
+            prompts, limits: int64 [B] on the CPU, tokens of each prompt and of its answer at most; B at least 1.
+            max_length: what the limits come from, if it is that.
+            more: tokens that come behind an answer.
+        """
+        if self.most is None:
+            return
+        row = int((prompts + limits).argmax())
+        prompt, limit = int(prompts[row]), int(limits[row])
+        excess = prompt + limit - 1 + more - self.most
+        if excess <= 0:
+            return
+        name, got = ("max_new_tokens", limit) if max_length is None else ("max_length", max_length)
+        where = f"the model has positions for {self.most} tokens{'' if more else ', all but the last one of an answer'}"
+        if not self.fixed:  # as transformers' generate does
+            warnings.warn(
+                f"{name}: prompt and answer may have more than {self.most} tokens together, the model's "
+                "max_position_embeddings; its answers may be worse there",
+                stacklevel=5,
+            )
+        elif prompt + more > self.most:
+            raise UserError(f"input_ids: got a prompt of {prompt} tokens, expected at most {self.most - more}: {where}")
+        else:
+            raise UserError(f"{name}: got {got}, expected at most {got - excess}: {where}")
+
+    def check_sequences(self, name: str, lengths: Iterable[int]) -> None:
+        """That sequences of these lengths can be trained on."""
+        if not self.fixed:
+            return
+        for number, length in enumerate(lengths):
+            if length > self.most:
+                raise UserError(
+                    f"{name} {number} has {length} tokens, prompt and answer together, expected at most {self.most}: the "
+                    "model has no more positions"
+                )

@@ -1,0 +1,115 @@
+"""What a sampling call is given, checked: prompts, limits, end tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pmc_fast.inputs import plain
+from pmc_fast.positions import Positions
+
+
+def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """That they are tensors [B, T] of token ids, and of what is no padding."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids: got {type(input_ids).__name__}, expected an int64 tensor [B, T]; of what a tokenizer returns with "
+            'return_tensors="pt", give ["input_ids"] and, as attention_mask, ["attention_mask"]'
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, expected [B, T] with at least one token")
+    if input_ids.dtype != torch.int64:
+        raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: got {type(attention_mask).__name__}, expected a tensor [B, T] or None")
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: got shape {list(attention_mask.shape)}, expected {list(input_ids.shape)}, that of input_ids"
+        )
+
+
+def check_vocabulary(input_ids: Tensor, size: int | None) -> None:
+    """That the model has an embedding of every token; on a GPU, which would have to be waited for, its lookup asserts that."""
+    if size is None or input_ids.device.type != "cpu":
+        return
+    outside = input_ids[(input_ids < 0) | (input_ids >= size)]
+    if len(outside):
+        raise ValueError(
+            f"input_ids: got token {int(outside[0])}, expected ids in [0, {size}), the model's vocabulary (padding included)"
+        )
+
+
+def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
+    """The tokens that end an answer."""
+    given = plain(eos_token_id)
+    try:
+        ends = [given] if isinstance(given, int) else [plain(end) for end in given]
+    except TypeError:
+        ends = [None]
+    if any(isinstance(end, bool) or not isinstance(end, int) or end < 0 for end in ends):
+        raise TypeError(f"eos_token_id: got {eos_token_id!r}, expected a token id or a list of them")
+    if not ends:
+        raise ValueError("eos_token_id: got none, expected at least one token id")
+    return ends
+
+
+def check_sequence_ids(sequence_ids: Tensor, prompts: int) -> None:
+    """That there is one for each prompt."""
+    if not isinstance(sequence_ids, Tensor):
+        raise TypeError(
+            f"sequence_ids: got {type(sequence_ids).__name__}, expected an int64 tensor [{prompts}] or None"
+        )
+    if sequence_ids.shape != (prompts,):
+        raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
+
+
+def answer_limits(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    num_samples: int,
+    max_new_tokens: int | Tensor | None,
+    max_length: int | None,
+    positions: Positions,
+) -> Tensor:
+    """Tokens per answer at most, int64 [B] on the CPU; checks the arguments it is made from."""
+    check_prompts(input_ids, attention_mask)
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples: got {num_samples!r}, expected an integer of at least 1")
+    if (max_new_tokens is None) == (max_length is None):
+        raise ValueError(
+            f"max_new_tokens, max_length: got {max_new_tokens} and {max_length}, expected exactly one of them"
+        )
+    prompts, width = input_ids.shape
+    if max_new_tokens is None:
+        name, limits = "max_length", _whole("max_length", max_length, "an integer") - width
+    else:
+        name, limits = "max_new_tokens", _whole("max_new_tokens", max_new_tokens, f"an integer or int64 [{prompts}]")
+    if limits.dim() > 1 or (limits.dim() == 1 and (max_new_tokens is None or limits.shape != (prompts,))):
+        raise ValueError(
+            f"{name}: got {limits.dtype} of shape {list(limits.shape)}, expected an integer or int64 [{prompts}]"
+        )
+    limits = limits.long().expand(prompts)
+    if prompts and int(limits.min()) < 1:
+        got = max_length if max_new_tokens is None else int(limits.min())
+        raise ValueError(
+            f"{name}: got {got}, which leaves no room for an answer after prompts padded to {width} tokens"
+        )
+    if positions.most is not None and prompts and width + int(limits.max()) - 1 > positions.most:
+        lengths = torch.full_like(limits, width) if attention_mask is None else (attention_mask != 0).sum(1).cpu()
+        positions.check_answers(lengths, limits, max_length)
+    return limits
+
+
+def _whole(name: str, value: object, wanted: str) -> Tensor:
+    """A tensor on the CPU of what must be integers."""
+    try:
+        limits = torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {value!r}, expected {wanted}") from None
+    if limits.is_floating_point() or limits.is_complex() or limits.dtype == torch.bool:
+        raise ValueError(f"{name}: got {limits.dtype} of shape {list(limits.shape)}, expected {wanted}")
+    return limits
