@@ -260,7 +260,7 @@ def test_wrong_objects():
 NO_ENDS = (None, "</s>", 2.0, True, [257, None], -1, torch.tensor([1.0]))
 
 
-@pytest.mark.parametrize("eos", [257, [257], (257,), torch.tensor(257), torch.tensor([257]), iter([257])], ids=repr)
+@pytest.mark.parametrize("eos", [257, [257], (257,), torch.tensor(257), torch.tensor([257]), range(257, 258)], ids=str)
 def test_end_tokens_of_any_kind(eos, rng_seed):
     model, ids = make_model(seed=rng_seed), torch.tensor([[1, 2, 3]])
     options = {"max_new_tokens": 9, "num_samples": 3, "seed": rng_seed}
