@@ -74,15 +74,15 @@ def _measure(run: Callable[..., None], args: argparse.Namespace) -> int:
     """Run a benchmark on the device that the options name."""
     import torch
 
-    from benchmarks import results
     from benchmarks.bench import Wrong
     from pmc_fast.loading import choose_device
+    from pmc_fast.outputs import check_file
 
     device = choose_device(args.device)
     if device.type == "cpu":
         _require_compiled_module()
     if args.json:
-        results.check_writable(args.json)
+        check_file(args.json, "--json")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
