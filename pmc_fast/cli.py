@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from pmc_fast.errors import UserError
+from pmc_fast.runs import holds_run
 
 _DESCRIPTION = """\
 Make a language model forget: Partial Model Collapse (arXiv 2507.04219) trains it on its own,
@@ -42,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"\npmc-fast {options.command}: interrupted", file=sys.stderr)
-        if getattr(options, "out", None):
-            print(f"To go on, give the same command with --resume (the run is in {options.out}).", file=sys.stderr)
+        if "out" in options and holds_run(options.out):
+            again = "again" if options.resume else "with --resume"
+            print(f"To go on, give the same command {again} (the run is in {options.out}).", file=sys.stderr)
         return 130
 
 
