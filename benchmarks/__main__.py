@@ -122,10 +122,9 @@ def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, want 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, want an integer of 1 or more")
+    return int(text)
 
 
 def _require_compiled_module() -> None:
