@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def finetune(options: argparse.Namespace) -> int:
     started = time.perf_counter()
 
     def recall(title: str) -> dict[str, float]:
-        with bar(len(sample), title) as progress, _ops_errors():
+        with bar(len(sample), title) as progress, _ops_errors(title):
             questions = [row.question for row in sample]
             limit = options.evaluation_tokens
             answers = greedy_answers(pmc.lm, pmc.prompts, questions, max_new_tokens=limit, progress=progress)
@@ -95,6 +96,7 @@ def finetune(options: argparse.Namespace) -> int:
 def unlearn(options: argparse.Namespace) -> int:
     config = method(options, PMCConfig.published(options.preset))
     sets = _read_sets(options)
+    _tell_of_overlap(sets)
     run = open_run(options)
     if run.report is not None:
         return _already_finished(run, print_comparison)
@@ -151,7 +153,7 @@ def evaluate(options: argparse.Namespace) -> int:
         *((f"{name} ROUGE-L", f"{value:.4f}") for name, value in results["utility_sets"].items()),
     ]
     if options.leakage:
-        with bar(len(sets["forget"]), "leakage") as progress, _ops_errors():
+        with bar(len(sets["forget"]), "leakage") as progress, _ops_errors("leakage"):
             results["leakage"] = leakage(
                 lm,
                 prompts,
@@ -182,6 +184,8 @@ def method(options: argparse.Namespace, defaults: PMCConfig) -> PMCConfig:
         raise UserError("--max-length, --max-new-tokens: got both, want one: either limits an answer")
     if "tau" in changes and config.selection != "bradley_terry":
         raise UserError("--tau: it belongs to --selection bradley_terry, which is missing")
+    if changes.get("prune") and config.selection != "best":
+        raise UserError(f"--prune: it needs --selection best, got {config.selection}")
     return config
 
 
@@ -203,7 +207,7 @@ def initialise(pmc: PMC, questions: list[str]) -> float:
     """Remember the model's answers as they are now; returns the seconds it took."""
 
     def answer(title: str) -> None:
-        with bar(len(questions), title) as progress, _ops_errors():
+        with bar(len(questions), title) as progress, _ops_errors(title):
             pmc.initialise(questions, progress=progress)
 
     return timed(answer, "remembering answers")[1]
@@ -262,6 +266,8 @@ def _prepare(options: argparse.Namespace, config: PMCConfig) -> tuple[PMC, objec
 
 
 def _prompts(options: argparse.Namespace, tokenizer: object, config: PMCConfig) -> Prompts:
+    if options.prompt == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise UserError("--prompt: got chat, but the tokenizer has no chat template; want auto, tags or plain")
     prompts = Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
     if options.system is not None and prompts.style != "chat":
         raise UserError(
@@ -294,6 +300,16 @@ def _read_sets(options: argparse.Namespace) -> dict[str, list[QA]]:
     return sets
 
 
+def _tell_of_overlap(sets: dict[str, list[QA]]) -> None:
+    """Training keeps every answer in the retain set, also those that are to be forgotten."""
+    kept = {row.question.strip() for row in sets["retain"]}
+    if both := sum(row.question.strip() in kept for row in sets["forget"]):
+        told = (
+            f"{both} of {len(sets['forget'])} questions of --forget are in --retain too: training keeps their answers"
+        )
+        print(told, file=sys.stderr)
+
+
 def _limited(sets: dict[str, list[QA]], rows: int) -> dict[str, list[QA]]:
     return {name: _first(held, rows) for name, held in sets.items()}
 
@@ -304,7 +320,7 @@ def _first(rows: list[QA], count: int) -> list[QA]:
 
 def _measure(lm: LanguageModel, prompts: Prompts, sets: dict[str, list[QA]], max_new_tokens: int, title: str) -> dict:
     known = ("forget", "retain", "paraphrased")
-    with bar(sum(map(len, sets.values())), title) as progress, _ops_errors():
+    with bar(sum(map(len, sets.values())), title) as progress, _ops_errors(title):
         return measure(
             lm,
             prompts,
@@ -318,14 +334,15 @@ def _measure(lm: LanguageModel, prompts: Prompts, sets: dict[str, list[QA]], max
 
 
 @contextmanager
-def _ops_errors():
-    """The ops' refusal of NaN and the like, as an error without a traceback."""
+def _ops_errors(title: str):
+    """The ops' refusal of NaN and the like, as an error without a traceback that says when it was."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(str(error)) from error
+        advice = "; try a lower --learning-rate" if title == "after" else ""
+        raise UserError(f"{title}: {error}{advice}") from error
 
 
 def _report(run: Run, options: argparse.Namespace, before: dict, after: dict, timing: dict) -> dict:

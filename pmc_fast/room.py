@@ -22,7 +22,7 @@ def check_sampling(model: nn.Module, prompts: Prompts, forget: Sequence[QA], con
     if width >= config.max_length:
         raise UserError(
             f"--max-length: got {config.max_length}, which leaves no room for an answer behind the {width} tokens that "
-            f"ask {question!r}; raise it, or give --max-new-tokens instead"
+            f"ask {_quoted(question)}; raise it, or give --max-new-tokens instead"
         )
     _check(model, [(config.max_length, question)], "--max-length")
 
@@ -48,5 +48,9 @@ def _check(model: nn.Module, needed: Iterable[tuple[int, str]], option: str) -> 
     tokens, question = max(needed)
     if tokens > limit:
         raise UserError(
-            f"{option}: {question!r} and its answer take up to {tokens} tokens, but the model has {limit} positions"
+            f"{option}: {_quoted(question)} and its answer take up to {tokens} tokens, but the model has {limit} positions"
         )
+
+
+def _quoted(question: str) -> str:
+    return repr(question if len(question) <= 80 else question[:77] + "...")

@@ -301,12 +301,37 @@ def test_prompts_longer_than_the_limit_are_refused_before_the_evaluation(files, 
     [
         (["--max-length", "90"], "--max-length, --max-new-tokens: got both"),
         (["--tau", "0.5"], "--tau: it belongs to --selection bradley_terry"),
+        (["--selection", "bradley_terry", "--prune"], "--prune: it needs --selection best"),
+        (["--prompt", "chat"], "--prompt: got chat, but the tokenizer has no chat template"),
         (["--system", "Be brief."], "--system: it opens chat prompts, and these are tags"),
     ],
 )
 def test_options_that_contradict_each_other(files, tmp_path, capsys, more, expected):
     refused(capsys, unlearn(files, tmp_path / "out", *more), expected)
     assert not (tmp_path / "out").exists()
+
+
+def test_forget_questions_that_are_retained_are_told_of(files, tmp_path, capsys):
+    both = tmp_path / "both.jsonl"
+    write_jsonl(both, [QA("forget a? ", "Kept."), *read_jsonl(files / "retain.jsonl")])
+    assert cli.main(unlearn(files, tmp_path / "out", retain=both)) == 0
+    assert "1 of 3 questions of --forget are in --retain too" in capsys.readouterr().err
+    assert cli.main(unlearn(files, tmp_path / "other")) == 0
+    assert "are in --retain too" not in capsys.readouterr().err
+
+
+def test_a_model_that_its_last_step_broke(files, tmp_path, capsys, monkeypatch):
+    """Nothing but the measuring notices."""
+
+    def broken(pmc, *given, **options):
+        with torch.no_grad():
+            pmc.lm.head_module.weight.fill_(math.nan)
+        return {}
+
+    monkeypatch.setattr("pmc_fast.training.unlearn", broken)
+    assert cli.main(unlearn(files, tmp_path / "out")) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("pmc-fast unlearn: after: ") and told.endswith("; try a lower --learning-rate")
 
 
 def test_two_utility_sets_of_one_name(files, tmp_path, capsys):

@@ -36,6 +36,12 @@ def test_max_length_is_that_of_the_longest_prompt(model):
         check_sampling(model, PROMPTS, ROWS, PMCConfig(max_length=longest))
 
 
+def test_long_questions_are_cut_in_messages(model):
+    with pytest.raises(UserError) as caught:
+        check_sampling(model, PROMPTS, [QA("Who? " * 99, "He.")], PMCConfig(max_length=9))
+    assert len(str(caught.value)) < 250 and "Who? Who?" in str(caught.value)
+
+
 def test_answers_need_positions_where_there_is_a_table_of_them(model):
     longest, behind = len("Who was it then?"), len(" It.") + 1
     exact, over = (QA("?" * (POSITIONS - behind + more), "It.") for more in (0, 1))
