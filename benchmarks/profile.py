@@ -165,6 +165,8 @@ def _config(args: argparse.Namespace, task: step.Task) -> dict[str, Any]:
 
 def _op(args: argparse.Namespace, device: torch.device) -> Work:
     """The op at the first of its benchmarks' sizes."""
+    if given := [f"--{name}" for name in ("model", "forget", "retain") if getattr(args, name) is not None]:
+        raise UserError(f"{', '.join(given)}: of step and run alone, got {args.what}")
     dtype = ops.DTYPES[args.dtype]
     bench = next(bench for bench in ops.benches_of(args.what) if bench.dtype in (None, dtype))
     inputs, ours = bench.make_inputs(args.seed, device), bench.contestants()[OURS]

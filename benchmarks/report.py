@@ -65,14 +65,13 @@ def run(args: argparse.Namespace) -> None:
     """
     from benchmarks import pictures, readme
 
-    paths, foreign = _told_apart(args.results)
-    if args.readme:
-        written = readme.write(args.readme, paths if args.results else readme.committed())
-        print("\n".join(map(str, written)))
-        _say_skipped(foreign)
-        return
+    paths, foreign = _told_apart(args.results or (readme.committed() if args.readme else []))
     if not paths:
         raise UserError(f"RESULTS.json: got {'none that names a schema' if foreign else 'none'}, want one or more")
+    if args.readme:
+        print("\n".join(map(str, readme.write(args.readme, paths))))
+        _say_skipped(foreign)
+        return
     found = [(path, sections(path)) for path in paths]
     _check_names(found)
     out = args.out or DEFAULT_OUT

@@ -311,8 +311,9 @@ def test_files_that_no_benchmark_wrote_are_skipped_and_named(tmp_path, capsys):
         assert main(["report", *map(str, more), "--out", str(tmp_path / "out")]) == 0
         said = capsys.readouterr()
         assert said.out.startswith("### step: ") and f"{other}: skipped, it names no schema" in said.err
-    assert main(["report", str(other), "--out", str(tmp_path / "none")]) == 2
-    assert "RESULTS.json: got none that names a schema" in capsys.readouterr().err
+    for target in ("--out", "--readme"):
+        assert main(["report", str(other), target, str(tmp_path / "none")]) == 2
+        assert "RESULTS.json: got none that names a schema" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
