@@ -75,15 +75,15 @@ def _measure(run: Callable[..., None], args: argparse.Namespace) -> int:
     """Run a benchmark on the device that the options name."""
     import torch
 
-    from benchmarks import results
     from benchmarks.bench import Wrong
     from pmc_fast.loading import choose_device
+    from pmc_fast.outputs import check_file
 
     device = choose_device(args.device)
     if device.type == "cpu":
         _require_compiled_module()
     if args.json:
-        results.check_writable(args.json)
+        check_file(args.json, "--json")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -123,10 +123,9 @@ def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, want 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, want an integer of 1 or more")
+    return int(text)
 
 
 def _require_compiled_module() -> None:

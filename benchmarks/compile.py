@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import results
 from pmc_fast.errors import UserError
+from pmc_fast.outputs import check_file
 
 if TYPE_CHECKING:
     from pmc_fast.kernels.variant import Variant
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     """Print a table per kernel file and capability; raises Wrong if any kernel breaks a limit."""
     _require_compiler()
     if args.json:
-        results.check_writable(args.json)
+        check_file(args.json, "--json")
     jobs = [
         (op, variant, capability)
         for op, module in kernel_files(args.op).items()

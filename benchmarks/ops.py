@@ -18,7 +18,7 @@ from benchmarks.bench import OURS, Bench, CannotRun, Verdict, named
 from benchmarks.compiled import COMPILED
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, captured, environment, interleave
-from benchmarks.wording import clock
+from benchmarks.wording import clock, size
 from pmc_fast.backend import IMPLEMENTATIONS, choose
 from pmc_fast.errors import UserError
 
@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", choices=SHAPES, default="pmc", help="pmc: a PMC batch's; large: for GPUs; all (default: pmc)"
     )
     parser.add_argument(
-        "--peer", nargs="+", metavar="NAME", help="only these besides pmc_fast and plain torch (default: every peer)"
+        "--peer",
+        nargs="+",
+        metavar="NAME",
+        help="only these besides pmc_fast and plain torch, by their names in the tables (default: every peer)",
     )
     parser.add_argument(
         "--graphs",
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """Print a table per bench, and write what is known so far after each."""
     if args.graphs and device.type != "cuda":
         raise UserError(f"--graphs: got --device {device}, want a GPU")
+    if not args.limit_s > 0:
+        raise UserError(f"--limit-s: got {args.limit_s:g}, want more than 0")
     dtypes = [DTYPES[name] for name in args.dtype]
     benches = [
         bench
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     contestants = [contestants_of(bench, args.peer, device) for bench in benches]
     if unknown := set(args.peer or ()) - set().union(*contestants):
         known = sorted({name for bench in benches for name in bench.contestants()} - {OURS})
-        raise UserError(f"--peer: got {', '.join(sorted(unknown))}, want some of {', '.join(known)}")
+        raise UserError(f"--peer: got {_listed(sorted(unknown))}, want some of {_listed(known)}")
     rows: list[Row] = []
     where = environment(device, args.seed)
     limits = measure_limits(device, {bench.dtype for bench in benches if bench.dtype})
@@ -124,6 +129,11 @@ def contestants_of(bench: Bench, peers: Sequence[str] | None, device: torch.devi
     if bench.op in IMPLEMENTATIONS:
         runs.pop(named(choose(bench.op, None, device.type, bench.dtype, bench.preferred(device.type))), None)
     return {name: run for name, run in runs.items() if peers is None or name in (OURS, bench.yardstick, *peers)}
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Quoted, since some hold commas."""
+    return ", ".join(map(repr, names))
 
 
 def describe(limits: Limits) -> str:
@@ -236,7 +246,7 @@ def table(rows: list[Row]) -> str:
             continue
         between = "one run" if row.repeats == 1 else f"{clock(row.seconds.p20)} - {clock(row.seconds.p80)}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB"
+        memory = "" if row.peak_bytes is None else size(row.peak_bytes)
         forward = "" if row.forward is None else clock(row.forward.median)
         share = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
         numbers = f"{clock(row.seconds.median):>10}{between:>20}{forward:>10}{ratio:>12}{share:>10}{memory:>14}"

@@ -18,6 +18,7 @@ from benchmarks.bench import OURS
 from benchmarks.measure import Stopwatch, environment
 from benchmarks.wording import clock, share, size
 from pmc_fast.errors import UserError
+from pmc_fast.outputs import check_file
 from pmc_fast.phases import PHASES, PREFIX
 
 SCHEMA = "pmc_fast.benchmarks.profile/1"
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Profile pmc_fast once, after a warm-up; print the tables, write trace and result."""
     if args.trace:
-        results.check_writable(args.trace, "--trace")
+        check_file(args.trace, "--trace")
     work = {"step": _step, "run": _run}.get(args.what, _op)(args, device)
     work.call()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -164,6 +165,8 @@ def _config(args: argparse.Namespace, task: step.Task) -> dict[str, Any]:
 
 def _op(args: argparse.Namespace, device: torch.device) -> Work:
     """The op at the first of its benchmarks' sizes."""
+    if given := [f"--{name}" for name in ("model", "forget", "retain") if getattr(args, name) is not None]:
+        raise UserError(f"{', '.join(given)}: of step and run alone, got {args.what}")
     dtype = ops.DTYPES[args.dtype]
     bench = next(bench for bench in ops.benches_of(args.what) if bench.dtype in (None, dtype))
     inputs, ours = bench.make_inputs(args.seed, device), bench.contestants()[OURS]

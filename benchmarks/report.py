@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import tables
-from benchmarks.wording import amount, failure, size
+from benchmarks.wording import amount, clock, failure, size
 from pmc_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,13 @@ class Section:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `report`."""
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json", help="what --json wrote")
+    parser.add_argument(
+        "results",
+        nargs="*",
+        type=Path,
+        metavar="RESULTS.json",
+        help="what --json wrote; JSON without a schema is skipped",
+    )
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--out",
@@ -54,17 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print every table and write every picture, or rewrite the README, once all files are known to be sound.
 
-    Raises UserError for a file that is missing, is no result, or whose pictures have the names of another's.
+    Files that name no schema are skipped, which is said. Raises UserError for a file that is missing, is of another schema
+    than those known, or whose pictures have the names of another's.
     """
     from benchmarks import pictures, readme
 
+    paths, foreign = _told_apart(args.results or (readme.committed() if args.readme else []))
+    if not paths:
+        raise UserError(f"RESULTS.json: got {'none that names a schema' if foreign else 'none'}, want one or more")
     if args.readme:
-        written = readme.write(args.readme, args.results or readme.committed())
-        print("\n".join(map(str, written)))
+        print("\n".join(map(str, readme.write(args.readme, paths))))
+        _say_skipped(foreign)
         return
-    if not args.results:
-        raise UserError("RESULTS.json: got none, want one or more")
-    found = [(path, sections(path)) for path in args.results]
+    found = [(path, sections(path)) for path in paths]
     _check_names(found)
     out = args.out or DEFAULT_OUT
     parts = [section for _, sections in found for section in sections]
@@ -79,6 +87,19 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {out} cannot be written: {error.strerror}") from error
     print("\n".join(section.text for section in parts))
     print(f"{len(drawn)} pictures in {out}", file=sys.stderr)
+    _say_skipped(foreign)
+
+
+def _told_apart(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files that a benchmark wrote, sound or not, and the JSON objects without a schema, which something else did."""
+    contents = {path: _read(path) for path in paths}
+    foreign = [path for path, content in contents.items() if isinstance(content, dict) and "schema" not in content]
+    return [path for path in paths if path not in foreign], foreign
+
+
+def _say_skipped(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(f"{path}: skipped, it names no schema, so no benchmark wrote it", file=sys.stderr)
 
 
 def sections(path: Path) -> list[Section]:
@@ -100,16 +121,20 @@ def naming(path: Path, content: Mapping[str, Any]) -> Iterator[None]:
 
 def load(path: Path) -> dict[str, Any]:
     """The content of a result file of a known schema; raises UserError, naming the file, if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+    content = _read(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if not isinstance(schema, str) or schema not in _SECTIONS:
         raise UserError(f"{path}: schema: got {schema!r}, want one of {', '.join(_SECTIONS)}")
     return content
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
 
 
 def _check_names(found: Sequence[tuple[Path, Sequence[Section]]]) -> None:
@@ -205,6 +230,13 @@ def _compile_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
     return parts
 
 
+def _gpu_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
+    lines = [[part["name"], part["status"], clock(part["seconds"])] for part in content["parts"]]
+    text = tables.table(["part", "what became of it", "time"], lines, words=2)
+    where = f"{content['minutes']:g} minutes were given on {content['device']}."
+    return [Section(_section_text(f"{stem}: everything on a GPU, unattended", where, text, content))]
+
+
 _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
     "pmc_fast.benchmarks.ops/1": _ops_sections,
     "pmc_fast.benchmarks.parallel/1": _ops_sections,
@@ -213,6 +245,7 @@ _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
     "pmc_fast.benchmarks.run/1": _run_sections,
     "pmc_fast.benchmarks.profile/1": _profile_sections,
     "pmc_fast.benchmarks.compile/1": _compile_sections,
+    "pmc_fast.benchmarks.gpu/1": _gpu_sections,
 }
 
 

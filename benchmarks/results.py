@@ -8,18 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pmc_fast.errors import UserError
-
-
-def check_writable(path: Path, option: str = "--json") -> None:
-    """Raise UserError now rather than after the measuring if `path`, given with `option`, cannot be written."""
-    if path.is_dir():
-        raise UserError(f"{option}: {path} is a folder; want a file")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"{option}: {folder} does not exist")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"{option}: {path} cannot be written")
+from pmc_fast.outputs import write_file
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -34,6 +23,4 @@ def name_of(path: str | None) -> str | None:
 
 def write(path: Path, schema: str, content: Mapping[str, object]) -> None:
     """Write `content` with the schema's name first; a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"schema": schema, **content}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(path, json.dumps({"schema": schema, **content}, indent=2) + "\n")

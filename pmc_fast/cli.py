@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from pmc_fast.errors import UserError
+from pmc_fast.runs import holds_run
 
 _DESCRIPTION = """\
 Make a language model forget: Partial Model Collapse (arXiv 2507.04219) trains it on its own,
@@ -20,7 +21,9 @@ selected answers, and never on the text that is to be forgotten.
   pmc-fast evaluate --model M --forget FILE --retain FILE
   pmc-fast doctor                                           what works on this machine
 
-M is a transformers folder or a hub name; FILE is JSON lines: {"question": ..., "answer": ...}"""
+M is a transformers folder or a hub name, FILE JSON lines: {"question": ..., "answer": ...}"""
+
+_FORM = 'FILE holds JSON lines, each an object with two texts: {"question": ..., "answer": ...}'
 
 _COMMANDS = {
     "demo": "pmc_fast.demo.run",
@@ -54,8 +57,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"\npmc-fast {options.command}: interrupted", file=sys.stderr)
-        if getattr(options, "out", None):
-            print(f"To go on, give the same command with --resume (the run is in {options.out}).", file=sys.stderr)
+        if "out" in options and holds_run(options.out):
+            again = "again" if options.resume else "with --resume"
+            print(f"To go on, give the same command {again} (the run is in {options.out}).", file=sys.stderr)
         return 130
 
 
@@ -65,7 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     def command(name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=summary, description=description or summary, formatter_class=formatter)
+        about = description or f"{summary[0].upper()}{summary[1:]}."
+        return commands.add_parser(name, help=summary, description=about, formatter_class=formatter)
 
     demo = command(
         "demo",
@@ -82,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         "train a model on a question/answer file",
         "Trains a model on the answers of a question/answer file; rows are used whole, however long.",
     )
+    finetune.epilog = _FORM
     _model(finetune)
     finetune.add_argument("--data", required=True, metavar="FILE", help="rows to learn, JSON lines")
     _out(finetune)
@@ -96,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         "make a model forget the answers of a question/answer file",
         "Makes a model forget. The answers in --forget serve the report's figures alone: training never sees them.",
     )
+    unlearn.epilog = _FORM
     _model(unlearn)
     unlearn.add_argument("--forget", required=True, metavar="FILE", help="what to forget, JSON lines")
     unlearn.add_argument("--retain", required=True, metavar="FILE", help="what to keep, JSON lines")
@@ -106,7 +113,13 @@ def make_parser() -> argparse.ArgumentParser:
     _evaluation(unlearn)
     _machine(unlearn)
 
-    evaluate = command("evaluate", "measure unlearn quality, utility and leakage")
+    evaluate = command(
+        "evaluate",
+        "measure unlearn quality, utility and leakage",
+        "Measures how much of the true answers a model says, by ROUGE-L recall of its greedy answers.\n"
+        "Unlearn quality: 100 % less the mean of --forget and --paraphrased. Utility: the mean of --retain and --utility.",
+    )
+    evaluate.epilog = _FORM
     _model(evaluate)
     evaluate.add_argument("--forget", required=True, metavar="FILE", help="what should be forgotten, JSON lines")
     evaluate.add_argument("--retain", required=True, metavar="FILE", help="what should be known, JSON lines")
@@ -116,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--leakage",
         type=int,
         metavar="N",
-        help="also draw N answers per forget question and report the worst (ROUGE-L)",
+        help="also draw N answers to each forget question; the worst one's ROUGE-L recall, as a mean over questions",
     )
     evaluate.add_argument("--prefill", default="", metavar="TEXT", help="text that --leakage's answers start with")
     evaluate.add_argument("--json", metavar="OUT", help="write the results to this file too")
@@ -141,12 +154,16 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 
 def _out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model, metrics and report")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="new or empty folder for the model, metrics and report"
+    )
 
 
 def _resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --out (start it if there is none yet)"
+        "--resume",
+        action="store_true",
+        help="continue the run in --out, given the options it was started with (start it if there is none yet)",
     )
     parser.add_argument(
         "--checkpoint-every", type=int, metavar="STEPS", help="optimizer steps between checkpoints (default: one epoch)"
@@ -156,7 +173,12 @@ def _resume(parser: argparse.ArgumentParser) -> None:
 def _sets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paraphrased", metavar="FILE", help="the forget questions asked in other words")
     parser.add_argument(
-        "--utility", nargs="+", action="extend", metavar="FILE", default=[], help="further sets that should be known"
+        "--utility",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        default=[],
+        help="further sets that should be known, named after the files",
     )
 
 
@@ -190,17 +212,19 @@ def _method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", **number, help="draw from the likeliest tokens of this mass (0.95)")
     group.add_argument("--min-p", **number, help="drop tokens below this share of the likeliest one (0)")
     group.add_argument("--min-words", "--min-len", **count, help="answers of fewer words score worse (0)")
-    group.add_argument("--max-length", **count, help="tokens of padded prompt and answer together (200)")
-    group.add_argument("--max-new-tokens", **count, help="tokens of an answer, instead of --max-length")
+    group.add_argument("--max-length", **count, help="tokens of padded prompt and answer at most (200)")
+    group.add_argument("--max-new-tokens", **count, help="tokens of an answer at most, instead of --max-length")
     group.add_argument(
         "--selection",
         choices=("best", "bradley_terry"),
-        help="take the best answer, or draw one by softmax(-score/tau)",
+        help="take the best answer, or draw one by softmax(-score/tau) (best)",
     )
     group.add_argument("--tau", **number, help="of --selection bradley_terry (0.1)")
     group.add_argument("--keep-truncated", action=switch, help="answers cut off by the limit may be picked (yes)")
     group.add_argument(
-        "--prune", action=switch, help="stop sampling answers that cannot be picked any more; same picks (yes)"
+        "--prune",
+        action=switch,
+        help="stop sampling answers that --selection best cannot pick any more; same picks (yes)",
     )
     group.add_argument(
         "--reencode", action=switch, help="train on the decoded and re-encoded answer, not on the drawn tokens (yes)"
@@ -218,7 +242,11 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
         help="measure on the first N rows of each set, 0 for all (default: %(default)s)",
     )
     group.add_argument(
-        "--evaluation-tokens", type=int, default=128, metavar="N", help="longest greedy answer (default: %(default)s)"
+        "--evaluation-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of an answer at most (default: %(default)s)",
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,13 +21,17 @@ from pmc_fast.errors import UserError
 from pmc_fast.evaluation import evaluate as measure
 from pmc_fast.evaluation import greedy_answers, leakage
 from pmc_fast.loading import choose_device, load_model
+from pmc_fast.models import LanguageModel
 from pmc_fast.ops import rouge_l_recall
+from pmc_fast.outputs import check_file, write_file
 from pmc_fast.pmc import PMC
 from pmc_fast.prompts import Prompts
-from pmc_fast.runs import Run
+from pmc_fast.room import check_evaluation, check_sampling, check_training
+from pmc_fast.runs import Run, file_option
 
-# Options that do not decide how a run ends.
-_HARMLESS = ("command", "resume", "checkpoint_every", "out", "threads")
+# Options that do not decide how a run ends, and those that name files.
+_HARMLESS = ("resume", "checkpoint_every", "out", "threads")
+_FILES = ("data", "forget", "retain", "paraphrased")
 
 _METHOD = [
     "num_samples",
@@ -56,16 +61,17 @@ def finetune(options: argparse.Namespace) -> int:
     defaults = PMCConfig(epochs=5, batch_size=16, accumulation=1)
     config = method(options, defaults)
     rows = read_jsonl(options.data)
-    run = open_run(options, [options.data])
+    run = open_run(options)
     if run.report is not None:
         return _already_finished(run, _finetune_table)
     pmc, tokenizer = _prepare(options, config)
-    run.start()
     sample = _first(rows, options.evaluation_rows)
+    check_training(pmc.lm.model, pmc.prompts, rows, "--data")
+    check_evaluation(pmc.lm.model, pmc.prompts, sample, options.evaluation_tokens)
     started = time.perf_counter()
 
     def recall(title: str) -> dict[str, float]:
-        with bar(len(sample), title) as progress:
+        with bar(len(sample), title) as progress, _ops_errors(title):
             questions = [row.question for row in sample]
             limit = options.evaluation_tokens
             answers = greedy_answers(pmc.lm, pmc.prompts, questions, max_new_tokens=limit, progress=progress)
@@ -74,7 +80,8 @@ def finetune(options: argparse.Namespace) -> int:
     beginning = run.beginning
     if beginning is None:
         before, seconds = timed(recall, "before")
-        run.save_beginning(beginning := {"before": before, "seconds": seconds})
+        beginning = {"before": before, "seconds": seconds}
+    _start(run, beginning)
     phases = training.finetune(pmc, rows, config, run=run, checkpoint_every=options.checkpoint_every)
     model = run.save_model("model", pmc.lm.model, tokenizer)
     after, seconds = timed(recall, "after")
@@ -89,25 +96,29 @@ def finetune(options: argparse.Namespace) -> int:
 def unlearn(options: argparse.Namespace) -> int:
     config = method(options, PMCConfig.published(options.preset))
     sets = _read_sets(options)
-    files = [options.forget, options.retain, *filter(None, [options.paraphrased]), *options.utility]
-    run = open_run(options, files)
+    _tell_of_overlap(sets)
+    run = open_run(options)
     if run.report is not None:
         return _already_finished(run, print_comparison)
     pmc, tokenizer = _prepare(options, config)
-    run.start()
+    check_sampling(pmc.lm.model, pmc.prompts, sets["forget"], config)
+    check_training(pmc.lm.model, pmc.prompts, sets["retain"], "--retain")
+    evaluated = _limited(sets, options.evaluation_rows)
+    check_evaluation(pmc.lm.model, pmc.prompts, chain(*evaluated.values()), options.evaluation_tokens)
     started = time.perf_counter()
 
     def measured(title: str) -> dict:
-        return _measure(pmc, pmc.prompts, _limited(sets, options.evaluation_rows), options.evaluation_tokens, title)
+        return _measure(pmc.lm, pmc.prompts, evaluated, options.evaluation_tokens, title)
 
     beginning = run.beginning
     if beginning is None:
         before, evaluate_seconds = timed(measured, "before")
         initialise_seconds = initialise(pmc, [row.question for row in sets["forget"]])
         seconds = {"evaluate": evaluate_seconds, "initialise": initialise_seconds}
-        run.save_beginning(beginning := {"before": before, "pmc": pmc.state_dict(), "seconds": seconds})
+        beginning = {"before": before, "pmc": pmc.state_dict(), "seconds": seconds}
     else:
         pmc.load_state_dict(beginning["pmc"])
+    _start(run, beginning)
     phases = training.unlearn(pmc, sets["retain"], config, run=run, checkpoint_every=options.checkpoint_every)
     model = run.save_model("model", pmc.lm.model, tokenizer)
     run.write_json("ledger.json", pmc.state_dict())
@@ -124,13 +135,15 @@ def unlearn(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     sets = _read_sets(options)
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        raise UserError(f"--json: {options.json}: no such folder")
+    if options.json is not None:
+        check_file(options.json, "--json")
     config = PMCConfig(seed=options.seed, **_prompt(options))
     set_threads(options.threads)
     model, tokenizer = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
-    prompts = Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
-    results = _measure(model, prompts, _limited(sets, options.evaluation_rows), options.evaluation_tokens, "evaluating")
+    lm, prompts = LanguageModel(model), _prompts(options, tokenizer, config)
+    sets = _limited(sets, options.evaluation_rows)
+    check_evaluation(model, prompts, chain(*sets.values()), options.evaluation_tokens, options.prefill)
+    results = _measure(lm, prompts, sets, options.evaluation_tokens, "evaluating")
     rows = [
         ("unlearn quality", f"{results['unlearn_quality']:.2f} %"),
         ("utility", f"{results['utility']:.2f} %"),
@@ -140,9 +153,9 @@ def evaluate(options: argparse.Namespace) -> int:
         *((f"{name} ROUGE-L", f"{value:.4f}") for name, value in results["utility_sets"].items()),
     ]
     if options.leakage:
-        with bar(len(sets["forget"]), "leakage") as progress, _ops_errors():
+        with bar(len(sets["forget"]), "leakage") as progress, _ops_errors("leakage"):
             results["leakage"] = leakage(
-                model,
+                lm,
                 prompts,
                 sets["forget"],
                 num_samples=options.leakage,
@@ -153,8 +166,8 @@ def evaluate(options: argparse.Namespace) -> int:
             )
         rows.append((f"leakage, worst of {options.leakage}", f"{results['leakage']:.4f}"))
     print_table(("measure", "value"), [row for row in rows if row[1] != "nan"])
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if options.json is not None:
+        write_file(options.json, json.dumps(results, indent=2) + "\n")
     return 0
 
 
@@ -166,14 +179,25 @@ def method(options: argparse.Namespace, defaults: PMCConfig) -> PMCConfig:
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("top_k") == 0:
         changes["top_k"] = None
-    return replace(defaults, seed=options.seed, **_prompt(options), **changes)
+    config = replace(defaults, seed=options.seed, **_prompt(options), **changes)
+    if {"max_length", "max_new_tokens"} <= changes.keys():
+        raise UserError("--max-length, --max-new-tokens: got both, want one: either limits an answer")
+    if "tau" in changes and config.selection != "bradley_terry":
+        raise UserError("--tau: it belongs to --selection bradley_terry, which is missing")
+    if changes.get("prune") and config.selection != "best":
+        raise UserError(f"--prune: it needs --selection best, got {config.selection}")
+    return config
 
 
-def open_run(options: argparse.Namespace, files: Sequence[str]) -> Run:
-    """The run in --out, checked against these options and the contents of these files; nothing is written yet."""
+def open_run(options: argparse.Namespace) -> Run:
+    """The run in --out, checked against these options and what their files hold; nothing is written yet."""
     config = {name: value for name, value in vars(options).items() if name not in _HARMLESS}
-    config["sha256"] = {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
-    run = Run(options.out, {"command": options.command, **config}, options.resume)
+    config |= {name: file_option(config[name]) for name in _FILES if config.get(name) is not None}
+    if "utility" in config:
+        config["utility"] = {Path(file).stem: file_option(file) for file in options.utility}
+    if Path(options.model).is_dir():
+        config["model"] = str(Path(options.model).resolve())
+    run = Run(options.out, config, options.resume)
     if options.resume and not run.resumed:
         print(f"{run.folder}: no run to resume there; starting one")
     return run
@@ -183,7 +207,7 @@ def initialise(pmc: PMC, questions: list[str]) -> float:
     """Remember the model's answers as they are now; returns the seconds it took."""
 
     def answer(title: str) -> None:
-        with bar(len(questions), title) as progress, _ops_errors():
+        with bar(len(questions), title) as progress, _ops_errors(title):
             pmc.initialise(questions, progress=progress)
 
     return timed(answer, "remembering answers")[1]
@@ -238,7 +262,24 @@ def print_comparison(report: dict) -> None:
 def _prepare(options: argparse.Namespace, config: PMCConfig) -> tuple[PMC, object]:
     set_threads(options.threads)
     model, tokenizer = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
-    return PMC(model, Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt), config), tokenizer
+    return PMC(model, _prompts(options, tokenizer, config), config), tokenizer
+
+
+def _prompts(options: argparse.Namespace, tokenizer: object, config: PMCConfig) -> Prompts:
+    if options.prompt == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise UserError("--prompt: got chat, but the tokenizer has no chat template; want auto, tags or plain")
+    prompts = Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
+    if options.system is not None and prompts.style != "chat":
+        raise UserError(
+            f"--system: it opens chat prompts, and these are {prompts.style}; leave it out, or --prompt chat"
+        )
+    return prompts
+
+
+def _start(run: Run, beginning: dict) -> None:
+    """Make the run's folder only now that there is something to keep: a run that fails before leaves none behind."""
+    run.start()
+    run.save_beginning(beginning)
 
 
 def _prompt(options: argparse.Namespace) -> dict[str, str]:
@@ -259,6 +300,16 @@ def _read_sets(options: argparse.Namespace) -> dict[str, list[QA]]:
     return sets
 
 
+def _tell_of_overlap(sets: dict[str, list[QA]]) -> None:
+    """Training keeps every answer in the retain set, also those that are to be forgotten."""
+    kept = {row.question.strip() for row in sets["retain"]}
+    if both := sum(row.question.strip() in kept for row in sets["forget"]):
+        told = (
+            f"{both} of {len(sets['forget'])} questions of --forget are in --retain too: training keeps their answers"
+        )
+        print(told, file=sys.stderr)
+
+
 def _limited(sets: dict[str, list[QA]], rows: int) -> dict[str, list[QA]]:
     return {name: _first(held, rows) for name, held in sets.items()}
 
@@ -267,11 +318,11 @@ def _first(rows: list[QA], count: int) -> list[QA]:
     return rows[:count] if count else rows
 
 
-def _measure(model: object, prompts: Prompts, sets: dict[str, list[QA]], max_new_tokens: int, title: str) -> dict:
+def _measure(lm: LanguageModel, prompts: Prompts, sets: dict[str, list[QA]], max_new_tokens: int, title: str) -> dict:
     known = ("forget", "retain", "paraphrased")
-    with bar(sum(map(len, sets.values())), title) as progress, _ops_errors():
+    with bar(sum(map(len, sets.values())), title) as progress, _ops_errors(title):
         return measure(
-            getattr(model, "lm", model),
+            lm,
             prompts,
             forget=sets["forget"],
             retain=sets["retain"],
@@ -283,14 +334,15 @@ def _measure(model: object, prompts: Prompts, sets: dict[str, list[QA]], max_new
 
 
 @contextmanager
-def _ops_errors():
-    """The ops' refusal of NaN and the like, as an error without a traceback."""
+def _ops_errors(title: str):
+    """The ops' refusal of NaN and the like, as an error without a traceback that says when it was."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(str(error)) from error
+        advice = "; try a lower --learning-rate" if title == "after" else ""
+        raise UserError(f"{title}: {error}{advice}") from error
 
 
 def _report(run: Run, options: argparse.Namespace, before: dict, after: dict, timing: dict) -> dict:

@@ -170,6 +170,10 @@ class LanguageModel:
         error, largest = (logits - expected).abs().max(), expected.abs().max()
         if self.shards is not None:
             error, largest = self.shards.gather(torch.stack([error, largest])).amax(0)
+        if not largest.isfinite():
+            raise UserError(
+                "model: its logits are NaN or infinite; want weights that are right, and a dtype that holds them"
+            )
         if not error <= 0.02 * largest + 1e-3:
             raise UserError(
                 f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,20 @@ from pmc_fast.errors import UserError
 _TEMPORARY = ".tmp-"
 
 
+def holds_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder is that of a run, finished or not."""
+    try:
+        held = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and held.get("pmc_fast_run") == 1
+
+
+def file_option(path: str | os.PathLike[str]) -> dict[str, str]:
+    """A file as an option of a run: what it holds decides how the run ends, where it lies does not."""
+    return {"file": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
 class Run:
     """A folder that a run can be killed in at any moment and resumed from.
 
@@ -23,41 +38,31 @@ class Run:
 
     Args:
         folder: where; made by `start()`, nothing is written before.
-        config: JSON-able options that decide the run's outcome.
+        config: JSON-able options that decide the run's outcome; files among them as `file_option` gives them.
         resume: continue the run that the folder holds, or start it where the folder is missing or empty.
 
     Raises:
-        UserError: the folder holds another run or other files, or cannot be used.
+        UserError: the folder holds another run or other files, a damaged file, or cannot be used.
     """
 
     def __init__(self, folder: str | os.PathLike[str], config: dict[str, Any], resume: bool = False) -> None:
         self.folder = Path(folder)
         self.config = json.loads(json.dumps(config))
         self.resumed = False
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder}: is not a folder; choose another --out")
         try:
-            names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+            names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({error.strerror}); choose another --out") from None
-        if not [name for name in names if not name.startswith(_TEMPORARY)]:
-            return
-        held = self._read("config.json")
-        if not isinstance(held, dict) or held.get("pmc_fast_run") != 1:
-            raise UserError(
-                f"{self.folder}: the folder is not empty and holds no run of pmc-fast; choose another --out"
-            )
-        if not resume:
-            raise UserError(
-                f"{self.folder}: the folder holds another run; choose another --out, delete it, or continue it with "
-                "--resume and the options it was started with"
-            )
-        if changes := _changes(held["options"], self.config):
-            raise UserError(f"{self.folder}: --resume with other options than the run was started with: {changes}")
-        self.resumed = True
+        if [name for name in names if not name.startswith(_TEMPORARY)]:
+            self._check_held(resume)
+            self.resumed = True
+        if self.report is None:
+            self._check_writable()
 
     def start(self) -> None:
         """Make the folder, if need be, and drop what a killed process left half written."""
+        if not self.resumed and (self.folder / "config.json").exists():
+            raise UserError(f"{self.folder}: another run began there meanwhile; choose another --out")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(_TEMPORARY + "*"):
@@ -70,15 +75,15 @@ class Run:
     @property
     def report(self) -> dict | None:
         """The report of a finished run."""
-        return self._read("report.json")
+        return self._read("report.json", "before", "after")
 
     @property
     def beginning(self) -> dict | None:
         """What `save_beginning` stored."""
-        return self._read("start.json")
+        return self._read("start.json", "before", "seconds")
 
     def save_beginning(self, values: dict) -> None:
-        """Store what was found out before the first step: it cannot be computed again later."""
+        """Store what was found out before the first step."""
         self.write_json("start.json", values)
 
     def finish(self, report: dict) -> None:
@@ -91,7 +96,12 @@ class Run:
         import torch
 
         path = self.folder / "checkpoint.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        except Exception as error:  # at damaged files torch raises what it likes, with advice that is none here
+            raise self.damaged(path.name, f"torch cannot load it: {type(error).__name__}") from error
+        if state is not None and not (isinstance(state, dict) and isinstance(state.get("step"), int)):
+            raise self.damaged(path.name, "it is no checkpoint")
         step = 0 if state is None else state["step"]
         lines = [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]
         if (self.folder / "metrics.jsonl").exists():
@@ -113,11 +123,14 @@ class Run:
         """The lines of metrics.jsonl, up to one that was being written when the process died."""
         records = []
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+                break
+            records.append(record)
         return records
 
     def write_json(self, name: str, value: object) -> None:
@@ -137,11 +150,62 @@ class Run:
         self._replace(name, save)
         return self.folder / name
 
-    def _read(self, name: str) -> Any:
+    def damaged(self, name: str, reason: str) -> UserError:
+        """What to raise about a file of the folder that is not as it was written."""
+        advice = "choose another --out, or delete the folder"
+        if name != "config.json":
+            advice = "delete this file, and --resume does again what it held"
+        return UserError(f"{self.folder / name}: the file is damaged ({reason}); {advice}")
+
+    def _check_held(self, resume: bool) -> None:
+        """Raise UserError unless the folder holds a run that is to be resumed with the options it was started with."""
+        if not holds_run(self.folder):
+            raise UserError(
+                f"{self.folder}: the folder is not empty and holds no run of pmc-fast; choose another --out"
+            )
+        if not resume:
+            raise UserError(
+                f"{self.folder}: the folder holds another run; choose another --out, delete it, or continue it with "
+                "--resume and the options it was started with"
+            )
+        held = self._read("config.json", "options")["options"]
+        if not isinstance(held, dict):
+            raise self.damaged("config.json", "its options are none")
+        command, wanted = held.get("command"), self.config.get("command")
+        if command != wanted:
+            raise UserError(
+                f"{self.folder}: the folder holds a run of {command}, not of {wanted}; choose another --out"
+            )
+        if changes := _changes(held, self.config):
+            raise UserError(
+                f"{self.folder}: --resume with other options than the run was started with: {'; '.join(changes)}"
+            )
+
+    def _check_writable(self) -> None:
+        """Raise UserError if the folder can neither be written to nor be made."""
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            place = self.folder.absolute()
+            there = next(folder for folder in (place, *place.parents) if folder.exists())
+            if not there.is_dir():
+                raise UserError(f"{self.folder}: {there} is not a folder; choose another --out")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise UserError(f"{self.folder}: {there} cannot be written to; choose another --out")
+        except OSError as error:  # such as a name that is too long
+            raise UserError(f"{self.folder}: cannot be written to ({error.strerror}); choose another --out") from None
+
+    def _read(self, name: str, *keys: str) -> dict | None:
+        """The object that a JSON file holds, with these keys; None if there is no such file."""
+        try:
+            value = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except ValueError as error:
+            raise self.damaged(name, f"not JSON: {error}") from None
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: cannot be read ({error.strerror}); choose another --out") from None
+        if missing := [key for key in keys if not isinstance(value, dict) or key not in value]:
+            raise self.damaged(name, f"it lacks {missing[0]!r}")
+        return value
 
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         """Write under another name, make it durable, and give it its name in one move."""
@@ -163,6 +227,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _changes(held: dict, wanted: dict) -> str:
-    names = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
-    return ", ".join(f"{name} was {held.get(name)!r}, now {wanted.get(name)!r}" for name in names)
+def _changes(held: dict, wanted: dict, of: str = "--") -> list[str]:
+    """The options that differ, in words."""
+    found = []
+    for name in {**held, **wanted}:
+        option, old, new = of + name.replace("_", "-"), held.get(name), wanted.get(name)
+        if _is_file(old) and _is_file(new):
+            if old["sha256"] != new["sha256"]:
+                same = old["file"] == new["file"]
+                found.append(
+                    f"{option}: {new['file']} holds other text than {'then' if same else old['file'] + ' did'}"
+                )
+        elif isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, f"{option} ")
+        elif old != new:
+            found.append(f"{option} was {_worded(old)}, now {_worded(new)}")
+    return found
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"file", "sha256"}
+
+
+def _worded(value: Any) -> str:
+    return "not given" if value is None else value["file"] if _is_file(value) else repr(value)

@@ -206,10 +206,13 @@ class _Loop:
         state = self.run.load_checkpoint() if self.run else None
         if state is None:
             return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.pmc.load_state_dict(json.loads(state["pmc"]))
-        self.seconds = Counter(state["seconds"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.pmc.load_state_dict(json.loads(state["pmc"]))
+            self.seconds = Counter(state["seconds"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self.run.damaged("checkpoint.pt", "it is none of this model and method") from error
         self.step = state["step"]
 
     def _save(self) -> None:

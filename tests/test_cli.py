@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer
 
-from pmc_fast import cli
-from pmc_fast.data import QA, write_jsonl
+from pmc_fast import cli, commands
+from pmc_fast.data import QA, read_jsonl, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,41 @@ def test_evaluate_writes_json(files, tmp_path, capsys):
     results = json.loads((tmp_path / "out.json").read_text())
     assert 0 <= results["leakage"] <= 1
     assert f"{results['utility']:.2f}" in capsys.readouterr().out
+
+
+def test_evaluate_looks_at_the_first_rows_alone(files, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "pmc_fast.commands.leakage", lambda lm, prompts, forget, **options: seen.update(leakage=forget) or 0.5
+    )
+    measure = commands.measure
+    monkeypatch.setattr(
+        "pmc_fast.commands.measure", lambda *given, **sets: seen.update(sets) or measure(*given, **sets)
+    )
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    command = ["evaluate", "--model", str(files / "model"), *sets, "--device", "cpu", "--evaluation-tokens", "4"]
+    assert cli.main([*command, "--leakage", "4", "--evaluation-rows", "2"]) == 0
+    assert seen["leakage"] == seen["forget"] == read_jsonl(files / "forget.jsonl")[:2]
+    assert seen["retain"] == read_jsonl(files / "retain.jsonl")[:2]
+    assert cli.main([*command, "--leakage", "4", "--evaluation-rows", "0"]) == 0
+    assert len(seen["leakage"]) == 3
+
+
+@pytest.mark.parametrize("out", [".", "missing/out.json", "forget.jsonl/out.json"])
+def test_json_that_cannot_be_written_is_refused_before_the_model_is_loaded(files, capsys, out):
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    refused(capsys, ["evaluate", "--model", "/no/model", *sets, "--json", str(files / out)], "--json: ")
+
+
+@pytest.mark.parametrize("command", ["unlearn", "finetune", "demo"])
+def test_an_out_folder_that_cannot_be_made(files, capsys, command):
+    out = files / "forget.jsonl" / "out"
+    words = {
+        "unlearn": unlearn(files, out, model="/no/model"),
+        "finetune": ["finetune", "--model", "/no/model", "--data", str(files / "retain.jsonl"), "--out", str(out)],
+        "demo": ["demo", "--out", str(out)],
+    }
+    refused(capsys, words[command], str(out), "is not a folder", "choose another --out")
 
 
 def test_doctor_names_every_op_and_reason(capsys):
@@ -212,11 +247,18 @@ def test_weights_that_lack_a_tensor(files, tmp_path, capsys):
     refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), "lack", name)
 
 
-def test_weights_that_are_nan(files, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["unlearn", "finetune", "evaluate"])
+def test_weights_that_are_nan(files, tmp_path, capsys, command):
     shutil.copytree(files / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     save_file({k: v * math.nan for k, v in weights.items()}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"))
+    words = unlearn(files, tmp_path / "out", model=tmp_path / "model")
+    if command == "finetune":
+        words = [*words[1:3], "--data", str(files / "retain.jsonl"), "--out", str(tmp_path / "out")]
+    if command == "evaluate":
+        words = words[1:7]
+    refused(capsys, [command, *words[command == "unlearn" :]], "NaN")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokenizer_without_an_end_token(files, tmp_path, capsys):
@@ -250,6 +292,59 @@ def test_out_folder_with_another_run(files, tmp_path, capsys):
     refused(capsys, unlearn(files, tmp_path / "out"), "another run", "--resume")
     refused(capsys, unlearn(files, tmp_path / "out", "--seed", "5", "--resume"), "seed was 0, now 5")
     refused(capsys, ["demo", "--out", str(tmp_path / "out")], "another run")
+    refused(capsys, ["demo", "--out", str(tmp_path / "out"), "--resume"], "a run of unlearn, not of demo")
+
+
+def without(command, option):
+    at = command.index(option)
+    return command[:at] + command[at + 2 :]
+
+
+def test_prompts_longer_than_the_limit_are_refused_before_the_evaluation(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pmc_fast.commands.measure", None)
+    command = without(unlearn(files, tmp_path / "out"), "--max-new-tokens")
+    refused(capsys, [*command, "--max-length", "10"], "--max-length: got 10", "leaves no room", "'forget c?'")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert cli.main([*command, "--max-length", "40"]) == 0
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (["--max-length", "90"], "--max-length, --max-new-tokens: got both"),
+        (["--tau", "0.5"], "--tau: it belongs to --selection bradley_terry"),
+        (["--selection", "bradley_terry", "--prune"], "--prune: it needs --selection best"),
+        (["--prompt", "chat"], "--prompt: got chat, but the tokenizer has no chat template"),
+        (["--system", "Be brief."], "--system: it opens chat prompts, and these are tags"),
+    ],
+)
+def test_options_that_contradict_each_other(files, tmp_path, capsys, more, expected):
+    refused(capsys, unlearn(files, tmp_path / "out", *more), expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_forget_questions_that_are_retained_are_told_of(files, tmp_path, capsys):
+    both = tmp_path / "both.jsonl"
+    write_jsonl(both, [QA("forget a? ", "Kept."), *read_jsonl(files / "retain.jsonl")])
+    assert cli.main(unlearn(files, tmp_path / "out", retain=both)) == 0
+    assert "1 of 3 questions of --forget are in --retain too" in capsys.readouterr().err
+    assert cli.main(unlearn(files, tmp_path / "other")) == 0
+    assert "are in --retain too" not in capsys.readouterr().err
+
+
+def test_a_model_that_its_last_step_broke(files, tmp_path, capsys, monkeypatch):
+    """Nothing but the measuring notices."""
+
+    def broken(pmc, *given, **options):
+        with torch.no_grad():
+            pmc.lm.head_module.weight.fill_(math.nan)
+        return {}
+
+    monkeypatch.setattr("pmc_fast.training.unlearn", broken)
+    assert cli.main(unlearn(files, tmp_path / "out")) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("pmc-fast unlearn: after: ") and told.endswith("; try a lower --learning-rate")
 
 
 def test_two_utility_sets_of_one_name(files, tmp_path, capsys):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
-from pmc_fast import cli, training
+from pmc_fast import cli, commands, training
 from pmc_fast.data import QA, write_jsonl
 
 
@@ -110,7 +110,52 @@ def test_resume_notices_changed_data(files, monkeypatch, capsys):
     write_jsonl(files / "retain.jsonl", [QA("What is u?", "Another river.")])
     capsys.readouterr()
     assert cli.main([*arguments(files, "out"), "--resume"]) == 2
-    assert "sha256" in capsys.readouterr().err
+    assert f"--retain: {files / 'retain.jsonl'} holds other text than then" in capsys.readouterr().err
+
+
+def test_resume_takes_the_same_files_by_other_paths(files, monkeypatch):
+    assert cli.main(arguments(files, "whole")) == 0
+    monkeypatch.setattr(training._Loop, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(arguments(files, "out")) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(files)
+    (files / "moved").mkdir()
+    (files / "retain.jsonl").rename(files / "moved" / "rows.jsonl")
+    words = [word.replace(f"{files}{os.sep}", "./") for word in arguments(files, "out")]
+    words[words.index("./retain.jsonl")] = "moved/rows.jsonl"
+    assert cli.main([*words, "--resume"]) == 0
+    assert_same(files / "whole", files / "out")
+
+
+@pytest.mark.parametrize("stop", ["before", "remembering answers"])
+def test_stopped_before_the_first_step_leaves_nothing(files, monkeypatch, capsys, stop):
+    bar = commands.bar
+
+    def stopped(total, title):
+        if title == stop:
+            raise KeyboardInterrupt
+        return bar(total, title)
+
+    monkeypatch.setattr(commands, "bar", stopped)
+    assert cli.main(arguments(files, "out")) == 130
+    assert not (files / "out").exists()
+    told = capsys.readouterr().err
+    assert "interrupted" in told and "the run is in" not in told and "--resume" not in told
+    monkeypatch.undo()
+    assert cli.main([*arguments(files, "out"), "--epochs", "1"]) == 0
+
+
+def test_a_checkpoint_of_another_model_is_refused(files, monkeypatch, capsys):
+    take_step = training._Loop._step
+    monkeypatch.setattr(training._Loop, "_step", lambda loop, loss: loop.step and loop._stop() or take_step(loop, loss))
+    monkeypatch.setattr(training._Loop, "_stop", lambda loop: (_ for _ in ()).throw(KeyboardInterrupt), raising=False)
+    again = [*arguments(files, "out"), "--checkpoint-every", "1"]
+    assert cli.main(again) == 130
+    monkeypatch.undo()
+    make_model(hidden_size=48).save_pretrained(files / "model")
+    capsys.readouterr()
+    assert cli.main([*again, "--resume"]) == 2
+    assert "checkpoint.pt: the file is damaged (it is none of this model" in capsys.readouterr().err
 
 
 def test_training_leaves_torchs_random_state_alone(files):

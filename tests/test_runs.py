@@ -1,12 +1,14 @@
 """A run's folder: what it refuses, and what is left when it is killed."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from pmc_fast.errors import UserError
-from pmc_fast.runs import Run
+from pmc_fast.runs import Run, file_option, holds_run
 
 
 def start(folder, resume=False, **config):
@@ -37,9 +39,113 @@ def test_refuses_a_file(tmp_path):
         Run(tmp_path / "out", {})
 
 
+@pytest.mark.parametrize("name", ["notes.txt/run", "notes.txt/deep/run", "n" * 300])
+def test_refuses_a_folder_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="choose another --out"):
+        Run(tmp_path / name, {})
+
+
+def test_refuses_a_folder_without_permission(tmp_path, monkeypatch):
+    start(tmp_path / "run").finish({"before": 1, "after": 2})
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="cannot be written to; choose another --out"):
+        Run(tmp_path / "new" / "run", {})
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert Run(tmp_path / "run", {}, resume=True).report  # a finished run is only read
+
+
 def test_writes_nothing_before_start(tmp_path):
-    Run(tmp_path / "run", {})
-    assert not (tmp_path / "run").exists()
+    run = Run(tmp_path / "run", {})
+    assert not (tmp_path / "run").exists() and not holds_run(tmp_path / "run")
+    run.start()
+    assert holds_run(tmp_path / "run")
+
+
+def test_another_run_may_begin_meanwhile(tmp_path):
+    late = Run(tmp_path / "run", {"seed": 2})
+    start(tmp_path / "run", seed=1)
+    with pytest.raises(UserError, match="another run began there"):
+        late.start()
+    assert Run(tmp_path / "run", {"seed": 1}, resume=True).resumed
+
+
+@pytest.mark.parametrize(
+    "name, content, reason, advice",
+    [
+        ("config.json", '{"pmc_fast_run": 1}', "lacks 'options'", "delete the folder"),
+        ("config.json", '{"pmc_fast_run": 1, "options": 3}', "options are none", "delete the folder"),
+        ("start.json", '{"bef', "not JSON", "delete this file"),
+        ("start.json", "[1]", "lacks 'before'", "delete this file"),
+        ("report.json", "", "not JSON", "delete this file"),
+        ("report.json", '{"before": 1}', "lacks 'after'", "delete this file"),
+        ("checkpoint.pt", "garbage", "torch cannot load it", "delete this file"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name, content, reason, advice):
+    run = start(tmp_path)
+    run.save_beginning({"before": 1, "seconds": 2})
+    run.save_checkpoint({"step": 1})
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        run = Run(tmp_path, {}, resume=True)
+        assert run.beginning and run.load_checkpoint()
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: ") and reason in message and advice in message
+    assert "weights_only" not in message
+    if "delete this file" in advice:
+        (tmp_path / name).unlink()
+        run = Run(tmp_path, {}, resume=True)
+        assert (run.beginning is None) == (name == "start.json")
+        assert (run.load_checkpoint() is None) == (name == "checkpoint.pt")
+
+
+def test_a_file_of_tensors_that_is_no_checkpoint(tmp_path):
+    run = start(tmp_path)
+    run.save_checkpoint({"weight": torch.ones(2)})
+    with pytest.raises(UserError, match="checkpoint.pt: .*no checkpoint"):
+        run.load_checkpoint()
+
+
+@pytest.mark.parametrize("line", [b"[1]", b'{"loss": 1}', b"\xff\xfe", b"{"])
+def test_metrics_end_at_a_line_that_is_none(tmp_path, line):
+    run = start(tmp_path)
+    run.log({"step": 1})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b'\n{"step": 2}\n')
+    assert run.metrics() == [{"step": 1}]
+
+
+def test_files_are_what_they_hold(tmp_path, monkeypatch):
+    for folder, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+    def options(*paths):
+        retain, *utility = map(file_option, paths)
+        return {"retain": retain, "utility": {f"set{i}": file for i, file in enumerate(utility)}}
+
+    start("run", **options("a/rows.jsonl", "a/rows.jsonl"))
+    assert Run("run", options(tmp_path / "b" / "rows.jsonl", "./a/rows.jsonl"), resume=True).resumed
+    changed = options("c/rows.jsonl", "a/rows.jsonl", "b/rows.jsonl")
+    (tmp_path / "a" / "rows.jsonl").write_text("three")
+    changed["utility"]["set0"] = file_option("a/rows.jsonl")
+    with pytest.raises(UserError) as caught:
+        Run("run", changed, resume=True)
+    _, told = str(caught.value).split("started with: ")
+    assert told.split("; ") == [
+        "--retain: c/rows.jsonl holds other text than a/rows.jsonl did",
+        "--utility set0: a/rows.jsonl holds other text than then",
+        "--utility set1 was not given, now b/rows.jsonl",
+    ]
+
+
+def test_a_run_of_another_command_is_no_change_of_options(tmp_path):
+    start(tmp_path, command="finetune", epochs=1)
+    with pytest.raises(UserError, match="a run of finetune, not of unlearn") as caught:
+        Run(tmp_path, {"command": "unlearn", "epochs": 2}, resume=True)
+    assert "epochs" not in str(caught.value)
 
 
 def test_resume_wants_the_same_options(tmp_path):
@@ -106,6 +212,6 @@ def test_finish_leaves_the_report_and_no_checkpoint(tmp_path):
     run = start(tmp_path)
     assert run.report is None
     run.save_checkpoint({"step": 1})
-    run.finish({"after": 1.5})
-    assert start(tmp_path, resume=True).report == {"after": 1.5}
+    run.finish({"before": 0.5, "after": 1.5})
+    assert start(tmp_path, resume=True).report == {"before": 0.5, "after": 1.5}
     assert not (tmp_path / "checkpoint.pt").exists()

@@ -18,6 +18,7 @@ from benchmarks.bench_linear_sample import LinearSampleBench
 from benchmarks.bench_sample import SampleBench, Settings
 from benchmarks.compiled import COMPILED
 from benchmarks.limits import measure_limits
+from benchmarks.measure import Spread
 from benchmarks.oracle import head_gradients, surprise_of_counts, truncated
 from benchmarks.shapes import AttentionHeads, Head
 from pmc_fast import BackendUnavailable
@@ -272,7 +273,29 @@ def test_what_is_only_run_where_it_is_named():
 def test_an_unknown_peer_is_refused_with_the_known(capsys):
     assert main(["ops", "--op", "rouge_l_recall", "--peer", "oracle"]) == 2
     error = capsys.readouterr().err
-    assert "--peer: got oracle, want some of " in error and "rapidfuzz, rouge_score" in error
+    known = "'pmc_fast, native', 'pmc_fast, reference', 'rapidfuzz', 'rouge_score'"  # quoted: some hold commas
+    assert f"--peer: got 'oracle', want some of {known}\n" in error
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan"])
+def test_a_limit_that_is_none_is_refused(limit, capsys):
+    assert main(["ops", "--op", "rouge_l_recall", "--limit-s", limit]) == 2
+    assert f"--limit-s: got {limit}, want more than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+def test_counts_that_are_none_are_refused(count, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["ops", "--op", "rouge_l_recall", "--repeats", count])
+    assert stop.value.code == 2
+    assert f"--repeats: got {count}, want an integer of 1 or more" in capsys.readouterr().err
+
+
+def test_memory_is_worded_as_in_the_report():
+    spread = Spread(1.0, 1.0, 1.0)
+    rows = [ops.Row("sample", "one", None, "pmc_fast", True, "", spread, 2, 1.0, peak) for peak in (53_200, 0)]
+    printed = ops.table(rows)
+    assert "53.2 kB" in printed and " MB" not in printed
 
 
 def test_shapes_that_an_op_lacks_are_refused(capsys):

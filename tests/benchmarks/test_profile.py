@@ -149,6 +149,7 @@ def test_operators_and_kernels_are_sorted_by_the_time_of_the_gpu():
         (["step", "--trace", "no/such/folder/trace.json"], "--trace: "),
         (["step", "--batch-size", "0"], "--batch-size: got 0"),
         (["run", "--micro-batches", "0"], "--micro-batches: got 0"),
+        (["sample", "--model", "m", "--retain", "r.jsonl"], "--model, --retain: of step and run alone, got sample"),
     ],
 )
 def test_bad_input(arguments, message, capsys):

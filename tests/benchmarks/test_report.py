@@ -128,7 +128,21 @@ COMPILE = {
     "limits": {"spill_bytes": 0},
     "rows": [KERNEL, {**KERNEL, "kernel": "broken", "registers": 0, "violations": ["does not compile: why"]}],
 }
-ALL = {"ops": OPS, "step": STEP, "run": RUN, "profile": PROFILE, "gpu-profile": GPU_PROFILE, "compile": COMPILE}
+GPU = {
+    "schema": "pmc_fast.benchmarks.gpu/1",
+    "device": "cuda",
+    "minutes": 9.0,
+    "parts": [{"name": "tests", "status": "ok", "seconds": 61.5}, {"name": "ops", "status": "failed", "seconds": 0.0}],
+}
+ALL = {
+    "ops": OPS,
+    "step": STEP,
+    "run": RUN,
+    "profile": PROFILE,
+    "gpu-profile": GPU_PROFILE,
+    "compile": COMPILE,
+    "gpu": GPU,
+}
 
 
 def write(folder, name, content):
@@ -272,7 +286,7 @@ def test_a_table_of_compiled_kernels(tmp_path):
         ("[1]", "schema: got None"),
         ({"schema": ["a"]}, "schema: got ['a']"),
         ({"schema": "pmc_fast.benchmarks.ops/9"}, "schema: got 'pmc_fast.benchmarks.ops/9', want one of pmc_fast"),
-        ({"config": {"command": "demo"}}, "schema: got None"),
+        ({"schema": None}, "schema: got None"),
         (changed(OPS, rows=[]), "rows: got none"),
         ({key: OPS[key] for key in OPS if key != "environment"}, "it lacks 'environment'"),
         ({key: STEP[key] for key in STEP if key != "turns"}, "it lacks 'turns'"),
@@ -289,6 +303,24 @@ def test_a_bad_file_is_named_and_nothing_is_written(content, complaint, tmp_path
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {bad}: ") and complaint in said.err and len(said.err.splitlines()) == 1
     assert said.out == "" and not (tmp_path / "out").exists()
+
+
+def test_files_that_no_benchmark_wrote_are_skipped_and_named(tmp_path, capsys):
+    good, other = write(tmp_path, "step", STEP), write(tmp_path, "report", {"config": {"command": "demo"}})
+    for more in ([good, other], [other, good]):
+        assert main(["report", *map(str, more), "--out", str(tmp_path / "out")]) == 0
+        said = capsys.readouterr()
+        assert said.out.startswith("### step: ") and f"{other}: skipped, it names no schema" in said.err
+    for target in ("--out", "--readme"):
+        assert main(["report", str(other), target, str(tmp_path / "none")]) == 2
+        assert "RESULTS.json: got none that names a schema" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_table_of_what_ran_on_a_gpu(tmp_path):
+    (part,) = report.sections(write(tmp_path, "summary", GPU))
+    assert cells(part.text, "tests") == ["ok", "61.5 s"] and cells(part.text, "ops") == ["failed", "0"]
+    assert "9 minutes were given on cuda." in part.text
 
 
 def test_two_files_that_would_write_the_same_picture(tmp_path, capsys):

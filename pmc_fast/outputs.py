@@ -1,0 +1,41 @@
+"""Files that results go to: whether one can be written is known before the work, and readers never see half of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pmc_fast.errors import UserError
+
+
+def check_file(path: str | os.PathLike[str], option: str) -> None:
+    """Raise UserError now rather than after the work if the file `path`, given with `option`, cannot be written."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{option}: {path} is a folder; want a file")
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise UserError(f"{option}: {folder} is no folder; want a file in one that exists")
+        written = [path] if _is_special(path) else [folder, *([path] if path.exists() else [])]
+        if not all(os.access(place, os.W_OK) for place in written):
+            raise UserError(f"{option}: {path} cannot be written; choose another place")
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from None
+
+
+def write_file(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file, as `check_file` allowed it, whole or not at all; raises UserError if that fails now."""
+    path = Path(path)
+    partial = path if _is_special(path) else path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if partial != path:
+            partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is there and no plain file, such as /dev/stdout: nothing may take its place."""
+    return path.exists() and not path.is_file()
