@@ -1,4 +1,4 @@
-"""Whether answers fit behind their questions: into max_length, and into the positions that a model has a table of."""
+"""Whether answers fit behind their questions: into max_length, and into the positions that a model has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError
+from pmc_fast.positions import Positions
 from pmc_fast.prompts import Prompts
 
 
@@ -40,15 +41,15 @@ def check_training(model: nn.Module, prompts: Prompts, rows: Iterable[QA], optio
 
 
 def _check(model: nn.Module, needed: Iterable[tuple[int, str]], option: str) -> None:
-    """`needed`: tokens and the question that they begin with; looked at only if the model has a table of positions."""
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None or tables == [model.get_input_embeddings()]:
-        return  # positions are computed, however many
+    """`needed`: tokens and the question that they begin with; looked at only if the model's positions end."""
+    positions = Positions.of(model)
+    if not positions.fixed:
+        return
     tokens, question = max(needed)
-    if tokens > limit:
+    if tokens - 1 > positions.most:  # the last token of an answer needs none
         raise UserError(
-            f"{option}: {_quoted(question)} and its answer take up to {tokens} tokens, but the model has {limit} positions"
+            f"{option}: {_quoted(question)} and its answer take up to {tokens} tokens, but the model has {positions.most} "
+            "positions"
         )
 
 

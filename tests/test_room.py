@@ -11,7 +11,7 @@ from pmc_fast.room import check_evaluation, check_sampling, check_training
 
 PROMPTS = Prompts(make_tokenizer(), style="plain")  # a token for each byte
 ROWS = [QA("Who?", "He."), QA("Who was it then?", "Them."), QA("And?", "A long answer it is.")]
-POSITIONS = 128
+TOKENS = 129  # of a question and its answer: the model has 128 positions, and the last token needs none
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -44,18 +44,18 @@ def test_long_questions_are_cut_in_messages(model):
 
 def test_answers_need_positions_where_there_is_a_table_of_them(model):
     longest, behind = len("Who was it then?"), len(" It.") + 1
-    exact, over = (QA("?" * (POSITIONS - behind + more), "It.") for more in (0, 1))
+    exact, over = (QA("?" * (TOKENS - behind + more), "It.") for more in (0, 1))
     fits = [
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=POSITIONS)),
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=POSITIONS - longest)),
-        outcome(check_evaluation, model, PROMPTS, ROWS, POSITIONS - longest),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=TOKENS)),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=TOKENS - longest)),
+        outcome(check_evaluation, model, PROMPTS, ROWS, TOKENS - longest),
         outcome(check_training, model, PROMPTS, [*ROWS, exact], "--retain"),
     ]
     refused = [
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=POSITIONS + 1)),
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=POSITIONS - longest + 1)),
-        outcome(check_evaluation, model, PROMPTS, ROWS, POSITIONS - longest + 1),
-        outcome(check_evaluation, model, PROMPTS, ROWS, POSITIONS - longest, " It"),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=TOKENS + 1)),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=TOKENS - longest + 1)),
+        outcome(check_evaluation, model, PROMPTS, ROWS, TOKENS - longest + 1),
+        outcome(check_evaluation, model, PROMPTS, ROWS, TOKENS - longest, " It"),
         outcome(check_training, model, PROMPTS, [*ROWS, over], "--retain"),
     ]
     assert fits == [None] * 4
@@ -64,4 +64,4 @@ def test_answers_need_positions_where_there_is_a_table_of_them(model):
         return
     options = ["--max-length", "--max-new-tokens", "--evaluation-tokens", "--evaluation-tokens", "--retain"]
     for option, message in zip(options, refused, strict=True):
-        assert message.startswith(f"{option}: ") and f"the model has {POSITIONS} positions" in message
+        assert message.startswith(f"{option}: ") and "the model has 128 positions" in message
