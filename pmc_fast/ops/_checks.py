@@ -1,8 +1,11 @@
-"""Argument checks that the ops share: each names the argument, what it got and what it wants."""
+"""Argument checks that the ops share: each names the argument, what it got and what it wants.
+
+Numbers are compared, not given to `math`, so that torch.compile can check one that it does not know yet.
+"""
 
 from __future__ import annotations
 
-import math
+from math import inf
 
 import torch
 from torch import Tensor
@@ -44,12 +47,12 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | N
     if bias is not None:
         vector("bias", bias, weight.shape[0], hidden.dtype, hidden)
     soft_cap(softcap)
-    if not (math.isfinite(logit_scale) and logit_scale != 0):
+    if not (-inf < logit_scale < inf and logit_scale != 0):
         raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number other than 0")
 
 
 def soft_cap(value: float | None) -> None:
-    if value is not None and not (value > 0 and math.isfinite(value)):
+    if value is not None and not 0 < value < inf:
         raise ValueError(f"softcap: got {value}, expected None or a finite number above 0")
 
 

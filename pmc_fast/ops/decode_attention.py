@@ -1,6 +1,6 @@
 """`decode_attention`: one query token per row over the row's cached keys and values."""
 
-import math
+from math import inf
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def decode_attention(
     if length is not None:
         _checks.vector("length", length, rows, torch.int64, query)
     scale = dim**-0.5 if scale is None else scale
-    if not math.isfinite(scale):
+    if not -inf < scale < inf:
         raise ValueError(f"scale: got {scale}, expected None or a finite number")
     _checks.soft_cap(softcap)
     prefix = (prefix_key, prefix_value, prefix_row)
