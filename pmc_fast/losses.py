@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pmc_fast.models import LanguageModel, evaluating
+from pmc_fast.ops import _checks
 from pmc_fast.packing import Packed
 
 
@@ -91,6 +92,7 @@ def simnpo(
     Source: Fan et al., arXiv 2410.07163, the SimNPO loss.
     """
     _check(batch, forget, above_0={"beta": beta}, at_least_0={"retain_weight": retain_weight})
+    _checks.number("gamma", gamma, "a finite number")
     if not math.isfinite(gamma):
         raise ValueError(f"gamma: got {gamma}, expected a finite number")
     logprob = _token_logprob(lm, batch)
@@ -242,6 +244,8 @@ def _check(
         raise TypeError(f"{name}: got {count!r}, expected an integer")
     if not 1 <= count <= most:
         raise ValueError(f"{name}: got {count}, expected 1 to {most}, since the batch has {batch.count} sequences")
+    for option, value in {**above_0, **at_least_0}.items():
+        _checks.number(option, value, "a number")
     for option, value in above_0.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option}: got {value}, expected a finite number above 0")
@@ -251,6 +255,7 @@ def _check(
 
 
 def _check_reference(reference: Tensor, count: int, lm: LanguageModel) -> None:
+    _checks.tensor("reference", reference)
     if reference.shape != (count,) or not reference.is_floating_point():
         raise ValueError(
             f"reference: got {reference.dtype} of shape {list(reference.shape)}, expected float32 [{count}], the "

@@ -142,3 +142,9 @@ def test_bad_input():
         losses.simnpo(lm, batch, 1, gamma=float("nan"))
     with pytest.raises(ValueError, match="retain_weight: got -0.5, expected a finite number of at least 0"):
         losses.idk(lm, batch, 1, retain_weight=-0.5)
+    with pytest.raises(TypeError, match="beta1: got None, expected a number"):
+        losses.satimp(lm, batch, 1, beta1=None)
+    with pytest.raises(TypeError, match="gamma: got a value of type str, expected a finite number"):
+        losses.simnpo(lm, batch, 1, gamma="0")
+    with pytest.raises(TypeError, match="reference: got a value of type list, expected a tensor"):
+        losses.npo(lm, batch, 1, [0.0])

@@ -64,6 +64,7 @@ def collapse_loss(
     """
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.ignored(ignore_index)
     _checks.vector(
         "token_weight", token_weight, hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32), hidden
     )

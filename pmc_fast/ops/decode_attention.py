@@ -56,6 +56,7 @@ def decode_attention(
 
     Source: Vaswani et al., arXiv 1706.03762, equation 1.
     """
+    _checks.tensor("query", query)
     if query.dim() != 3:
         raise ValueError(f"query: got shape {list(query.shape)}, expected [N, H, D]")
     if query.dtype not in _checks.FLOATING:
@@ -76,6 +77,7 @@ def decode_attention(
     if length is not None:
         _checks.vector("length", length, rows, torch.int64, query)
     scale = dim**-0.5 if scale is None else scale
+    _checks.number("scale", scale, "None or a finite number")
     if not -inf < scale < inf:
         raise ValueError(f"scale: got {scale}, expected None or a finite number")
     _checks.soft_cap(softcap)
@@ -87,6 +89,7 @@ def _positions(name: str, key: Tensor, value: Tensor, rows: str, query: Tensor) 
     """Checks keys and values; those of the rows themselves have as many rows as the query."""
     dim = query.shape[2]
     for kind, tensor in (("key", key), ("value", value)):
+        _checks.tensor(f"{name}{kind}", tensor)
         fits = tensor.dim() == 4 and tensor.shape[3] == dim and tensor.shape[2] > 0
         if not fits or (rows == "N" and len(tensor) != len(query)):
             rows = str(len(query)) if rows == "N" else rows

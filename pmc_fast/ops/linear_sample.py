@@ -51,6 +51,7 @@ def linear_sample(
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
     if hidden_row is not None:
+        _checks.tensor("hidden_row", hidden_row)
         _checks.vector("hidden_row", hidden_row, hidden_row.numel(), torch.int64, hidden)
     _checks.coordinates(sequence, position, hidden if hidden_row is None else hidden_row)
     draw = (temperature, top_k, top_p, min_p, seed, sequence, position, hidden_row)

@@ -71,6 +71,7 @@ def score(
     shards = shards_of(weight, shards)
     weight, bias = local_head(shards, hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.ignored(ignore_index)
     _checks.temperature(temperature, allow_zero=False)
     _checks.targets(target, shards.vocab, ignore_index)
     count = len(target)

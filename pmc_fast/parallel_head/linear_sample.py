@@ -71,6 +71,7 @@ def linear_sample(
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
     rows = hidden if hidden_row is None else hidden_row
     if hidden_row is not None:
+        _checks.tensor("hidden_row", hidden_row)
         _checks.vector("hidden_row", hidden_row, hidden_row.numel(), torch.int64, hidden)
         _checks.within("hidden_row", hidden_row, len(hidden))
     _checks.coordinates(sequence, position, rows)
