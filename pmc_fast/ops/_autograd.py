@@ -79,7 +79,7 @@ def _transformable(op: Callable, name: str, save: Callable, backward: Callable) 
         return function.apply(*args)
 
     def jvp(ctx, *tangents):
-        raise NotImplementedError(f"{name}: has no forward-mode derivatives (jvp, jacfwd, hessian); use reverse mode")
+        raise NotImplementedError(f"{name}: has no forward-mode derivatives (jvp, jacfwd, hessian)")
 
     def vmap(info, in_dims, *args):
         def pick(x, dim, i):

@@ -8,6 +8,7 @@ from pmc_fast.ops import _checks
 from pmc_fast.ops.sample import Sample, coordinates, empty_sample, preferred
 
 
+@torch.no_grad()
 def linear_sample(
     hidden: Tensor,
     weight: Tensor,
@@ -30,6 +31,8 @@ def linear_sample(
     Equivalent to ``sample(logit_scale * (hidden @ weight.T + bias), ...)``, each logit passed through
     ``softcap * tanh(logit / softcap)`` first where softcap is given. With hidden_row, hidden stands for
     ``hidden[hidden_row]``: many draws from the same distribution, whose logits "native" computes and truncates once.
+
+    No gradients, as of ``sample``: for those of a drawn token's log-probability use `linear_logprob`.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D]; with hidden_row, [R, D].

@@ -1,4 +1,4 @@
-"""Derivatives of the losses against plain torch: the first ones everywhere, all others refused."""
+"""Derivatives of the losses against plain torch: the first ones everywhere, all others refused; no other op has any."""
 
 import warnings
 from functools import partial
@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
-from pmc_fast import collapse_loss, linear_logprob
+from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, sample
 from pmc_fast.parallel_head import VocabShards
 from pmc_fast.parallel_head import collapse_loss as shared_collapse_loss
 from pmc_fast.parallel_head import linear_logprob as shared_linear_logprob
@@ -159,3 +159,77 @@ def test_forward_mode_is_refused(loss, inputs):
 def test_a_transform_that_is_compiled_runs_as_it_is(loss, inputs):
     compiled = torch.compile(grad(loss, (0, 1)), backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), grad(plain, (0, 1))(*inputs))
+
+
+def draw(hidden, weight):
+    return sample(hidden @ weight.T, seed=3)
+
+
+def linear_draw(hidden, weight):
+    return linear_sample(hidden, weight, seed=3)
+
+
+@pytest.mark.parametrize("drawing", [draw, linear_draw])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_draws_carry_no_gradient(drawing, compiled, inputs):
+    hidden, weight, *_ = inputs
+    want = drawing(hidden, weight)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    function = torch.compile(drawing, fullgraph=True, backend="aot_eager") if compiled else drawing
+    got = function(*leaves)
+    assert not any(x.requires_grad for x in got)
+    torch.testing.assert_close(got, want)
+    assert (leaves[0] * 2).requires_grad  # gradients are off for the draw alone
+
+
+@pytest.mark.parametrize("drawing", [draw, linear_draw])
+def test_draws_within_a_transform(drawing, inputs):
+    hidden, weight, target, token_weight = inputs
+    zero = grad(lambda h: drawing(h, weight).logprob.sum() + (0 * h).sum())(hidden)
+    assert not zero.any()
+
+    def on_policy(h, loss):
+        return loss(h, weight, drawing(h, weight).token, token_weight)
+
+    got, want = (grad(on_policy)(hidden, f) for f in (partial(collapse, impl=None), plain))
+    torch.testing.assert_close(got, want)
+
+
+NAMES = ["query", "key", "value", "prefix_key", "prefix_value"]
+
+
+def attention_inputs():
+    key, value, prefix_key, prefix_value = torch.randn(4, 5, 2, 3, 8)
+    row = torch.zeros(5, dtype=torch.int64)
+    prefix = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": row}
+    return {"query": torch.randn(5, 4, 8), "key": key, "value": value, "first": row, **prefix}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_refuses_derivatives(name, rng_seed):
+    arguments = attention_inputs()
+    want, leaf = decode_attention(**arguments), arguments[name].clone().requires_grad_()
+
+    def attend(tensor):
+        return decode_attention(**{**arguments, name: tensor})
+
+    refused = [
+        lambda: attend(leaf),
+        lambda: grad(lambda x: attend(x).sum())(leaf.detach()),
+        lambda: grad(lambda x: vmap(attend)(x).sum())(leaf.detach()[None]),
+        lambda: torch.compile(attend, backend="aot_eager")(leaf),
+    ]
+    for derivative in refused:
+        with pytest.raises(
+            (ValueError, NotImplementedError), match="for inference and has no gradients; call it within"
+        ):
+            derivative()
+    with pytest.raises(NotImplementedError, match="decode_attention: has no forward-mode derivatives"):
+        jvp(attend, (leaf.detach(),), (leaf.detach(),))
+    with torch.no_grad():
+        torch.testing.assert_close(attend(leaf), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(
+            vmap(attend)(leaf.detach()[None].expand(2, *leaf.shape)), want.expand(2, *want.shape)
+        )
