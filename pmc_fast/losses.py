@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from types import MappingProxyType
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pmc_fast.models import LanguageModel, evaluating
+from pmc_fast.ops import _checks
 from pmc_fast.packing import Packed
 
 
@@ -96,7 +96,8 @@ def simnpo(
     Source: Fan et al., arXiv 2410.07163, the SimNPO loss.
     """
     _check(lm, batch, forget, above_0={"beta": beta}, at_least_0={"retain_weight": retain_weight})
-    if not (_is_number(gamma) and math.isfinite(gamma)):
+    _checks.number("gamma", gamma, "a finite number")
+    if not math.isfinite(gamma):
         raise ValueError(f"gamma: got {gamma}, expected a finite number")
     logprob = _token_logprob(lm, batch)
     mean = (_sums(batch, logprob) / _sums(batch, torch.ones_like(logprob)))[:forget]
@@ -250,11 +251,13 @@ def _check(
         raise TypeError(f"{name}: got {count!r}, expected an integer")
     if not 1 <= count <= most:
         raise ValueError(f"{name}: got {count}, expected 1 to {most}, since the batch has {batch.count} sequences")
+    for option, value in {**above_0, **at_least_0}.items():
+        _checks.number(option, value, "a number")
     for option, value in above_0.items():
-        if not (_is_number(value) and math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option}: got {value}, expected a finite number above 0")
     for option, value in at_least_0.items():
-        if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{option}: got {value}, expected a finite number of at least 0")
 
 
@@ -265,10 +268,6 @@ def _check_kinds(lm: LanguageModel, batch: Packed) -> None:
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}: pmc_fast.{made}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_reference(reference: Tensor, count: int, lm: LanguageModel) -> None:

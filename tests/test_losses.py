@@ -168,10 +168,10 @@ def test_wrong_objects():
         for wrong in (None, [0.0]):
             with pytest.raises(TypeError, match=f"^reference: got {type(wrong).__name__}, expected float32"):
                 call(wrong)
-    for wrong in (None, "1", True):
-        with pytest.raises(ValueError, match=f"^beta: got {wrong}, expected a finite number above 0"):
+    for wrong, got in ((None, "None"), ("1", "a value of type str"), (True, "a value of type bool")):
+        with pytest.raises(TypeError, match=f"^beta: got {got}, expected a number"):
             losses.npo(lm, batch, 1, reference, beta=wrong)
-        with pytest.raises(ValueError, match=f"^retain_weight: got {wrong}"):
+        with pytest.raises(TypeError, match=f"^retain_weight: got {got}, expected a number"):
             losses.idk(lm, batch, 1, retain_weight=wrong)
-        with pytest.raises(ValueError, match=f"^gamma: got {wrong}"):
+        with pytest.raises(TypeError, match=f"^gamma: got {got}, expected a finite number"):
             losses.simnpo(lm, batch, 1, gamma=wrong)

@@ -1,29 +1,51 @@
-"""Argument checks that the ops share: each names the argument, what it got and what it wants."""
+"""Argument checks that the ops share: each names the argument, what it got and what it wants.
+
+Numbers are compared, not given to `math`, so that torch.compile can check one that it does not know yet.
+"""
 
 from __future__ import annotations
 
-import math
+from math import inf
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+INTEGERS = (int, Integral, torch.SymInt)
+NUMBERS = (float, *INTEGERS, Real, torch.SymFloat)  # the usual first; what NumPy makes, what torch traces
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def matrix(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected 2 dimensions")
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+def kind(value: object) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
-def vector(name: str, tensor: Tensor, size: int, dtype: torch.dtype, like: Tensor) -> None:
-    if tensor.dim() != 1 or tensor.shape[0] != size:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{size}]")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected {like.device}, that of the other tensors")
+def tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {kind(value)}, expected a tensor")
+
+
+def number(name: str, value: float, wanted: str, kinds: tuple[type, ...] = NUMBERS) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {kind(value)}, expected {wanted}")
+
+
+def matrix(name: str, values: Tensor) -> None:
+    tensor(name, values)
+    if values.dim() != 2:
+        raise ValueError(f"{name}: got shape {list(values.shape)}, expected 2 dimensions")
+    if values.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {values.dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def vector(name: str, values: Tensor, size: int, dtype: torch.dtype, like: Tensor) -> None:
+    tensor(name, values)
+    if values.dim() != 1 or values.shape[0] != size:
+        raise ValueError(f"{name}: got shape {list(values.shape)}, expected [{size}]")
+    if values.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {values.dtype}, expected {dtype}")
+    if values.device != like.device:
+        raise ValueError(f"{name}: got device {values.device}, expected {like.device}, that of the other tensors")
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> None:
@@ -44,17 +66,29 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | N
     if bias is not None:
         vector("bias", bias, weight.shape[0], hidden.dtype, hidden)
     soft_cap(softcap)
-    if not (math.isfinite(logit_scale) and logit_scale != 0):
-        raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number other than 0")
+    wanted = "a finite number other than 0"
+    number("logit_scale", logit_scale, wanted)
+    if not (-inf < logit_scale < inf and logit_scale != 0):
+        raise ValueError(f"logit_scale: got {logit_scale}, expected {wanted}")
 
 
 def soft_cap(value: float | None) -> None:
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"softcap: got {value}, expected None or a finite number above 0")
+    if value is None:
+        return
+    wanted = "None or a finite number above 0"
+    number("softcap", value, wanted)
+    if not 0 < value < inf:
+        raise ValueError(f"softcap: got {value}, expected {wanted}")
+
+
+def ignored(index: int | None) -> None:
+    if index is not None:
+        number("ignore_index", index, "None or an integer", INTEGERS)
 
 
 def temperature(value: float, *, allow_zero: bool) -> None:
     single = torch.finfo(torch.float32)
+    number("temperature", value, "a number")
     if not (single.tiny <= value <= single.max or (allow_zero and value == 0)):
         wanted = f"a number in [{single.tiny:.4g}, {single.max:.4g}] (float32's range)"
         raise ValueError(f"temperature: got {value}, expected {wanted}{', or 0 for greedy' if allow_zero else ''}")
@@ -65,8 +99,10 @@ def sampling(temperature_: float, top_k: int | None, top_p: float, min_p: float,
     temperature(temperature_, allow_zero=True)
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, expected None or an integer of at least 1")
+    number("top_p", top_p, "a number in (0, 1]")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected a number in (0, 1]")
+    number("min_p", min_p, "a number in [0, 1]")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p: got {min_p}, expected a number in [0, 1]")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast import backend
-from pmc_fast.ops import _checks
+from pmc_fast.ops import _autograd, _checks
 from pmc_fast.ops.linear_logprob import empty_gradients, filled
 
 
@@ -39,6 +39,9 @@ def collapse_loss(
     The weights are known up front, so no logits are kept or computed twice; a frozen weight or hidden state is left
     out of the work. Upstream gradients multiply the result in the backward pass.
 
+    Differentiable once, in reverse mode, in hidden, weight, bias and token_weight: gradients of its gradients and
+    forward-mode derivatives are refused.
+
     Args:
         hidden: float32, bfloat16 or float16 [N, D] (float64 for the reference).
         weight: the head, [V, D], dtype of hidden.
@@ -54,18 +57,20 @@ def collapse_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or range; weights or logits that are not finite.
+        RuntimeError: a derivative that it does not have.
         BackendUnavailable: the implementation named cannot run.
 
     Source: arXiv 2507.04219, equation 1.
     """
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.ignored(ignore_index)
     _checks.vector(
         "token_weight", token_weight, hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32), hidden
     )
-    grads = torch.is_grad_enabled()
-    needs = [grads and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, token_nll, *_ = _collapse_loss(
+    grads, transform = torch.is_grad_enabled(), _autograd.in_transform()  # within one, requires_grad may be hidden
+    needs = [grads and t is not None and (transform or t.requires_grad) for t in (hidden, weight, bias)]
+    loss, token_nll, *_ = _differentiable(
         hidden, weight, target, token_weight, bias, softcap, logit_scale, ignore_index, needs, impl
     )
     return CollapseLoss(loss, token_nll.detach())
@@ -126,13 +131,15 @@ def _scale_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient.mul_(upstream)
 
 
-def _backward(ctx, upstream, *_unused):
+def _backward(ctx, upstream, *of_gradients):
+    if any(second is not None for second in of_gradients):
+        raise RuntimeError(_autograd.only_once("collapse_loss"))
     if upstream is None:
         return (None,) * ctx.count
     token_nll, *saved = ctx.saved_tensors
     # The gradients are scaled in place unless the graph is kept for another backward pass, or is being traced (tracers hand
-    # in subclasses of Tensor): the head's is too large to copy.
-    traced = type(upstream) is not Tensor
+    # in subclasses of Tensor) or transformed: the head's is too large to copy.
+    traced = type(upstream) is not Tensor or _autograd.in_transform()
     scale = torch.mul if traced or torch._C._autograd._get_current_graph_task_keep_graph() else _scale_in_place
     d_hidden, d_weight, d_bias = (
         scale(g, upstream) if need else None for g, need in zip(saved, ctx.needs, strict=True)
@@ -141,4 +148,4 @@ def _backward(ctx, upstream, *_unused):
     return d_hidden, d_weight, None, d_token_weight, d_bias, *[None] * (ctx.count - 5)
 
 
-_collapse_loss.register_autograd(_backward, setup_context=_save)
+_differentiable = _autograd.differentiable(_collapse_loss, "collapse_loss", _save, _backward)

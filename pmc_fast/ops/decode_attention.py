@@ -1,13 +1,18 @@
 """`decode_attention`: one query token per row over the row's cached keys and values."""
 
-import math
+from math import inf
 
 import torch
 from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.gpu.checks import no_bad_row, report_scores
-from pmc_fast.ops import _checks
+from pmc_fast.ops import _autograd, _checks
+
+NO_GRADIENTS = (
+    "decode_attention is for inference and has no gradients; call it within torch.no_grad(), or train with "
+    "scaled_dot_product_attention"
+)
 
 
 def decode_attention(
@@ -24,7 +29,7 @@ def decode_attention(
     length: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention of one new token per row, over the keys and values from each row's first position on; no gradients.
+    """Attention of one new token per row, over the keys and values from each row's first position on; for inference only.
 
     Equivalent to ``scaled_dot_product_attention(query[:, :, None], key, value, attn_mask=mask, scale=scale,
     enable_gqa=True)[:, :, 0]`` with ``mask = (arange(T) >= first[:, None])[:, None, None]``, each score passed through
@@ -32,6 +37,8 @@ def decode_attention(
     With a prefix, key and value stand for ``cat([prefix_key[prefix_row], key], 2)`` and likewise: what many rows have in
     common, such as a prompt, is held once. With lengths, ``mask`` also asks for ``arange(T) < length[:, None]``: a cache can
     be given at its full capacity while it is being filled.
+
+    There are no gradients, so tensors that require one are refused but within ``torch.no_grad()``.
 
     Args:
         query: float32, bfloat16 or float16 [N, H, D] (float64 for the reference).
@@ -51,11 +58,13 @@ def decode_attention(
         [N, H, D], dtype of query.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or range; scores that are not finite.
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; scores that are not finite; a tensor that
+            requires a gradient.
         BackendUnavailable: the implementation named cannot run.
 
     Source: Vaswani et al., arXiv 1706.03762, equation 1.
     """
+    _checks.tensor("query", query)
     if query.dim() != 3:
         raise ValueError(f"query: got shape {list(query.shape)}, expected [N, H, D]")
     if query.dtype not in _checks.FLOATING:
@@ -76,17 +85,21 @@ def decode_attention(
     if length is not None:
         _checks.vector("length", length, rows, torch.int64, query)
     scale = dim**-0.5 if scale is None else scale
-    if not math.isfinite(scale):
+    _checks.number("scale", scale, "None or a finite number")
+    if not -inf < scale < inf:
         raise ValueError(f"scale: got {scale}, expected None or a finite number")
     _checks.soft_cap(softcap)
+    if torch.is_grad_enabled():
+        _refuse_gradients(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
     prefix = (prefix_key, prefix_value, prefix_row)
-    return _decode_attention(query, key, value, first, scale, softcap, *prefix, length, impl)
+    return _without_derivatives(query, key, value, first, scale, softcap, *prefix, length, impl)
 
 
 def _positions(name: str, key: Tensor, value: Tensor, rows: str, query: Tensor) -> None:
     """Checks keys and values; those of the rows themselves have as many rows as the query."""
     dim = query.shape[2]
     for kind, tensor in (("key", key), ("value", value)):
+        _checks.tensor(f"{name}{kind}", tensor)
         fits = tensor.dim() == 4 and tensor.shape[3] == dim and tensor.shape[2] > 0
         if not fits or (rows == "N" and len(tensor) != len(query)):
             rows = str(len(query)) if rows == "N" else rows
@@ -99,6 +112,14 @@ def _positions(name: str, key: Tensor, value: Tensor, rows: str, query: Tensor) 
             raise ValueError(f"{name}{kind}: got device {tensor.device}, expected {query.device}, that of query")
     if value.shape != key.shape:
         raise ValueError(f"{name}value: got shape {list(value.shape)}, expected {list(key.shape)}, that of {name}key")
+
+
+def _refuse_gradients(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: got a tensor that requires a gradient, expected one that does not: {NO_GRADIENTS}"
+            )
 
 
 @torch.library.custom_op("pmc_fast::decode_attention", mutates_args=())
@@ -137,3 +158,6 @@ def _decode_attention(
 @_decode_attention.register_fake
 def _(query, *args):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+_without_derivatives = _autograd.not_differentiable(_decode_attention, "decode_attention", NO_GRADIENTS)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast import backend
-from pmc_fast.ops import _checks
+from pmc_fast.ops import _autograd, _checks
 
 
 def linear_logprob(
@@ -25,7 +25,8 @@ def linear_logprob(
     ``logits = logit_scale * (hidden @ weight.T + bias)``, each passed through ``softcap * tanh(logit / softcap)`` where
     softcap is given; 0 where the target is ignore_index.
 
-    Differentiable in hidden, weight and bias with any upstream gradient; the backward pass computes the logits again.
+    Differentiable once, in reverse mode, in hidden, weight and bias with any upstream gradient; the backward pass computes
+    the logits again. Gradients of its gradients and forward-mode derivatives are refused.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D] (float64 for the reference).
@@ -44,14 +45,16 @@ def linear_logprob(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or range; logits that are NaN or +inf.
+        RuntimeError: a derivative that it does not have.
         BackendUnavailable: the implementation named cannot run.
 
     Source: arXiv 2507.04219, equation 1 (log p(x|q)).
     """
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.ignored(ignore_index)
     _checks.temperature(temperature, allow_zero=False)
-    logprob, _ = _linear_logprob(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl)
+    logprob, _ = _differentiable(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl)
     return logprob
 
 
@@ -141,6 +144,11 @@ def _(upstream, hidden, weight, target, normalizer, bias, softcap, logit_scale, 
     return empty_gradients(hidden, weight, bias, needs)
 
 
+_backward_once = _autograd.not_differentiable(
+    _linear_logprob_backward, "linear_logprob", _autograd.only_once("linear_logprob")
+)
+
+
 def _save(ctx, inputs, output):
     hidden, weight, target, bias, *ctx.options = inputs
     _, normalizer = output
@@ -154,7 +162,7 @@ def _backward(ctx, upstream, _unused):
     hidden, weight, target, normalizer, bias = ctx.saved_tensors
     *options, impl = ctx.options
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    d_hidden, d_weight, d_bias = _linear_logprob_backward(
+    d_hidden, d_weight, d_bias = _backward_once(
         upstream, hidden, weight, target, normalizer, bias, *options, needs, impl
     )
     return (
@@ -166,4 +174,4 @@ def _backward(ctx, upstream, _unused):
     )
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_save)
+_differentiable = _autograd.differentiable(_linear_logprob, "linear_logprob", _save, _backward)

@@ -8,6 +8,7 @@ from pmc_fast.ops import _checks
 from pmc_fast.ops.sample import Sample, coordinates, empty_sample, preferred
 
 
+@torch.no_grad()
 def linear_sample(
     hidden: Tensor,
     weight: Tensor,
@@ -32,6 +33,8 @@ def linear_sample(
     ``hidden[hidden_row]``: many draws from the same distribution, whose logits "native" computes and truncates once, and
     "triton" computes once.
 
+    No gradients, as of ``sample``: for those of a drawn token's log-probability use `linear_logprob`.
+
     Args:
         hidden: float32, bfloat16 or float16 [N, D]; with hidden_row, [R, D].
         weight: the head, [V, D], dtype of hidden.
@@ -52,6 +55,7 @@ def linear_sample(
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
     if hidden_row is not None:
+        _checks.tensor("hidden_row", hidden_row)
         _checks.vector("hidden_row", hidden_row, hidden_row.numel(), torch.int64, hidden)
     _checks.coordinates(sequence, position, hidden if hidden_row is None else hidden_row)
     draw = (temperature, top_k, top_p, min_p, seed, sequence, position, hidden_row)

@@ -10,7 +10,7 @@ from pmc_fast.ops import _checks
 
 
 class Sample(NamedTuple):
-    """One drawn token per row; N rows.
+    """One drawn token per row; N rows. None of it carries a gradient: for those of log-probabilities use `linear_logprob`.
 
     token: int64 [N].
     logprob: float32 [N], nats; under the untempered, untruncated distribution.
@@ -24,6 +24,7 @@ class Sample(NamedTuple):
     kept_mass: Tensor
 
 
+@torch.no_grad()
 def sample(
     logits: Tensor,
     *,
@@ -41,6 +42,9 @@ def sample(
     Equivalent to ``torch.multinomial(kept.softmax(-1), 1)`` where ``kept = (logits / temperature)`` with -inf outside
     the kept set, but reproducible: the token is ``argmax(kept + gumbel(seed, sequence, position))`` (the Gumbel-max
     trick, an exact draw), so it does not depend on the other rows, their order or the implementation.
+
+    No gradients, as of ``multinomial``, whether logits require one or not: neither of the token nor of its log-probabilities.
+    For these take ``logits.log_softmax(-1).gather(1, token[:, None])``, or `linear_logprob` of the token.
 
     Args:
         logits: float32, bfloat16 or float16 [N, V]; -inf marks tokens that must not be drawn.

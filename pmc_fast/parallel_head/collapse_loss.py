@@ -37,6 +37,7 @@ def collapse_loss(
 
     Source: arXiv 2507.04219, equation 1.
     """
+    _checks.matrix("hidden", hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     _checks.vector("token_weight", token_weight, hidden.shape[0], wide, hidden)
     _checks.finite("token_weight", token_weight)

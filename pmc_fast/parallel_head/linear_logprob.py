@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pmc_fast.ops import _checks
+from pmc_fast.ops import _autograd, _checks
 from pmc_fast.parallel_head.head import check_finite, local_head
 from pmc_fast.parallel_head.shards import VocabShards, shards_of
 from pmc_fast.reference import head
@@ -33,7 +32,7 @@ def linear_logprob(
     Equivalent to ``pmc_fast.linear_logprob(hidden, torch.cat(weights of all ranks), target, ...)``; no rank holds logits
     of tokens other than its own. All ranks of the group call it with the same arguments but for weight and bias.
 
-    Differentiable in hidden, weight and bias, provided that all ranks run the backward pass with the same upstream
+    Differentiable once in hidden, weight and bias, provided that all ranks run the backward pass with the same upstream
     gradient: hidden's gradient is the sum over the ranks, the same on each; weight's and bias's are those of the rank's part.
 
     Args:
@@ -72,6 +71,7 @@ def score(
     shards = shards_of(weight, shards)
     weight, bias = local_head(shards, hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
+    _checks.ignored(ignore_index)
     _checks.temperature(temperature, allow_zero=False)
     _checks.targets(target, shards.vocab, ignore_index)
     count = len(target)
@@ -102,12 +102,17 @@ class _LogProb(torch.autograd.Function):
         check_finite(op, mass, rows)
         kept = logits if len(parts) == 1 and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, local_target, mine, mass, kept)
+        ctx.op = op
         ctx.options = shards, softcap, logit_scale, temperature
         return picked.sum(0) - mass
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        return _autograd.once(ctx.op, _LogProb._gradients(ctx, upstream))
+
+    @staticmethod
+    @torch.no_grad()
+    def _gradients(ctx, upstream):
         hidden, weight, bias, local_target, mine, mass, kept = ctx.saved_tensors
         shards, softcap, logit_scale, temperature = ctx.options
         upstream = (upstream / temperature)[:, None]

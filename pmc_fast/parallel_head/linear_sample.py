@@ -47,7 +47,7 @@ def linear_sample(
     Equivalent to ``pmc_fast.linear_sample(hidden, torch.cat(weights of all ranks), ...)``: the same tokens, since noise
     belongs to token ids (near-ties of floating point aside). Ranks exchange maxima, masses, winners and, to truncate, up to 256
     candidates of a row each, or histograms of 256 buckets. All ranks of the group call it with the same arguments but for
-    weight and bias.
+    weight and bias. No gradients, as of ``pmc_fast.linear_sample``.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D], the same on every rank; with hidden_row, [R, D].
@@ -71,6 +71,7 @@ def linear_sample(
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
     rows = hidden if hidden_row is None else hidden_row
     if hidden_row is not None:
+        _checks.tensor("hidden_row", hidden_row)
         _checks.vector("hidden_row", hidden_row, hidden_row.numel(), torch.int64, hidden)
         _checks.within("hidden_row", hidden_row, len(hidden))
     _checks.coordinates(sequence, position, rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from pmc_fast.errors import UserError
+from pmc_fast.ops import _checks
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class VocabShards:
 
     def local(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's part of the head's weight or bias, checked to be the size it should be."""
+        _checks.tensor(name, tensor)
         if isinstance(tensor, DTensor):
             if mesh_group(name, tensor) != self.group:
                 raise ValueError(f"{name}: got a DTensor of another process group than the shards'")
@@ -109,6 +111,7 @@ def mesh_group(name: str, tensor: DTensor) -> dist.ProcessGroup:
 
 def shards_of(weight: Tensor, shards: VocabShards | None, name: str = "weight") -> VocabShards:
     """The shards given, or those that a DTensor, which an error calls `name`, tells without asking the other ranks."""
+    _checks.tensor(name, weight)
     if shards is not None:
         return shards
     if not isinstance(weight, DTensor):

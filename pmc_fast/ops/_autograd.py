@@ -1,0 +1,102 @@
+"""What the ops share of derivatives: once, in reverse mode; whatever else would be silently wrong is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def differentiable(op: Callable, name: str, save: Callable, backward: Callable) -> Callable:
+    """Registers the gradients of a custom op's first output; returns the op for callers that may be in a transform.
+
+    save, backward: as `torch.library.register_autograd` wants them. In a transform all outputs are differentiable, so that
+    backward can tell by their upstream gradients that its own result is being differentiated.
+    """
+
+    def save_one(ctx, inputs, output):
+        save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    def backward_once(ctx, *upstream):
+        return once(name, backward(ctx, *upstream))
+
+    op.register_autograd(backward_once, setup_context=save_one)
+    return _transformable(op, name, save, backward)
+
+
+def not_differentiable(op: Callable, name: str, reason: str) -> Callable:
+    """Likewise of a custom op that has no gradients: asking for them raises `reason`."""
+
+    def save(ctx, inputs, output):
+        pass
+
+    def backward(ctx, *upstream):
+        raise NotImplementedError(reason)
+
+    op.register_autograd(backward, setup_context=save)
+    return _transformable(op, name, save, backward)
+
+
+def only_once(name: str) -> str:
+    return (
+        f"{name}: its gradients have no derivatives; for second-order derivatives write it in plain torch, as its docstring "
+        "does, or leave out create_graph=True"
+    )
+
+
+def once(name: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns, such that to differentiate it again raises.
+
+    torch's `once_differentiable` lets gradients pass as constants if the upstream one is a constant, as that of a loss is.
+    """
+    if not torch.is_grad_enabled():  # create_graph=False
+        return gradients
+    raising = torch._C._functions.DelayedError(only_once(name).encode(), len(gradients))
+    return tuple(raising(*(None if g is None else g.detach().requires_grad_() for g in gradients)))
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _transformable(op: Callable, name: str, save: Callable, backward: Callable) -> Callable:
+    """The op, within an autograd.Function where torch.func or forward mode is at work.
+
+    There `grad` refuses custom ops, and forward mode drops their tangents without a word. Elsewhere torch.compile would have
+    to trace a Function, but takes a custom op as it is.
+    """
+
+    def call(*args):
+        if not in_transform():
+            return op(*args)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # it cannot trace this: what it compiles then runs as it is
+        return function.apply(*args)
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(f"{name}: has no forward-mode derivatives (jvp, jacfwd, hessian)")
+
+    def vmap(info, in_dims, *args):
+        def pick(x, dim, i):
+            return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+
+        one_by_one = [call(*map(pick, args, in_dims, repeat(i))) for i in range(info.batch_size)]
+        if isinstance(one_by_one[0], Tensor):
+            return torch.stack(one_by_one), 0
+        outputs = tuple(map(torch.stack, zip(*one_by_one, strict=True)))
+        return outputs, (0,) * len(outputs)
+
+    methods = {
+        "forward": lambda *args: op(*args),
+        "setup_context": save,
+        "backward": backward,
+        "jvp": jvp,
+        "vmap": vmap,
+    }
+    function = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
+    return call

@@ -1,0 +1,82 @@
+"""Arguments of another type than the ops want are named, with what was got and what is wanted."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, parallel_head, sample
+from pmc_fast.parallel_head import VocabShards
+
+HIDDEN, WEIGHT, BIAS = torch.randn(5, 8), torch.randn(13, 8), torch.randn(13)
+TARGET, ROW = torch.randint(0, 13, (5,)), torch.zeros(5, dtype=torch.int64)
+HEAD = {"hidden": HIDDEN, "weight": WEIGHT, "bias": BIAS, "softcap": 3.0, "logit_scale": 0.7}
+DRAW = {"temperature": 0.9, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "seed": 3, "sequence": ROW, "position": ROW}
+CACHE = torch.randn(5, 2, 3, 8)
+ARGUMENTS = {
+    collapse_loss: {**HEAD, "target": TARGET, "token_weight": torch.rand(5), "ignore_index": -100},
+    linear_logprob: {**HEAD, "target": TARGET, "temperature": 0.7, "ignore_index": -100},
+    sample: {"logits": torch.randn(5, 13), **DRAW},
+    linear_sample: {**HEAD, **DRAW, "hidden_row": ROW},
+    decode_attention: {
+        "query": torch.randn(5, 4, 8),
+        "key": CACHE,
+        "value": CACHE,
+        "first": ROW,
+        "scale": 0.3,
+        "softcap": 4.0,
+        "prefix_key": CACHE,
+        "prefix_value": CACHE,
+        "prefix_row": ROW,
+        "length": ROW + 2,
+    },
+}
+SHARED = {getattr(parallel_head, op.__name__): ARGUMENTS[op] for op in (collapse_loss, linear_logprob, linear_sample)}
+OPTIONAL = ("bias", "softcap", "ignore_index", "top_k", "sequence", "position", "hidden_row", "scale", "length")
+
+
+def refuses_other_types(op, arguments):
+    op(**arguments)
+    for name, good in arguments.items():
+        bad = ["3", True, [1, 2]]
+        if isinstance(good, torch.Tensor):
+            bad += [good.numpy(), 1.0]
+        else:
+            bad.append(np.ones(1))
+        if name not in OPTIONAL and not name.startswith("prefix"):
+            bad.append(None)
+        for value in bad:
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: got .*, expected "):
+                op(**{**arguments, name: value})
+
+
+@pytest.mark.parametrize("op", ARGUMENTS, ids=lambda op: op.__name__)
+def test_other_types(op):
+    refuses_other_types(op, ARGUMENTS[op])
+
+
+@pytest.mark.parametrize("op", SHARED, ids=lambda op: op.__name__)
+def test_other_types_with_a_shared_head(op):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shards = VocabShards.of(WEIGHT)
+        refuses_other_types(lambda **arguments: op(**arguments, shards=shards), SHARED[op])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_the_errors_say():
+    for call, message in [
+        (lambda: linear_logprob(HIDDEN, WEIGHT, [1, 2]), "target: got a value of type list, expected a tensor"),
+        (lambda: sample(HIDDEN, top_p=None), r"top_p: got None, expected a number in \(0, 1\]"),
+        (lambda: sample(HIDDEN, temperature="1"), "temperature: got a value of type str, expected a number"),
+    ]:
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            call()
+
+
+def test_numbers_of_numpy(rng_seed):
+    options = {"temperature": 0.5, "logit_scale": 2, "softcap": 4.0}
+    numpys = {"temperature": np.float32(0.5), "logit_scale": np.int64(2), "softcap": np.float64(4)}
+    got, want = (linear_logprob(HIDDEN, WEIGHT, TARGET, **each) for each in (numpys, options))
+    assert torch.equal(got, want)
