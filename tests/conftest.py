@@ -30,13 +30,16 @@ def threads(request):
 
 
 @pytest.fixture(autouse=True)
-def accelerates_own_state():
-    """accelerate keeps one state for a process, which a Trainer or an Accelerator fixes: the next test starts without."""
+def what_a_process_keeps():
+    """The next test starts without accelerate's state, which a Trainer or an Accelerator fixes, and without what was compiled, of
+    which torch keeps so much for a function and then refuses to compile it again."""
     yield
     if "accelerate.state" in sys.modules:
         state = sys.modules["accelerate.state"]
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

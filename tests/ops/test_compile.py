@@ -28,7 +28,6 @@ def attention(rows, x, weight):
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("function", [losses, draws, attention])
 def test_numbers_that_change(function, dynamic, rng_seed):
-    torch._dynamo.reset()
     weight = torch.randn(13, 8, requires_grad=function is losses)
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows, x in ((3, 0.5), (5, 0.7), (7, 0.9)):
