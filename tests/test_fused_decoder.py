@@ -2,26 +2,13 @@
 
 import pytest
 import torch
-from tiny import VOCAB, make_model
+from tiny import KNOWN, VOCAB, make_model
 
 from pmc_fast import attention, fast_linear, fused_decoder
 from pmc_fast.native import library
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
-FUSED = {
-    "llama": {},
-    "mistral": {"sliding_window": 6},
-    "qwen2": {},
-    "qwen3": {},
-    "phi": {},
-    "phi3": {},
-    "granite": {},
-    "gemma": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "olmo2": {},
-}
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 
 
@@ -47,7 +34,7 @@ def built(monkeypatch):
 
 
 def make(family, seed):
-    model = make_model(family, seed=seed, **FUSED[family])
+    model = make_model(family, seed=seed, **KNOWN[family])
     if family == "gemma2":  # transformers gives it eager attention, training this library's
         attention.install(model)
     return model
@@ -68,7 +55,7 @@ def by_modules(model, seed, monkeypatch, **options):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", KNOWN)
 def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)
     got = sample(model, rng_seed, prompts=prompts)
@@ -124,7 +111,7 @@ def error(samples, exact):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", KNOWN)
 def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_modules_are(family, isa, built, monkeypatch, rng_seed):
     """Between the layers it keeps float32."""
     monkeypatch.setattr(fast_linear, "has_fast_bfloat16", lambda: False)

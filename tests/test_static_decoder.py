@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, make_model, make_tokenizer
+from tiny import KNOWN, VOCAB, make_model, make_tokenizer
 
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sample, watch
@@ -24,19 +24,6 @@ from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler
 from pmc_fast.static_rows import STEPS_AHEAD, Counts
 
-KNOWN = {
-    "llama": {},
-    "mistral": {"sliding_window": 6},
-    "qwen2": {},
-    "qwen3": {},
-    "phi": {},
-    "phi3": {},
-    "granite": {},
-    "gemma": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "olmo2": {},
-}
 BOTH = {"llama": "cuda graph", "cohere": "cuda graph of modules"}  # one of a known kind, one of any other
 KERNELS = gpu.kernels
 

@@ -58,6 +58,13 @@ MORE = {
     "phimoe": {"num_local_experts": 4, "sliding_window": 6},
 }
 
+# What the decoders of this library know, and what of it they are to see.
+KNOWN = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    **dict.fromkeys(("qwen2", "qwen3", "phi", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2"), {}),
+}
+
 
 def make_model(family: str = "llama", seed: int = 0, **changes):
     """A model with random weights, large enough that its distributions are not flat."""
