@@ -84,6 +84,8 @@ class Case:
     def _generate(self) -> Drawn:
         from transformers import GenerationConfig
 
+        from pmc_fast.integrations.samplers import own_settings
+
         config, prompts = self.task.config, self.task.prompts
         ids, mask = (x.repeat_interleave(config.num_samples, 0) for x in self.inputs)
         draw = {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p}
@@ -95,7 +97,8 @@ class Case:
             **({} if self.greedy else draw),
         )
         torch.manual_seed(config.seed)
-        tokens = self.task.model.generate(ids, attention_mask=mask, generation_config=options)[:, ids.shape[1] :]
+        with own_settings(self.task.model):
+            tokens = self.task.model.generate(ids, attention_mask=mask, generation_config=options)[:, ids.shape[1] :]
         ended = torch.isin(tokens, torch.tensor(list(prompts.end_ids), device=tokens.device))
         first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
         count = int(first.sum())

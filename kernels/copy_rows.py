@@ -12,7 +12,7 @@ ELEMENTS = 4096  # copied at a time
 PROGRAMS = 1024  # about so many share the copies: there are hardly ever many, and often none
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])  # 1 would be a Python number, which has no dtype
 def copy_rows_kernel(
     own,  # [planes / HEADS, rows, HEADS, positions, DIM]
     source,  # int64 [copies]

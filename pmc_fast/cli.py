@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()  # here, rather than when Python ends
+            if sys.stdout is not None:  # closed before the start, as under some daemons
+                sys.stdout.flush()  # here, rather than when Python ends
     except BrokenPipeError:  # as in pmc-fast doctor | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes in the end
         return 128 + 13  # what a shell makes of SIGPIPE

@@ -192,7 +192,7 @@ def method(options: argparse.Namespace, defaults: PMCConfig) -> PMCConfig:
 def open_run(options: argparse.Namespace) -> Run:
     """The run in --out, checked against these options and what their files hold; nothing is written yet."""
     config = {name: value for name, value in vars(options).items() if name not in _HARMLESS}
-    config |= {name: file_option(config[name]) for name in _FILES if config.get(name) is not None}
+    config |= {name: file_option(config[name]) for name in _FILES if config.get(name)}
     if "utility" in config:
         config["utility"] = {Path(file).stem: file_option(file) for file in options.utility}
     if Path(options.model).is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from types import NoneType
 from typing import get_args, get_type_hints
 
@@ -68,6 +69,7 @@ class PMCConfig:
 
         for name, annotation in get_type_hints(PMCConfig).items():
             types = get_args(annotation) or (annotation,)
+            object.__setattr__(self, name, _plain(getattr(self, name)))
             wanted = " or ".join(_TYPES[one] for one in types)
             require(name, _is_one_of(getattr(self, name), types), wanted)
         for name in ("num_samples", "epochs", "batch_size", "accumulation"):
@@ -86,6 +88,13 @@ class PMCConfig:
             value = getattr(self, name)
             require(name, value is None or value >= 1, "None or an integer of at least 1")
         require("max_new_tokens", self.max_new_tokens is not None or self.max_length is not None, "it or max_length")
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers as Python's, which JSON knows, too."""
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
 
 
 _TYPES = {int: "an integer", float: "a number", bool: "True or False", str: "a text", NoneType: "None"}

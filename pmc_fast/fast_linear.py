@@ -71,19 +71,19 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
     ]
     packs, room, held = _has_library(), int(free_bytes(torch.device("cpu")) * PACKED_SHARE), {}
-    for layer in layers:
-        if not _gains(layer.weight):
-            continue
-        if packs and (needed := packed_bytes(layer.weight)) <= room:
-            room -= needed
-            held[_identity(layer.weight)] = weight = pack(layer.weight)
-            layer.forward = partial(_forward, layer, partial(packed_linear, weight=weight))
-        elif _has_onednn():
-            layer.forward = partial(_forward, layer, partial(_widened, weight=layer.weight))
-    if head is not None and _gains(head) and packs and packed_bytes(head) <= room:
-        held[_identity(head)] = pack(head)
     token = _packed.set(held)
     try:
+        for layer in layers:
+            if not _gains(layer.weight):
+                continue
+            if packs and (needed := packed_bytes(layer.weight)) <= room:
+                room -= needed
+                held[_identity(layer.weight)] = weight = pack(layer.weight)
+                layer.forward = partial(_forward, layer, partial(packed_linear, weight=weight))
+            elif _has_onednn():
+                layer.forward = partial(_forward, layer, partial(_widened, weight=layer.weight))
+        if head is not None and _gains(head) and packs and packed_bytes(head) <= room:
+            held[_identity(head)] = pack(head)
         yield
     finally:
         _packed.reset(token)

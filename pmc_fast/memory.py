@@ -61,4 +61,5 @@ def _free_of_groups() -> Iterator[int]:
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # not mounted, or no limit
                 continue
-            yield max(0, limit - used + int(stat.get("total_inactive_file", stat.get("inactive_file", 0))))
+            files = sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in ("active_file", "inactive_file"))
+            yield max(0, limit - used + files)

@@ -261,8 +261,9 @@ class PMC:
             streams = torch.tensor([ledger.visits[q] * len(ledger.questions) + q for q in questions])
             limits = self._limits(batches)
             max_length = config.max_length if config.max_new_tokens is None else None
-            # An answer that is cut off is trained on with an end token.
-            self.lm.positions.check_answers(torch.tensor([len(ids) for ids in prompts]), limits, max_length, more=1)
+            if self.lm.positions.fixed:  # else the sampler warns
+                # An answer that is cut off is trained on with an end token.
+                self.lm.positions.check_answers(torch.tensor([len(ids) for ids in prompts]), limits, max_length, more=1)
             samples = self.sampler.sample(
                 input_ids,
                 attention_mask,

@@ -63,7 +63,7 @@ class Positions:
         where = f"the model has positions for {self.most} tokens{'' if more else ', all but the last one of an answer'}"
         if not self.fixed:  # as transformers' generate does
             warnings.warn(
-                f"{name}: prompt and answer may have more than {self.most} tokens together, the model's "
+                f"max_new_tokens or max_length: prompt and answer may have more than {self.most} tokens together, the model's "
                 "max_position_embeddings; its answers may be worse there",
                 stacklevel=5,
             )

@@ -16,8 +16,9 @@ from pmc_fast.prompts import Prompts
 def check_sampling(model: nn.Module, prompts: Prompts, forget: Sequence[QA], config: PMCConfig) -> None:
     """Raise UserError if the limit of `config` leaves no room for an answer to a question, or more than `model` has."""
     asked = [(len(prompts.prompt_ids(row.question)), row.question) for row in forget]
+    # An answer that is cut off is trained on with an end token.
     if config.max_new_tokens is not None:
-        _check(model, ((width + config.max_new_tokens, question) for width, question in asked), "--max-new-tokens")
+        _check(model, ((width + config.max_new_tokens + 1, question) for width, question in asked), "--max-new-tokens")
         return
     width, question = max(asked)
     if width >= config.max_length:
@@ -25,7 +26,7 @@ def check_sampling(model: nn.Module, prompts: Prompts, forget: Sequence[QA], con
             f"--max-length: got {config.max_length}, which leaves no room for an answer behind the {width} tokens that "
             f"ask {_quoted(question)}; raise it, or give --max-new-tokens instead"
         )
-    _check(model, [(config.max_length, question)], "--max-length")
+    _check(model, [(config.max_length + 1, question)], "--max-length")
 
 
 def check_evaluation(model: nn.Module, prompts: Prompts, rows: Iterable[QA], tokens: int, prefill: str = "") -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pmc_fast.errors import UserError
 
 _TEMPORARY = ".tmp-"
+_FORM = 2  # of config.json: files among the options by what they hold
 
 
 def holds_run(folder: str | os.PathLike[str]) -> bool:
@@ -21,7 +22,14 @@ def holds_run(folder: str | os.PathLike[str]) -> bool:
         held = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(held, dict) and held.get("pmc_fast_run") == 1
+    return isinstance(held, dict) and "pmc_fast_run" in held
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a machine lacked the room, which says nothing of what was to be loaded."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def file_option(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -68,7 +76,7 @@ class Run:
             for path in self.folder.glob(_TEMPORARY + "*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if not self.resumed:
-                self.write_json("config.json", {"pmc_fast_run": 1, "options": self.config})
+                self.write_json("config.json", {"pmc_fast_run": _FORM, "options": self.config})
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written to ({error.strerror}); choose another --out") from None
 
@@ -98,7 +106,13 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); make it readable, or choose another --out"
+            ) from error
         except Exception as error:  # at damaged files torch raises what it likes, with advice that is none here
+            if is_out_of_memory(error):
+                raise
             raise self.damaged(path.name, f"torch cannot load it: {type(error).__name__}") from error
         if state is not None and not (isinstance(state, dict) and isinstance(state.get("step"), int)):
             raise self.damaged(path.name, "it is no checkpoint")
@@ -168,7 +182,12 @@ class Run:
                 f"{self.folder}: the folder holds another run; choose another --out, delete it, or continue it with "
                 "--resume and the options it was started with"
             )
-        held = self._read("config.json", "options")["options"]
+        held = self._read("config.json", "options")
+        if held["pmc_fast_run"] != _FORM:
+            raise UserError(
+                f"{self.folder}: the folder holds a run of another version of pmc-fast; choose another --out"
+            )
+        held = held["options"]
         if not isinstance(held, dict):
             raise self.damaged("config.json", "its options are none")
         command, wanted = held.get("command"), self.config.get("command")

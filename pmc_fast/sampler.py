@@ -155,6 +155,8 @@ class Sampler:
         """
         positions, vocabulary = self.lm.positions, self.lm.model.get_input_embeddings()
         limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, positions)
+        if attention_mask is not None:  # a token that pads may be none of the model's
+            input_ids = input_ids.masked_fill(attention_mask == 0, 0)
         check_vocabulary(input_ids, getattr(vocabulary, "num_embeddings", None))
         ends = torch.tensor(end_tokens(eos_token_id))
         device, prompts = input_ids.device, len(input_ids)
@@ -220,13 +222,18 @@ class Sampler:
             needed = self.cache_bytes(num_samples, rounded(width) + rounded(steps)) + self.cache_bytes(1, width)
         given = cache_budget is not None
         if not given:
-            cache_budget = smallest(self.lm.model, int(free_bytes(input_ids.device) * CACHE_SHARE))
+            kept = self._kept.held_bytes if self._kept else 0  # which this call uses again, or frees
+            cache_budget = smallest(self.lm.model, int((free_bytes(input_ids.device) + kept) * CACHE_SHARE))
         if needed > cache_budget and given:
             raise ValueError(
                 f"cache_budget: got {cache_budget} bytes, expected at least {needed}, the keys and values of "
                 f"{num_samples} answers to one prompt"
             )
-        return max(1, cache_budget // needed)
+        fits = max(1, cache_budget // needed)
+        if self._kept is None or fits >= len(input_ids):
+            return fits
+        # A last wave of fewer prompts has memory of its own, which is kept beside the others'.
+        return next(count for count in range(fits, 0, -1) if count + len(input_ids) % count <= fits)
 
 
 def _run(

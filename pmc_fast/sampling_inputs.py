@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -38,9 +39,7 @@ def check_vocabulary(input_ids: Tensor, size: int | None) -> None:
         return
     outside = input_ids[(input_ids < 0) | (input_ids >= size)]
     if len(outside):
-        raise ValueError(
-            f"input_ids: got token {int(outside[0])}, expected ids in [0, {size}), the model's vocabulary (padding included)"
-        )
+        raise ValueError(f"input_ids: got token {int(outside[0])}, expected ids in [0, {size}), the model's vocabulary")
 
 
 def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
@@ -50,7 +49,7 @@ def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
         ends = [given] if isinstance(given, int) else [plain(end) for end in given]
     except TypeError:
         ends = [None]
-    if any(isinstance(end, bool) or not isinstance(end, int) or end < 0 for end in ends):
+    if any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
         raise TypeError(f"eos_token_id: got {eos_token_id!r}, expected a token id or a list of them")
     if not ends:
         raise ValueError("eos_token_id: got none, expected at least one token id")
@@ -77,7 +76,7 @@ def answer_limits(
 ) -> Tensor:
     """Tokens per answer at most, int64 [B] on the CPU; checks the arguments it is made from."""
     check_prompts(input_ids, attention_mask)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
         raise ValueError(f"num_samples: got {num_samples!r}, expected an integer of at least 1")
     if (max_new_tokens is None) == (max_length is None):
         raise ValueError(

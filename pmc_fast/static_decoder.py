@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +72,8 @@ def static_decoder(
 
     if kept is None:
         return make()
-    head = (lm.head.weight.data_ptr(), None if lm.head.bias is None else lm.head.bias.data_ptr())
+    bias = None if lm.head.bias is None else lm.head.bias.data_ptr()
+    head = (lm.head.weight.data_ptr(), bias, lm.head.softcap, lm.head.logit_scale)
     return kept.get((sizes, tuple(ends.tolist()), *draw.items(), *head, *reads), make)
 
 
@@ -92,6 +93,11 @@ class KeptDecoders:
     def __init__(self) -> None:
         self._earlier: dict[Hashable, StaticDecoder | None] = {}
         self._used: dict[Hashable, StaticDecoder | None] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Keys and values of the decoders that are kept."""
+        return sum(decoder.layers.held_bytes for decoder in self._used.values() if decoder is not None)
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -184,8 +190,17 @@ class StaticDecoder:
         """A graph of a step; None, and a warning, if torch cannot capture it: then all steps are launched one by one."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # The outer stream is back even where the capture fails. Of streams, torch has one for all devices by default.
+            # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=_capture_stream(self._lm.head.weight.device),
+                    capture_error_mode="thread_local",
+                ),
+            ):
                 self._step(rows)
         except RuntimeError as error:
             self.captures, self._refused = False, True
@@ -202,6 +217,11 @@ class StaticDecoder:
         draws = {"sequence": self._rows.sequence, "position": self._rows.step, "hidden_row": self._rows.row}
         token, logprob, *_ = self._linear_sample(hidden, self._lm.head.weight, **draws, **self._draw_options)
         self._rows.record(token, logprob)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _graph_rows(rows: int, texts: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -64,13 +64,17 @@ def read_static_layers(lm: LanguageModel, filled: Prefill) -> Layers[_Norm, _Lin
     return layers
 
 
-def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[float | None]:
-    """Where the weights lie that a step reads, and the numbers that it multiplies them with."""
+def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[Hashable]:
+    """Where the tensors lie that a step reads, and the numbers that are in it."""
     yield layers.embed.scale
-    tensors = [layers.embed.weight]
+    for layer in layers.layers:
+        yield replace(layer.attention, keys_at=0, packed=False)
+    tensors = [layers.embed.weight, *layers.angles.rotary.buffers()]
     for part in chain([layers.final], *(vars(layer).values() for layer in layers.layers)):
         if isinstance(part, (_Norm, _Linear)):
             tensors += [part.parts.weight, part.parts.bias]
+        if isinstance(part, _Norm):
+            yield part.parts.epsilon
         if isinstance(part, _Linear):
             for down, up, scale in part.parts.adapters:
                 tensors += [down, up]

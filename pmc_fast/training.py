@@ -19,7 +19,7 @@ from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.phases import phase
 from pmc_fast.pmc import PMC
-from pmc_fast.runs import Run
+from pmc_fast.runs import Run, is_out_of_memory
 
 # What the random draws are for; part of each draw's seed.
 _ORDER, _RETAIN, _DROPOUT = range(3)
@@ -212,6 +212,8 @@ class _Loop:
             self.pmc.load_state_dict(json.loads(state["pmc"]))
             self.seconds = Counter(state["seconds"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise self.run.damaged("checkpoint.pt", "it is none of this model and method") from error
         self.step = state["step"]
 

@@ -160,6 +160,11 @@ def test_output_that_nobody_reads_ends_it_quietly(buffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_output_that_was_closed_before(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main(["doctor"]) == 0
+
+
 @pytest.mark.parametrize("command", ["demo", "finetune", "unlearn", "evaluate", "doctor"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -1,8 +1,9 @@
 """The published loop's rules, one by one, as METHOD and the paper state them."""
 
+import json
 import math
 import string
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -220,9 +221,10 @@ def test_values_of_another_type(name, value, wanted):
 
 def test_an_integer_is_a_number_and_every_field_is_checked():
     config = PMCConfig(
-        temperature=1, top_p=1, top_k=None, learning_rate=np.float64(1e-5), max_length=None, max_new_tokens=9
+        temperature=1, top_p=1, top_k=None, learning_rate=np.float32(0.5), max_length=None, max_new_tokens=np.int64(9)
     )
-    assert (config.temperature, config.top_p) == (1, 1)
+    assert (config.temperature, config.top_p, config.learning_rate, config.max_new_tokens) == (1, 1, 0.5, 9)
+    json.dumps(asdict(config))  # of Python's numbers
     for field in fields(PMCConfig):
         with pytest.raises(UserError, match=f"^{field.name}: got <object"):
             PMCConfig(**{field.name: object()})

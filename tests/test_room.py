@@ -46,14 +46,14 @@ def test_answers_need_positions_where_there_is_a_table_of_them(model):
     longest, behind = len("Who was it then?"), len(" It.") + 1
     exact, over = (QA("?" * (TOKENS - behind + more), "It.") for more in (0, 1))
     fits = [
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=TOKENS)),
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=TOKENS - longest)),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=TOKENS - 1)),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=TOKENS - longest - 1)),
         outcome(check_evaluation, model, PROMPTS, ROWS, TOKENS - longest),
         outcome(check_training, model, PROMPTS, [*ROWS, exact], "--retain"),
     ]
     refused = [
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=TOKENS + 1)),
-        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=TOKENS - longest + 1)),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_length=TOKENS)),
+        outcome(check_sampling, model, PROMPTS, ROWS, PMCConfig(max_new_tokens=TOKENS - longest)),
         outcome(check_evaluation, model, PROMPTS, ROWS, TOKENS - longest + 1),
         outcome(check_evaluation, model, PROMPTS, ROWS, TOKENS - longest, " It"),
         outcome(check_training, model, PROMPTS, [*ROWS, over], "--retain"),

@@ -73,8 +73,8 @@ def test_another_run_may_begin_meanwhile(tmp_path):
 @pytest.mark.parametrize(
     "name, content, reason, advice",
     [
-        ("config.json", '{"pmc_fast_run": 1}', "lacks 'options'", "delete the folder"),
-        ("config.json", '{"pmc_fast_run": 1, "options": 3}', "options are none", "delete the folder"),
+        ("config.json", '{"pmc_fast_run": 2}', "lacks 'options'", "delete the folder"),
+        ("config.json", '{"pmc_fast_run": 2, "options": 3}', "options are none", "delete the folder"),
         ("start.json", '{"bef', "not JSON", "delete this file"),
         ("start.json", "[1]", "lacks 'before'", "delete this file"),
         ("report.json", "", "not JSON", "delete this file"),
@@ -98,6 +98,45 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name, content, reason
         run = Run(tmp_path, {}, resume=True)
         assert (run.beginning is None) == (name == "start.json")
         assert (run.load_checkpoint() is None) == (name == "checkpoint.pt")
+
+
+def test_a_run_of_another_version(tmp_path):
+    start(tmp_path)
+    (tmp_path / "config.json").write_text('{"pmc_fast_run": 1, "options": {}}')
+    with pytest.raises(UserError, match=f"^{tmp_path}: .* run of another version of pmc-fast; choose another --out"):
+        Run(tmp_path, {}, resume=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=repr,
+)
+def test_a_checkpoint_that_finds_no_room_is_not_damaged(error, tmp_path, monkeypatch):
+    def load(*args, **options):
+        raise error
+
+    run = start(tmp_path)
+    run.save_checkpoint({"step": 1})
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as caught:
+        run.load_checkpoint()
+    assert caught.value is error
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch):
+    def load(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    run = start(tmp_path)
+    run.save_checkpoint({"step": 1})
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read \\(Permission denied\\)"):
+        run.load_checkpoint()
 
 
 def test_a_file_of_tensors_that_is_no_checkpoint(tmp_path):

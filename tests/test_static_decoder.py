@@ -7,7 +7,7 @@ models of other kinds get there is in test_static_modules.py.
 import gc
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -197,7 +197,7 @@ def captured(monkeypatch):
             run(decoder, rows)
 
     @contextmanager
-    def capture(graph, pool, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
         capturing.append(graph)
         yield
         capturing.clear()
@@ -211,6 +211,9 @@ def captured(monkeypatch):
     monkeypatch.setattr(static_decoder.StaticDecoder, "__init__", make)
     monkeypatch.setattr(static_decoder.StaticDecoder, "_step", step)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(static_decoder, "_capture_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     return seen
 
@@ -338,6 +341,36 @@ def test_kept_memory_fits_the_budget(built, rng_seed):
     sample(sampler, rng_seed, cache_budget=2 * one)
     assert [decoder.sizes.prompts for decoder in built] == [2, 2] and built[0] is built[1]
     assert built[0].layers.held_bytes <= 2 * one
+    built.clear()
+    sample(sampler, rng_seed, cache_budget=3 * one)  # waves of 3 and 1 would hold memory for 4
+    assert [decoder.sizes.prompts for decoder in built] == [2, 2] and sampler._kept.held_bytes <= 3 * one
+
+
+def test_what_a_call_keeps_is_free_for_the_next(built, monkeypatch, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    total = 2 * 4 * (sampler.cache_bytes(4, 32 + 32) + sampler.cache_bytes(1, 7))
+    monkeypatch.setattr("pmc_fast.sampler.free_bytes", lambda device: total - sampler._kept.held_bytes)
+    for _ in range(3):
+        sample(sampler, rng_seed)
+    assert len(built) == 3 and built[0] is built[1] is built[2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.model.norm, "variance_epsilon", 0.1),
+        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1),
+        lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
+    ],
+    ids=["epsilon", "scale", "angles"],
+)
+def test_kept_graphs_know_the_numbers_in_them(change, built, monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed).to(DEVICE)
+    sampler = Sampler(model, keep_graphs=True)
+    sample(sampler, rng_seed)
+    change(model)
+    assert_same(sample(sampler, rng_seed), by_modules(model, rng_seed, monkeypatch))
+    assert built[0] is not built[1]
 
 
 @pytest.mark.parametrize("family", BOTH)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,16 @@ class _Request:
     seed: int
     sequences: list[int]
 
+    def of(self, rows: list[int]) -> _Request:
+        """What is drawn for some of the prompts."""
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            limits=[self.limits[row] for row in rows],
+            sequences=[self.sequences[row] for row in rows],
+        )
+
 
 class _EngineSampler:
     """``Sampler.sample`` for engines that draw whole answers; a subclass says how, in ``_draw``."""
@@ -61,6 +72,7 @@ class _EngineSampler:
         positions = Positions.of(self.model)
         limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, positions).tolist()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        input_ids = input_ids.masked_fill(mask == 0, 0)  # a token that pads may be none of the model's
         copies = num_samples if temperature else 1  # greedy answers are all the same
         ends, sequences = tuple(end_tokens(eos_token_id)), _sequences(sequence_ids, len(input_ids))
         drawn = self._draw(
@@ -92,6 +104,19 @@ class GenerateSampler(_EngineSampler):
         self.model = model
 
     def _draw(self, request: _Request) -> list[list[list[int]]]:
+        lengths, positions = (request.attention_mask != 0).sum(1).cpu(), Positions.of(self.model)
+        longest = max(request.limits, default=0)
+        if not positions.fixed or not len(lengths) or int(lengths.max()) + longest - 1 <= positions.most:
+            return self._generate(request)
+        # Rows go on as long as others do, so those with less room are not asked together with them.
+        drawn: list[list[list[int]]] = [[] for _ in request.limits]
+        for limit in set(request.limits):
+            rows = [row for row, its in enumerate(request.limits) if its == limit]
+            for row, answers in zip(rows, self._generate(request.of(rows)), strict=True):
+                drawn[row] = answers
+        return drawn
+
+    def _generate(self, request: _Request) -> list[list[list[int]]]:
         from transformers import GenerationConfig
 
         draw = {"do_sample": False}
@@ -103,32 +128,35 @@ class GenerateSampler(_EngineSampler):
                 "top_p": request.top_p,
             }
             draw |= {"min_p": request.min_p} if request.min_p else {}
-        longest = max(request.limits)  # rows with less go on as long as others do
-        lengths = (request.attention_mask != 0).sum(1).cpu()
-        Positions.of(self.model).check_answers(lengths, torch.full_like(lengths, longest), None)
         wanted = GenerationConfig(
-            max_new_tokens=longest,
+            max_new_tokens=max(request.limits),  # rows with less go on as long as others do
             eos_token_id=list(request.ends),
             pad_token_id=request.ends[0],
             **draw,
         )
         input_ids, copies = request.input_ids, request.copies
         devices = [input_ids.device] if input_ids.device.type == "cuda" else []
-        theirs = self.model.generation_config
-        with torch.random.fork_rng(devices=devices), evaluating(self.model):
+        with torch.random.fork_rng(devices=devices), evaluating(self.model), own_settings(self.model):
             torch.manual_seed(_seed(request.seed, *request.sequences))
-            # What the wanted configuration leaves open, such as a repetition penalty, generate takes from the model's.
-            self.model.generation_config = GenerationConfig()
-            try:
-                rows = self.model.generate(
-                    input_ids=input_ids.repeat_interleave(copies, dim=0),
-                    attention_mask=request.attention_mask.repeat_interleave(copies, dim=0),
-                    generation_config=wanted,
-                    use_cache=True,
-                )
-            finally:
-                self.model.generation_config = theirs
+            rows = self.model.generate(
+                input_ids=input_ids.repeat_interleave(copies, dim=0),
+                attention_mask=request.attention_mask.repeat_interleave(copies, dim=0),
+                generation_config=wanted,
+                use_cache=True,
+            )
         return rows[:, input_ids.shape[1] :].view(len(input_ids), copies, -1).tolist()
+
+
+@contextmanager
+def own_settings(model: nn.Module) -> Iterator[None]:
+    """Within a with block, generate takes what a configuration leaves open, such as a repetition penalty, from nobody."""
+    from transformers import GenerationConfig
+
+    theirs, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
 
 
 class VLLMSampler(_EngineSampler):

@@ -54,6 +54,15 @@ class TestGenerate:
         got, want = (one.sample(ids, mask, **options) for one in (GenerateSampler(model), Sampler(model)))
         assert torch.equal(got.tokens, want.tokens)
 
+    def test_limits_that_fit_their_own_prompts_alone(self, rng_seed):
+        model = make_model("gpt2", seed=rng_seed, n_positions=24)
+        ids, mask = pad_left([[3], [5] * 20, [7, 8]], 256)
+        limits = torch.tensor([24, 5, 23])
+        options = {"max_new_tokens": limits, "num_samples": 2, "temperature": 0.0, "eos_token_id": 300}
+        got, want = (one.sample(ids, mask, **options) for one in (GenerateSampler(model), Sampler(model)))
+        assert got.lengths.tolist() == [[limit] * 2 for limit in limits.tolist()]
+        assert torch.equal(got.tokens, want.tokens)
+
     def test_draws_are_well_formed_and_repeatable(self, rng_seed):
         model, ends = make_model(seed=rng_seed), list(range(0, 259, 7))
         model.generation_config.repetition_penalty = 5.0
