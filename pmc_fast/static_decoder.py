@@ -121,6 +121,7 @@ class StaticDecoder:
 
     Attributes:
         captures: whether steps are graphs.
+        name: see `Sampler.decoder`.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class StaticDecoder:
         options = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale, **draw}
         self._linear_sample = backend.load("linear_sample", options.pop("impl"))
         self._draw_options = options
-        self.captures, self._refused = head.weight.is_cuda, False
+        self.captures, self.name = head.weight.is_cuda, layers.name
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by rows; None: a step ran, which was not captured
         self._pool = None
 
@@ -169,11 +170,6 @@ class StaticDecoder:
                 progress(running)
         return self._rows.results()
 
-    @property
-    def name(self) -> str:
-        """See `Sampler.decoder`."""
-        return self.layers.name if not self._refused else "launches"
-
     def _advance(self, rows: int) -> None:
         """One step: the first of so many rows compiles what has to be, a second one is captured, and then replayed.
 
@@ -203,7 +199,7 @@ class StaticDecoder:
             ):
                 self._step(rows)
         except RuntimeError as error:
-            self.captures, self._refused = False, True
+            self.captures, self.name = False, "launches"
             warnings.warn(f"a decoding step cannot be captured as a CUDA graph, so it is slow: {error}", stacklevel=2)
             return None
         self._pool = graph.pool()
