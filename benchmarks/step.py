@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import results
 from benchmarks.bench import Wrong
+from benchmarks.limits import Limits, measure_limits
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment
 from pmc_fast.phases import phase
 
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """Check that both compute the same, measure them in turns, print a table and write the result."""
     task = load(args, device)
     where = environment(device, args.seed)
+    limits = measure_limits(device, [getattr(torch, args.dtype)])
     contestants: dict[str, Contestant] = {}
     turns: dict[str, list[Turn]] = {PUBLISHED: [], OURS: [], PRUNED: []}
     with tqdm(total=1 + len(turns) * (args.repeats + 2), unit="turn", disable=None) as bar:
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         bar.set_description("same loss and gradients?")
         agreement = check(task, contestants)
         bar.update()
-        order = list(contestants)
+        order, train_flops = list(contestants), 0
         weights = _fingerprint(task.model)
         for repeat in range(args.repeats + 1):
             for name in order if repeat % 2 else reversed(order):
@@ -104,11 +106,20 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                     raise Wrong(f"{name} changed the model's weights at a learning rate of 0")
                 if repeat:
                     turns[name].append(turn)
+                elif name == OURS:
+                    train_flops = contestants[name].train_flops()
                 bar.update()
             if repeat and args.json:  # after each round, so that a run cut short loses nothing
-                content = {**summary(turns), "agreement": agreement, "config": options(args, task)}
+                content = {**summary(turns), **training(turns, train_flops, limits, args.dtype)}
+                content |= {"agreement": agreement, "config": options(args, task)}
                 results.write(args.json, SCHEMA, {**content, "environment": where, "command": args.command_line})
-    print(table(summary(turns), args.repeats))
+    print(table({**summary(turns), **training(turns, train_flops, limits, args.dtype)}, args.repeats))
+
+
+def training(turns: Mapping[str, Sequence[Turn]], flops: int, limits: Limits, dtype: str) -> dict[str, Any]:
+    """The operations of pmc_fast's training part, the machine's limits, and what share of its rate of products that is."""
+    share = flops / limits.flops_per_s[dtype] / Spread.of([turn.train_s for turn in turns[OURS]]).median
+    return {"train_flops": flops, "train_share_of_limit": share, "limits": asdict(limits)}
 
 
 def options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
@@ -276,6 +287,22 @@ class PmcFast:
         tokens = stats["sampled_tokens"], stats["decoded_tokens"]
         return Turn(sample, score, train, total.seconds, *tokens, peak.bytes)
 
+    def train_flops(self) -> int:
+        """Operations of the products of the last turn's forward and backward pass, its picks trained on again."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        from pmc_fast.flops import FORMULAS
+
+        ledger = self._pmc.state_dict()["ledger"]
+        picked = {
+            index: {**entry, "score": 0.0} for index, entry in ledger["entries"].items()
+        }  # final: nothing is sampled
+        self._pmc.load_state_dict({**self._start, "ledger": {**ledger, "entries": picked}})
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            self._pmc.loss(self._indices, self._task.retain).backward()
+        self._task.model.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
 
 def check(task: Task, contestants: Mapping[str, Contestant]) -> dict[str, float]:
     """Raise Wrong unless both start from the same greedy answers and take the same step towards them.
@@ -384,4 +411,8 @@ def table(result: Mapping[str, Any], repeats: int) -> str:
             continue
         low, high = result["spread"]["ratio"][name]
         lines.append(f"{title:24}{result['ratio'][name]:>13.2f}x  ({low:.2f} - {high:.2f})")
+    if "train_share_of_limit" in result:
+        lines.append(
+            f"{'training, of the limit':24}{result['train_share_of_limit']:>13.0%}   (the rate of large products)"
+        )
     return "\n".join(lines)

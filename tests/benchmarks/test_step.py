@@ -1,5 +1,6 @@
 """`python -m benchmarks step` measures what it says, refuses what it cannot, and writes its schema."""
 
+import argparse
 import json
 
 import pytest
@@ -44,6 +45,25 @@ def test_step_writes_its_schema(tmp_path, capsys, rng_seed):
     assert result["agreement"]["loss_error"] < 1e-4
     printed = capsys.readouterr().out
     assert f"{result['ratio']['train']:.2f}x" in printed
+    assert 0 < result["train_share_of_limit"] < 1
+    assert result["train_flops"] == pytest.approx(
+        result["train_share_of_limit"] * result["limits"]["flops_per_s"]["float32"] * result["pmc_fast"]["train_s"]
+    )
+    assert f"{result['train_share_of_limit']:.0%}" in printed
+
+
+def test_training_counts_the_products_of_layers_and_head(rng_seed):
+    options = argparse.Namespace(
+        model=None, forget=None, retain=None, batch_size=2, num_samples=1, max_length=44, dtype="float32", seed=rng_seed
+    )
+    task = step.load(options, torch.device("cpu"))
+    ours = step.PmcFast(task)
+    ours.turn()
+    tokens = ours._pmc.stats["trained_tokens"]
+    layers = sum(p.numel() for name, p in task.model.named_parameters() if p.dim() == 2 and "layers" in name)
+    head = task.model.get_output_embeddings().weight.numel()
+    labels = (ours.train_flops() - 6 * layers * tokens) / (6 * head)
+    assert labels == int(labels) and 4 <= labels < tokens  # four answers of a token at least
 
 
 def test_ratios_compare_time_per_sampled_token():

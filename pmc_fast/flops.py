@@ -1,0 +1,54 @@
+"""How many floating-point operations the ops take, for torch's FlopCounterMode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pmc_fast import ops as _ops  # noqa: F401  registers the ops that are counted
+
+Shape = Sequence[int]
+
+
+def _product(hidden: Shape, weight: Shape) -> int:
+    return 2 * hidden[0] * weight[0] * weight[1]
+
+
+def _collapse_loss(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
+    *_, needs, _impl = args
+    return _product(hidden, weight) * (1 + sum(needs[:2]))
+
+
+def _linear_logprob(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
+    return _product(hidden, weight)
+
+
+def _linear_logprob_backward(upstream: Shape, hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
+    return _collapse_loss(hidden, weight, *args, out_shape=out_shape)
+
+
+def _linear_sample(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
+    return _product(hidden, weight)
+
+
+def _decode_attention(query: Shape, key: Shape, *args: Any, out_shape: Any) -> int:
+    rows, heads, dim = query
+    prefix = args[4]
+    return 4 * rows * heads * dim * (key[2] + (prefix[2] if prefix is not None else 0))
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.pmc_fast.collapse_loss: _collapse_loss,
+    torch.ops.pmc_fast.linear_logprob: _linear_logprob,
+    torch.ops.pmc_fast.linear_logprob_backward: _linear_logprob_backward,
+    torch.ops.pmc_fast.linear_sample: _linear_sample,
+    torch.ops.pmc_fast.decode_attention: _decode_attention,
+}
+"""Operations of each op's products, a multiplication and an addition counted as two, from its shapes.
+
+``with torch.utils.flop_counter.FlopCounterMode(custom_mapping=pmc_fast.flops.FORMULAS) as counter`` counts them beside
+torch's own. All rows count, those with an ignored target or a weight of 0 and positions beyond a row's length, too, since shapes
+do not tell; what is decoded outside of torch's dispatcher, as by the sampler on a CPU, is not seen.
+"""

@@ -1,0 +1,76 @@
+"""What FlopCounterMode finds of the ops, against the same in plain torch."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import pmc_fast
+from pmc_fast.flops import FORMULAS
+
+
+def count(call):
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.fixture
+def head():
+    rows, size, vocab = (int(n) for n in torch.randint(3, 40, (3,)))
+    hidden, weight = torch.randn(rows, size, requires_grad=True), torch.randn(vocab, size, requires_grad=True)
+    return hidden, weight, torch.randint(0, vocab, (rows,))
+
+
+def plain(hidden, weight, target):
+    return F.cross_entropy(F.linear(hidden, weight), target, reduction="sum")
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 1)])
+def test_collapse_loss_takes_what_plain_torch_takes(head, frozen):
+    for index in frozen:
+        head[index].requires_grad_(False)
+    ones = torch.ones(len(head[2]))
+
+    def backward(loss):
+        return loss.backward() if loss.requires_grad else None
+
+    ours = count(lambda: backward(pmc_fast.collapse_loss(*head, ones).loss))
+    assert ours == count(lambda: backward(plain(*head))) > 0
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)])
+def test_linear_logprob_takes_one_product_more(head, frozen):
+    for index in frozen:
+        head[index].requires_grad_(False)
+    product = count(lambda: F.linear(*head[:2]))
+    assert count(lambda: pmc_fast.linear_logprob(*head)) == product
+    assert count(lambda: pmc_fast.linear_logprob(*head).sum().backward()) == product + count(
+        lambda: plain(*head).backward()
+    )
+
+
+def test_linear_sample_takes_one_product(head):
+    hidden, weight, _ = head
+    assert count(lambda: pmc_fast.linear_sample(hidden, weight)) == count(lambda: F.linear(hidden, weight))
+    rows = torch.randint(0, len(hidden), (50,))
+    assert count(lambda: pmc_fast.linear_sample(hidden, weight, hidden_row=rows)) == count(lambda: F.linear(*head[:2]))
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_decode_attention_takes_what_products_over_all_positions_take(prefix):
+    rows, kv_heads, group, positions, dim = 3, 2, 3, 7, 8
+    query = torch.randn(rows, kv_heads * group, dim)
+    own = torch.randn(2, rows, kv_heads, positions, dim)
+    shared = {}
+    if prefix:
+        key, value = torch.randn(2, 1, kv_heads, prefix, dim)
+        shared = {"prefix_key": key, "prefix_value": value, "prefix_row": torch.zeros(rows, dtype=torch.int64)}
+    first = torch.zeros(rows, dtype=torch.int64)
+    every = torch.randn(2, rows, kv_heads, prefix + positions, dim)
+
+    def products():
+        scores = query.view(rows, kv_heads, group, dim) @ every[0].mT
+        return scores @ every[1]
+
+    assert count(lambda: pmc_fast.decode_attention(query, *own, first, **shared)) == count(products)
