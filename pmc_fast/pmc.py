@@ -197,9 +197,7 @@ class PMC:
         self.prepared_batches = max(0, self.prepared_batches - 1)
         with self._timed("train"):
             entries = [ledger.entries[question] for question in forget]
-            answers = [
-                self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens) for entry in entries
-            ]
+            answers = [self._trained(entry) for entry in entries]
             prompts = [self.prompts.prompt_ids(ledger.questions[question]) for question in forget]
             loss = self._packed_loss([*zip(prompts, answers, strict=True), *kept], collapse=len(forget))
         scores = [entry.score for entry in entries]
@@ -241,8 +239,8 @@ class PMC:
         """The tokens of each row's prompt and answer."""
         rows = inputs.rows(name, rows, self.prompts.is_text)
         encoded = [(self.prompts.prompt_ids(row.question), self.prompts.answer_ids(row.answer)) for row in rows]
-        # An answer's last token predicts nothing.
-        self.lm.positions.check_sequences(f"{name}: row", (len(p) + len(a) - 1 for p, a in encoded))
+        for number, (prompt, answer) in enumerate(encoded):  # whose last token predicts nothing
+            self.lm.positions.check_sequence(f"{name}: row {number}", len(prompt) + len(answer) - 1)
         return encoded
 
     def _resample(self, batches: Sequence[Sequence[int]]) -> None:
@@ -289,18 +287,37 @@ class PMC:
             with phase("score"):
                 scores[~pruned] = self.reward.score([references[row] for row, _ in kept], list(texts.values()))
             picks = self._select(scores, finished, streams)
+            picked = []
+            for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
+                if pruned[row].all():
+                    continue  # each is worse than the answer held
+                ids, whole = answers[row][pick], bool(finished[row, pick])
+                ended = ids if whole else [*ids, self.prompts.end_ids[0]]
+                entry = Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))
+                if ledger.takes(question, entry):
+                    self._check_trained(question, entry)
+                    picked.append((question, entry, whole))
         self.stats["sampled_tokens"] += samples.count
         self.stats["decoded_tokens"] += samples.count if samples.decoded is None else samples.decoded
         self.stats["pruned_samples"] += int(pruned.sum())
         self.stats["pruned_tokens"] += int(((limits[:, None] - samples.lengths.cpu()) * samples.pruned.cpu()).sum())
-        for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
+        for question in questions:
             ledger.visits[question] += 1
-            if pruned[row].all():
-                continue  # each is worse than the answer held
-            ids, whole = answers[row][pick], bool(finished[row, pick])
-            ended = ids if whole else [*ids, self.prompts.end_ids[0]]
-            if ledger.offer(question, Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))):
-                self.stats["truncated_picks"] += not whole
+        for question, entry, whole in picked:
+            ledger.offer(question, entry)
+            self.stats["truncated_picks"] += not whole
+
+    def _trained(self, entry: Entry) -> list[int]:
+        """The tokens that an answer is trained on as."""
+        return self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens)
+
+    def _check_trained(self, question: int, entry: Entry) -> None:
+        """That the model has positions for it: encoded again, a text may have more tokens than were drawn."""
+        if self.config.reencode:
+            prompt, answer = self.prompts.prompt_ids(self.ledger.questions[question]), self._trained(entry)
+            what = f"reencode: the answer picked for question {question}, encoded again,"
+            hint = "; give reencode=False, which trains on the tokens as drawn, or a lower max_length or max_new_tokens"
+            self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
 
     def _limits(self, batches: Sequence[Sequence[int]]) -> Tensor:
         """Tokens per answer at most, for each question; max_length counts the prompts of a batch as padded together."""

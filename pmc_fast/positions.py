@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -72,13 +71,10 @@ class Positions:
         else:
             raise UserError(f"{name}: got {got}, expected at most {got - excess}: {where}")
 
-    def check_sequences(self, name: str, lengths: Iterable[int]) -> None:
-        """That sequences of these lengths can be trained on."""
-        if not self.fixed:
-            return
-        for number, length in enumerate(lengths):
-            if length > self.most:
-                raise UserError(
-                    f"{name} {number} has {length} tokens, prompt and answer together, expected at most {self.most}: the "
-                    "model has no more positions"
-                )
+    def check_sequence(self, name: str, length: int, hint: str = "") -> None:
+        """That a sequence of this length can be trained on."""
+        if self.fixed and length > self.most:
+            raise UserError(
+                f"{name} has {length} tokens, prompt and answer together, expected at most {self.most}: the model has no "
+                f"more positions{hint}"
+            )
