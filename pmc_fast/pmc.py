@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +26,7 @@ from pmc_fast.pruning import Pruner, has_lower_bound
 from pmc_fast.rewards import Reward, RougeRecall
 from pmc_fast.sampler import Sampler, SampleSource
 from pmc_fast.sharding import gathered
+from pmc_fast.warning import warn
 
 __all__ = ["PMC", "PMCConfig"]
 
@@ -119,11 +119,10 @@ class PMC:
         self.ledger = Ledger(questions, answers)
         words = getattr(self.reward, "words", None)
         if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
-            warnings.warn(
+            warn(
                 f"the model's answers to {len(blank)} of {len(questions)} forget questions (the first: {blank[0]!r}) "
                 "hold no word that the reward can see, so any sample scores 0, the best there is, for them; for text "
-                "outside a-z and 0-9 give PMC a reward with a fitting tokenizer, RougeRecall(tokenizer=...)",
-                stacklevel=2,
+                "outside a-z and 0-9 give PMC a reward with a fitting tokenizer, RougeRecall(tokenizer=...)"
             )
 
     def greedy_answers(self, questions: Sequence[str], progress: Callable[[int], object] | None = None) -> list[str]:

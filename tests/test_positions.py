@@ -66,6 +66,28 @@ def test_rotary_models_go_on_with_a_warning(family):
     assert samples.lengths.item() == 60
 
 
+CALLS = {
+    "Sampler": lambda pmc: pmc.sampler.sample(torch.tensor([[1, 2, 3]]), max_new_tokens=130, eos_token_id=257),
+    "GenerateSampler": lambda pmc: GenerateSampler(pmc.lm.model).sample(
+        torch.tensor([[1, 2, 3]]), max_new_tokens=130, eos_token_id=257
+    ),
+    "initialise": lambda pmc: pmc.initialise(["Who?"]),
+    "prepare": lambda pmc: pmc.prepare([[0]]),
+    "loss": lambda pmc: pmc.loss([0], []),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_warning_names_the_line_of_the_caller(name, rng_seed):
+    pmc = PMC(make_model(seed=rng_seed), make_tokenizer(), PMCConfig(num_samples=2, max_new_tokens=130))
+    pmc.initialise(["Who?"], answers=["one"])
+    with pytest.warns(UserWarning, match="more than 128 tokens together") as warned:
+        CALLS[name](pmc)
+    (where,) = {(w.filename, w.lineno) for w in warned if "more than 128 tokens" in str(w.message)}
+    code = CALLS[name].__code__
+    assert where[0] == __file__ and where[1] in {line for *_, line in code.co_lines()}
+
+
 LIMITS = [
     ({"max_new_tokens": 300}, "max_new_tokens: got 300, expected at most 124: the model has positions for 128 tokens"),
     ({"max_new_tokens": torch.tensor([126, 125])}, "max_new_tokens: got 125, expected at most 124"),
