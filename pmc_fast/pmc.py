@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pmc_fast import inputs
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 from pmc_fast.ledger import Entry, Ledger
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack, pad_left
@@ -72,7 +72,7 @@ class PMC:
         self.config = config = PMCConfig() if config is None else config
         if not isinstance(config, PMCConfig):
             raise UserError(
-                f'config: got {inputs.kind(config)}, expected a PMCConfig, such as PMCConfig.published("llama-3.2-3b")'
+                f'config: got {described(config)}, expected a PMCConfig, such as PMCConfig.published("llama-3.2-3b")'
             )
         self.lm = LanguageModel(model)
         self.sampler = Sampler(self.lm) if sampler is None else sampler

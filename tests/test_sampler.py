@@ -240,12 +240,12 @@ def test_wrong_objects():
     wrong = [
         (
             {"input_ids": encoding},
-            r'input_ids: got BatchEncoding, .*give \["input_ids"\] and, as attention_mask, \["att',
+            r'input_ids: got a value of type BatchEncoding, .*give \["input_ids"\] and, as attention_mask, \["att',
         ),
-        ({"input_ids": [[1, 2, 3]]}, "input_ids: got list, expected an int64 tensor"),
+        ({"input_ids": [[1, 2, 3]]}, "input_ids: got a value of type list, expected an int64 tensor"),
         ({"input_ids": ids.int()}, "input_ids: got dtype torch.int32"),
-        ({"attention_mask": [[1, 1, 1]]}, "attention_mask: got list, expected a tensor"),
-        ({"sequence_ids": [0]}, r"sequence_ids: got list, expected an int64 tensor \[1\] or None"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask: got a value of type list, expected a tensor"),
+        ({"sequence_ids": [0]}, r"sequence_ids: got a value of type list, expected an int64 tensor \[1\] or None"),
         ({"max_new_tokens": "3"}, "max_new_tokens: got '3', expected an integer"),
         *(({"eos_token_id": eos}, "eos_token_id: got .*, expected a token id or a list") for eos in NO_ENDS),
     ]
