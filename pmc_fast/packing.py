@@ -50,7 +50,7 @@ class Packed:
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
         attention.install(lm.model)
-        with attention.packed():
+        with attention.packed(self.lengths):
             hidden = lm.hidden(
                 self.input_ids,
                 position_ids=self.position_ids,

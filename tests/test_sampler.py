@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distribution import assert_follows
-from tiny import FAMILIES, VOCAB, make_model
+from tiny import FAMILIES, MORE, VOCAB, make_model
 from transformers import BatchEncoding
 
 from pmc_fast import attention, decode_attention
@@ -15,7 +15,7 @@ from pmc_fast.sampler import Sampler
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_greedy_equals_generate(family, rng_seed):
     model = make_model(family, seed=rng_seed)
     ids, mask = pad_left(PROMPTS, 256)
