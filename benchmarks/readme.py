@@ -54,6 +54,11 @@ USUAL = {
     "rouge_l_recall": ["rouge_score"],
 }
 
+_IN_BRACKETS = (
+    "In brackets: how many times pmc_fast's time or memory the published loop takes. Of micro-batches that is per token for "
+    "sampling, per picked answer with pruning, and at equal tokens for the total, since both draw answers of their own lengths."
+)
+
 _ISA = {"avx512": "AVX-512", "avx2": "AVX2"}
 
 Content = Mapping[str, Any]
@@ -139,11 +144,15 @@ def made(paths: Sequence[Path], folder: Path) -> tuple[str, dict[str, Callable[[
                     machines.add(machine({**where, "device_name": _machine(where), "commit": None}, None))
                 (ops if isinstance(part, Ops) else duels).append(part)
     blocks = [
+        "Measured on",
+        "\n".join(f"- {where}" for where in sorted(machines)),
         _filled(
-            f"Measured on {'; '.join(sorted(machines))}. Medians, unless it says that there was one turn. Times and bytes "
-            "have three digits, 1 GB is 10^9 bytes; memory is the most held at once beyond what was held before."
-        )
+            "Medians, unless it says that there was one turn. Times and bytes have three digits, 1 GB is 10^9 bytes; memory is "
+            "the most held at once beyond what was held before."
+        ),
     ]
+    if duels:
+        blocks.append(_filled(_IN_BRACKETS))
     for about in dict.fromkeys(duel.about for duel in duels):
         blocks += _duels(about, sorted((duel for duel in duels if duel.about == about), key=lambda duel: duel.heading))
     figures = dict(duel.picture for duel in duels if duel.picture)
@@ -167,8 +176,7 @@ def _read_step(stem: str, link: str, content: Content) -> Duel:
     config, turns = content["config"], len(content["turns"][OURS])
     about = (
         f"One micro-batch of PMC, {config['batch_size']} questions x {config['num_samples']} samples, a model of "
-        f"{amount(config['parameters'])} parameters (in brackets published / pmc_fast; of sampling per token, with pruning "
-        "per picked answer, of the total at equal tokens):"
+        f"{amount(config['parameters'])} parameters:"
     )
     found = content["ratio"]
     rows = {"sampling": _versus(content, "sample_s", clock, found["sample_per_token"])}

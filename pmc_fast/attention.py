@@ -19,8 +19,8 @@ from pmc_fast.ops import decode_attention
 
 NAME = "pmc_fast"
 
-# How many attention calls of the packed forward pass under way have seen its lengths; None outside of one.
-_calls: ContextVar[list[int] | None] = ContextVar("pmc_fast_packed_calls", default=None)
+# The packed forward pass under way; None outside of one.
+_packing: ContextVar[Packing | None] = ContextVar("pmc_fast_packing", default=None)
 
 # What passed through here of the pass under way; None if nobody asks.
 _watched: ContextVar[Watched | None] = ContextVar("pmc_fast_watched", default=None)
@@ -34,6 +34,14 @@ class PackedLengths(NamedTuple):
 
     shared: int
     own: tuple[int, ...]
+
+
+@dataclass
+class Packing:
+    """A packed forward pass, and how many attention calls have seen its lengths."""
+
+    lengths: PackedLengths
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,20 +124,24 @@ class LengthsLost(UserError):
 
 
 @contextmanager
-def packed() -> Iterator[None]:
-    """Around a packed forward pass: no mask is made, and the model must hand the lengths to its attention.
+def packed(lengths: PackedLengths) -> Iterator[None]:
+    """Around a packed forward pass: the model must hand the lengths to its attention.
+
+    They are its `packed_lengths`, and for models that hand keywords to their attention no further (StableLM, Nemotron) what
+    they get as a mask: gradient checkpointing keeps that for the backward pass, too.
 
     Raises:
-        LengthsLost: it does not.
+        LengthsLost: it hands on neither.
     """
-    count = [0]
-    token = _calls.set(count)
+    token = _packing.set(packing := Packing(lengths))
     try:
         yield
     finally:
-        _calls.reset(token)
-    if count[0] == 0:
-        raise LengthsLost("model: its attention does not take keyword arguments, so it cannot run a packed batch")
+        _packing.reset(token)
+    if packing.calls == 0:
+        raise LengthsLost(
+            "model: its attention takes neither keyword arguments nor masks, so it cannot run a packed batch"
+        )
 
 
 @contextmanager
@@ -173,7 +185,26 @@ def _mask(*args, **kwargs) -> Tensor | None:
         # Of chunks, the window is their size; vmap is for masks that somebody brings.
         watched.windows |= {kwargs["local_size"]} if kwargs.get("local_size") is not None else set()
         watched.other_masks |= kwargs.get("use_vmap", False) or "allow_is_bidirectional_skip" in kwargs
-    return None if _calls.get() is not None or _decoding.get() is not None else sdpa_mask(*args, **kwargs)
+    if (packing := _packing.get()) is not None:
+        return _as_mask(packing.lengths, kwargs.get("local_size"))
+    return None if _decoding.get() is not None else sdpa_mask(*args, **kwargs)
+
+
+def _as_mask(lengths: PackedLengths, window: int | None) -> Tensor:
+    """int64 [1 + sequences] on the CPU, or with a window [2, 1 + sequences]; real masks have four dimensions."""
+    mask = torch.tensor([lengths.shared, *lengths.own], device="cpu")
+    return mask if window is None else torch.stack([mask, torch.full_like(mask, window)])
+
+
+def _lengths_of(mask: Tensor | None) -> PackedLengths | None:
+    if mask is None or mask.dim() > 2:
+        return None
+    shared, *own = (mask if mask.dim() == 1 else mask[0]).tolist()
+    return PackedLengths(shared, tuple(own))
+
+
+def _window_of(mask: Tensor | None) -> int | None:
+    return None if mask is None or mask.dim() != 2 else int(mask[1, 0])
 
 
 def _forward(
@@ -192,6 +223,7 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if kwargs.get("s_aux") is not None:
         raise UserError("model: its attention has sinks, which this version does not support")
+    packed_lengths = _lengths_of(attention_mask) if packed_lengths is None else packed_lengths
     if (watched := _watched.get()) is not None:
         layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape
         watched.calls.append(
@@ -216,8 +248,9 @@ def _forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if packed_lengths is not None:
-        if (count := _calls.get()) is not None:
-            count[0] += 1
+        if (packing := _packing.get()) is not None:
+            packing.calls += 1
+        sliding_window = _window_of(attention_mask) if sliding_window is None else sliding_window
         if not packed_lengths.shared and varlen.takes(query, softcap, dropout):
             return varlen.attend(query, key, value, packed_lengths.own, sliding_window, scaling, softcap), None
     groups = query.shape[1] // key.shape[1]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 
 from pmc_fast.errors import BackendUnavailable
+from pmc_fast.warning import warn
 
 # Every implementation of an op is the function of the op's name in the module of the op's name in one of these.
 PACKAGES = {
@@ -148,4 +148,4 @@ def _missing_triton() -> str | None:
 
 @cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"pmc_fast runs on its slow reference implementations: {reason}", stacklevel=2)
+    warn(f"pmc_fast runs on its slow reference implementations: {reason}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _row(line: bytes, where: str) -> QA:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
-        raise UserError(f'{where}: got {_kind(record)}, want an object {{"question": ..., "answer": ...}}')
+        raise UserError(f'{where}: got {described(record)}, want an object {{"question": ..., "answer": ...}}')
     return QA(_text(record, "question", where), _text(record, "answer", where))
 
 
@@ -64,7 +64,7 @@ def _text(record: dict, key: str, where: str) -> str:
         raise UserError(f'{where}: no "{key}"; want an object {{"question": ..., "answer": ...}}')
     value = record[key]
     if not isinstance(value, str):
-        raise UserError(f'{where}: "{key}" is {_kind(value)}, want a string')
+        raise UserError(f'{where}: "{key}" is {described(value)}, want a string')
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty')
     if not _is_utf8(value):
@@ -78,8 +78,3 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _kind(value: object) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return kinds.get(type(value), "null")

@@ -1,4 +1,6 @@
-"""What this library raises of its own."""
+"""What this library raises of its own, and how it words what it got."""
+
+import reprlib
 
 
 class BackendUnavailable(RuntimeError):
@@ -7,6 +9,13 @@ class BackendUnavailable(RuntimeError):
 
 class UserError(ValueError):
     """Bad input or options; the command line prints the message alone and exits with code 2."""
+
+
+def described(value: object) -> str:
+    """What an error says it got: nothing, a text or a number itself, cut short; of anything else the type."""
+    if value is None or isinstance(value, str | int | float):
+        return reprlib.repr(value)
+    return f"a value of type {type(value).__name__}"
 
 
 # What is wrong with a row of logits that an op refuses, and what it wants.

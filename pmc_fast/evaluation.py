@@ -11,7 +11,7 @@ from torch import nn
 
 from pmc_fast import inputs
 from pmc_fast.data import QA
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 from pmc_fast.models import LanguageModel
 from pmc_fast.ops import rouge_l_recall
 from pmc_fast.packing import pad_left
@@ -151,7 +151,7 @@ def evaluate(
     if paraphrased is not None:
         paraphrased = _rows("paraphrased", paraphrased, prompts)
     if not isinstance(utility, Mapping | None):
-        raise UserError(f"utility: got {inputs.kind(utility)}, expected a dict of sets by name, or None")
+        raise UserError(f"utility: got {described(utility)}, expected a dict of sets by name, or None")
     utility = {name: _rows(f"utility[{name!r}]", rows, prompts) for name, rows in (utility or {}).items()}
     model = model if isinstance(model, LanguageModel) else LanguageModel(model)
     result = {"forget_rouge_l": recall(forget)}
@@ -222,7 +222,7 @@ def leakage(
 
 def _check_prompts(prompts: Prompts) -> None:
     if not isinstance(prompts, Prompts):
-        raise UserError(f"prompts: got {inputs.kind(prompts)}, expected a Prompts: pmc_fast.Prompts(tokenizer)")
+        raise UserError(f"prompts: got {described(prompts)}, expected a Prompts: pmc_fast.Prompts(tokenizer)")
 
 
 def _rows(name: str, rows: Iterable[QA], prompts: Prompts) -> list[QA]:

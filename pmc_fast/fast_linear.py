@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
@@ -19,8 +19,27 @@ from pmc_fast.sharding import is_dtensor, kind
 # Of the memory that is free, how much copies of weights in the library's own layout take at most, for one sampling call.
 PACKED_SHARE = 0.25
 
-# The copies of the block under way, by the identity of the weights that they are of.
-_packed: ContextVar[Mapping[tuple, PackedWeight]] = ContextVar("pmc_fast_packed", default={})  # noqa: B039
+# The copies of the block under way; None outside of one.
+_copies: ContextVar[_Copies | None] = ContextVar("pmc_fast_copies", default=None)
+
+
+class _Copies:
+    """Packed weights, by the identity of what they are copies of, in so many bytes at most."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._held: dict[tuple, PackedWeight] = {}
+
+    def of(self, weight: Tensor) -> PackedWeight | None:
+        """The copy of this weight, if there is one."""
+        return self._held.get(_identity(weight))
+
+    def make(self, weight: Tensor) -> PackedWeight | None:
+        """The same, made now if there is room for it."""
+        if self.of(weight) is None and (needed := packed_bytes(weight)) <= self._room:
+            self._room -= needed
+            self._held[_identity(weight)] = pack(weight)
+        return self.of(weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,23 +89,21 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         for module in model.modules()
         if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
     ]
-    packs, room, held = _has_library(), int(free_bytes(torch.device("cpu")) * PACKED_SHARE), {}
-    token = _packed.set(held)
+    copies = _Copies(int(free_bytes(torch.device("cpu")) * PACKED_SHARE)) if _has_library() else None
+    token = _copies.set(copies)
     try:
         for layer in layers:
             if not _gains(layer.weight):
                 continue
-            if packs and (needed := packed_bytes(layer.weight)) <= room:
-                room -= needed
-                held[_identity(layer.weight)] = weight = pack(layer.weight)
+            if copies and (weight := copies.make(layer.weight)):
                 layer.forward = partial(_forward, layer, partial(packed_linear, weight=weight))
             elif _has_onednn():
                 layer.forward = partial(_forward, layer, partial(_widened, weight=layer.weight))
-        if head is not None and _gains(head) and packs and packed_bytes(head) <= room:
-            held[_identity(head)] = pack(head)
+        if copies and head is not None and _gains(head):
+            copies.make(head)
         yield
     finally:
-        _packed.reset(token)
+        _copies.reset(token)
         for layer in layers:
             vars(layer).pop("forward", None)
 
@@ -99,7 +116,14 @@ def is_fast(layer: nn.Module) -> bool:
 
 def packed(weight: Tensor) -> PackedWeight | None:
     """The copy of this weight in the library's own layout, if there is a `fast_linear` block around that made one."""
-    return _packed.get().get(_identity(weight))
+    copies = _copies.get()
+    return None if copies is None else copies.of(weight)
+
+
+def packed_rows(weight: Tensor, begin: int, end: int) -> PackedWeight | None:
+    """weight[begin:end], if there is a copy of this weight: within that, or where no panel begins there, one of its own."""
+    whole = packed(weight)
+    return whole and (whole.rows(begin, end) or _copies.get().make(weight[begin:end]))
 
 
 def _identity(weight: Tensor) -> tuple:

@@ -7,7 +7,7 @@ from torch import Tensor
 from pmc_fast.attention import AttentionCall
 from pmc_fast.cache import SampleCache
 from pmc_fast.decoder_layers import Adapter, LinearParts, NormParts, Unknown, read_layers
-from pmc_fast.fast_linear import packed
+from pmc_fast.fast_linear import packed_rows
 from pmc_fast.models import LanguageModel
 from pmc_fast.native import decoder
 from pmc_fast.native.packed_linear import PackedWeight, pack
@@ -55,8 +55,7 @@ def _norm(parts: NormParts) -> decoder.Norm:
 
 
 def _linear(parts: LinearParts) -> decoder.Linear:
-    whole, begin = parts.whole, parts.begin
-    if (weight := packed(whole)) is None or (weight := weight.rows(begin, begin + len(parts.weight))) is None:
+    if (weight := packed_rows(parts.whole, parts.begin, parts.begin + len(parts.weight))) is None:
         raise Unknown
     bias = None if parts.bias is None else parts.bias.float()
     return decoder.Linear(weight, bias, tuple(_adapter(adapter) for adapter in parts.adapters))

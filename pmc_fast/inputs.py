@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pmc_fast.data import QA
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 
 _FIELDS = ("question", "answer")
 _ROWS = "a list of rows with question and answer"
@@ -51,7 +51,7 @@ def rows(name: str, values: Iterable[Any], is_text: IsText) -> list[QA]:
 def listed(name: str, values: Any, wanted: str) -> list[Any]:
     """A list of what can be iterated over, which a text or a mapping is not meant to be."""
     if not _is_list(values := plain(values)):
-        raise UserError(f"{name}: got {kind(values)}, expected {wanted}")
+        raise UserError(f"{name}: got {described(values)}, expected {wanted}")
     return list(values)
 
 
@@ -65,12 +65,7 @@ def some(name: str, found: list[Any]) -> list[Any]:
 def has_method(name: str, value: object, method: str, wanted: str) -> None:
     """That an object, if it is given, has what is called of it."""
     if value is not None and not callable(getattr(value, method, None)):
-        raise UserError(f"{name}: got {kind(value)}, expected {wanted}")
-
-
-def kind(value: object) -> str:
-    """What an error says it got: a short value itself, or its type."""
-    return reprlib.repr(value) if value is None or isinstance(value, str | int | float) else type(value).__name__
+        raise UserError(f"{name}: got {described(value)}, expected {wanted}")
 
 
 def plain(value: Any) -> Any:
@@ -97,4 +92,4 @@ def _row(where: str, row: Any, is_text: IsText) -> QA:
 
 
 def _no_text(value: object) -> str:
-    return f"{kind(value)}, expected a text{' that is not blank' if isinstance(value, str) else ''}"
+    return f"{described(value)}, expected a text{' that is not blank' if isinstance(value, str) else ''}"

@@ -31,13 +31,16 @@ class Ledger:
         entry = self.entries.get(question)
         return entry is not None and entry.score == 0
 
-    def offer(self, question: int, entry: Entry) -> bool:
-        """Store the entry unless the one held is strictly better; returns whether it was stored."""
+    def takes(self, question: int, entry: Entry) -> bool:
+        """Whether `offer` would store the entry: unless the one held is strictly better."""
         held = self.entries.get(question)
-        if held is not None and entry.score > held.score:
-            return False
-        self.entries[question] = entry
-        return True
+        return held is None or entry.score <= held.score
+
+    def offer(self, question: int, entry: Entry) -> bool:
+        """Store the entry if the ledger takes it; returns whether it was stored."""
+        if taken := self.takes(question, entry):
+            self.entries[question] = entry
+        return taken
 
     def state_dict(self) -> dict:
         """All of it, as JSON-able values."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pmc_fast.errors import described
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.ops import _checks
 from pmc_fast.packing import Packed
@@ -267,13 +268,13 @@ def _check_kinds(lm: LanguageModel, batch: Packed) -> None:
         ("batch", batch, Packed, "packing.pack(prompts, answers, lm.device)"),
     ):
         if not isinstance(value, kind):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a {kind.__name__}: pmc_fast.{made}")
+            raise TypeError(f"{name}: got {described(value)}, expected a {kind.__name__}: pmc_fast.{made}")
 
 
 def _check_reference(reference: Tensor, count: int, lm: LanguageModel) -> None:
     if not isinstance(reference, Tensor):
         raise TypeError(
-            f"reference: got {type(reference).__name__}, expected float32 [{count}], the sequence_logprob of the first "
+            f"reference: got {described(reference)}, expected float32 [{count}], the sequence_logprob of the first "
             "sequences under the model before unlearning"
         )
     if reference.shape != (count,) or not reference.is_floating_point():

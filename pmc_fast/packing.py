@@ -47,9 +47,10 @@ class Packed:
         Raises:
             UserError: the model has a table of positions, in which a sequence does not fit.
         """
-        lm.positions.check_sequences("sequence", (self.lengths.shared + own for own in self.lengths.own))
+        for number, own in enumerate(self.lengths.own):
+            lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
         attention.install(lm.model)
-        with attention.packed():
+        with attention.packed(self.lengths):
             hidden = lm.hidden(
                 self.input_ids,
                 position_ids=self.position_ids,

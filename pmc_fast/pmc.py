@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from pmc_fast import inputs
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 from pmc_fast.ledger import Entry, Ledger
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack, pad_left
@@ -27,6 +26,7 @@ from pmc_fast.pruning import Pruner, has_lower_bound
 from pmc_fast.rewards import Reward, RougeRecall
 from pmc_fast.sampler import Sampler, SampleSource
 from pmc_fast.sharding import gathered
+from pmc_fast.warning import warn
 
 __all__ = ["PMC", "PMCConfig"]
 
@@ -72,7 +72,7 @@ class PMC:
         self.config = config = PMCConfig() if config is None else config
         if not isinstance(config, PMCConfig):
             raise UserError(
-                f'config: got {inputs.kind(config)}, expected a PMCConfig, such as PMCConfig.published("llama-3.2-3b")'
+                f'config: got {described(config)}, expected a PMCConfig, such as PMCConfig.published("llama-3.2-3b")'
             )
         self.lm = LanguageModel(model)
         self.sampler = Sampler(self.lm) if sampler is None else sampler
@@ -119,11 +119,10 @@ class PMC:
         self.ledger = Ledger(questions, answers)
         words = getattr(self.reward, "words", None)
         if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
-            warnings.warn(
+            warn(
                 f"the model's answers to {len(blank)} of {len(questions)} forget questions (the first: {blank[0]!r}) "
                 "hold no word that the reward can see, so any sample scores 0, the best there is, for them; for text "
-                "outside a-z and 0-9 give PMC a reward with a fitting tokenizer, RougeRecall(tokenizer=...)",
-                stacklevel=2,
+                "outside a-z and 0-9 give PMC a reward with a fitting tokenizer, RougeRecall(tokenizer=...)"
             )
 
     def greedy_answers(self, questions: Sequence[str], progress: Callable[[int], object] | None = None) -> list[str]:
@@ -197,9 +196,7 @@ class PMC:
         self.prepared_batches = max(0, self.prepared_batches - 1)
         with self._timed("train"):
             entries = [ledger.entries[question] for question in forget]
-            answers = [
-                self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens) for entry in entries
-            ]
+            answers = [self._trained(entry) for entry in entries]
             prompts = [self.prompts.prompt_ids(ledger.questions[question]) for question in forget]
             loss = self._packed_loss([*zip(prompts, answers, strict=True), *kept], collapse=len(forget))
         scores = [entry.score for entry in entries]
@@ -241,8 +238,8 @@ class PMC:
         """The tokens of each row's prompt and answer."""
         rows = inputs.rows(name, rows, self.prompts.is_text)
         encoded = [(self.prompts.prompt_ids(row.question), self.prompts.answer_ids(row.answer)) for row in rows]
-        # An answer's last token predicts nothing.
-        self.lm.positions.check_sequences(f"{name}: row", (len(p) + len(a) - 1 for p, a in encoded))
+        for number, (prompt, answer) in enumerate(encoded):  # whose last token predicts nothing
+            self.lm.positions.check_sequence(f"{name}: row {number}", len(prompt) + len(answer) - 1)
         return encoded
 
     def _resample(self, batches: Sequence[Sequence[int]]) -> None:
@@ -289,18 +286,37 @@ class PMC:
             with phase("score"):
                 scores[~pruned] = self.reward.score([references[row] for row, _ in kept], list(texts.values()))
             picks = self._select(scores, finished, streams)
+            picked = []
+            for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
+                if pruned[row].all():
+                    continue  # each is worse than the answer held
+                ids, whole = answers[row][pick], bool(finished[row, pick])
+                ended = ids if whole else [*ids, self.prompts.end_ids[0]]
+                entry = Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))
+                if ledger.takes(question, entry):
+                    self._check_trained(question, entry)
+                    picked.append((question, entry, whole))
         self.stats["sampled_tokens"] += samples.count
         self.stats["decoded_tokens"] += samples.count if samples.decoded is None else samples.decoded
         self.stats["pruned_samples"] += int(pruned.sum())
         self.stats["pruned_tokens"] += int(((limits[:, None] - samples.lengths.cpu()) * samples.pruned.cpu()).sum())
-        for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
+        for question in questions:
             ledger.visits[question] += 1
-            if pruned[row].all():
-                continue  # each is worse than the answer held
-            ids, whole = answers[row][pick], bool(finished[row, pick])
-            ended = ids if whole else [*ids, self.prompts.end_ids[0]]
-            if ledger.offer(question, Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))):
-                self.stats["truncated_picks"] += not whole
+        for question, entry, whole in picked:
+            ledger.offer(question, entry)
+            self.stats["truncated_picks"] += not whole
+
+    def _trained(self, entry: Entry) -> list[int]:
+        """The tokens that an answer is trained on as."""
+        return self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens)
+
+    def _check_trained(self, question: int, entry: Entry) -> None:
+        """That the model has positions for it: encoded again, a text may have more tokens than were drawn."""
+        if self.config.reencode:
+            prompt, answer = self.prompts.prompt_ids(self.ledger.questions[question]), self._trained(entry)
+            what = f"reencode: the answer picked for question {question}, encoded again,"
+            hint = "; give reencode=False, which trains on the tokens as drawn, or a lower max_length or max_new_tokens"
+            self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
 
     def _limits(self, batches: Sequence[Sequence[int]]) -> Tensor:
         """Tokens per answer at most, for each question; max_length counts the prompts of a batch as padded together."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from pmc_fast.errors import UserError
+from pmc_fast.warning import warn
 
 # How the tables are called that are no nn.Embedding but cannot be read past their end either (GPT-J, CodeGen, CTRL).
 _FIXED_TABLES = ("embed_positions", "pos_encoding")
@@ -62,23 +61,19 @@ class Positions:
         name, got = ("max_new_tokens", limit) if max_length is None else ("max_length", max_length)
         where = f"the model has positions for {self.most} tokens{'' if more else ', all but the last one of an answer'}"
         if not self.fixed:  # as transformers' generate does
-            warnings.warn(
+            warn(
                 f"max_new_tokens or max_length: prompt and answer may have more than {self.most} tokens together, the model's "
-                "max_position_embeddings; its answers may be worse there",
-                stacklevel=5,
+                "max_position_embeddings; its answers may be worse there"
             )
         elif prompt + more > self.most:
             raise UserError(f"input_ids: got a prompt of {prompt} tokens, expected at most {self.most - more}: {where}")
         else:
             raise UserError(f"{name}: got {got}, expected at most {got - excess}: {where}")
 
-    def check_sequences(self, name: str, lengths: Iterable[int]) -> None:
-        """That sequences of these lengths can be trained on."""
-        if not self.fixed:
-            return
-        for number, length in enumerate(lengths):
-            if length > self.most:
-                raise UserError(
-                    f"{name} {number} has {length} tokens, prompt and answer together, expected at most {self.most}: the "
-                    "model has no more positions"
-                )
+    def check_sequence(self, name: str, length: int, hint: str = "") -> None:
+        """That a sequence of this length can be trained on."""
+        if self.fixed and length > self.most:
+            raise UserError(
+                f"{name} has {length} tokens, prompt and answer together, expected at most {self.most}: the model has no "
+                f"more positions{hint}"
+            )

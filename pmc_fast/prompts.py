@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from pmc_fast.errors import UserError
-from pmc_fast.inputs import kind
+from pmc_fast.errors import UserError, described
 
 STYLES = ("auto", "chat", "tags", "plain")
 
@@ -21,7 +20,7 @@ _TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 def check_tokenizer(tokenizer: Any) -> None:
     """That it has what is used of a transformers tokenizer."""
     if not callable(tokenizer) or not all(hasattr(tokenizer, name) for name in ("decode", "eos_token_id")):
-        raise UserError(f"tokenizer: got {kind(tokenizer)}, expected a transformers tokenizer")
+        raise UserError(f"tokenizer: got {described(tokenizer)}, expected a transformers tokenizer")
 
 
 class Prompts:

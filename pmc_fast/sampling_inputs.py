@@ -8,6 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from pmc_fast.errors import described
 from pmc_fast.inputs import plain
 from pmc_fast.positions import Positions
 
@@ -16,7 +17,7 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """That they are tensors [B, T] of token ids, and of what is no padding."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(
-            f"input_ids: got {type(input_ids).__name__}, expected an int64 tensor [B, T]; of what a tokenizer returns with "
+            f"input_ids: got {described(input_ids)}, expected an int64 tensor [B, T]; of what a tokenizer returns with "
             'return_tensors="pt", give ["input_ids"] and, as attention_mask, ["attention_mask"]'
         )
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
@@ -26,7 +27,7 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask: got {type(attention_mask).__name__}, expected a tensor [B, T] or None")
+        raise TypeError(f"attention_mask: got {described(attention_mask)}, expected a tensor [B, T] or None")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: got shape {list(attention_mask.shape)}, expected {list(input_ids.shape)}, that of input_ids"
@@ -59,9 +60,7 @@ def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
 def check_sequence_ids(sequence_ids: Tensor, prompts: int) -> None:
     """That there is one for each prompt."""
     if not isinstance(sequence_ids, Tensor):
-        raise TypeError(
-            f"sequence_ids: got {type(sequence_ids).__name__}, expected an int64 tensor [{prompts}] or None"
-        )
+        raise TypeError(f"sequence_ids: got {described(sequence_ids)}, expected an int64 tensor [{prompts}] or None")
     if sequence_ids.shape != (prompts,):
         raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
 

@@ -6,7 +6,6 @@ launch. A row is a text that some answers say so far: the graph of the fewest ro
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -24,6 +23,7 @@ from pmc_fast.prefill import Prefill
 from pmc_fast.static_layers import StaticLayers, read_in_place, read_static_layers
 from pmc_fast.static_modules import StaticModules, check_modules, read_by_modules
 from pmc_fast.static_rows import Sizes, StaticRows
+from pmc_fast.warning import warn
 
 if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner
@@ -200,7 +200,7 @@ class StaticDecoder:
                 self._step(rows)
         except RuntimeError as error:
             self.captures, self.name = False, "launches"
-            warnings.warn(f"a decoding step cannot be captured as a CUDA graph, so it is slow: {error}", stacklevel=2)
+            warn(f"a decoding step cannot be captured as a CUDA graph, so it is slow: {error}")
             return None
         self._pool = graph.pool()
         return graph

@@ -77,13 +77,23 @@ def emulated_gpu(emulated_module, monkeypatch):
         monkeypatch.setattr(module, where, lambda tensor: (0, 0))
 
 
+def _fresh_seed() -> int:
+    return int(os.environ.get("PMC_FAST_TEST_SEED") or secrets.randbelow(2**31))
+
+
 @pytest.fixture
 def rng_seed() -> int:
     """A fresh seed, or PMC_FAST_TEST_SEED; torch's generator starts from it."""
-    seed = int(os.environ.get("PMC_FAST_TEST_SEED") or secrets.randbelow(2**31))
+    seed = _fresh_seed()
     print(f"PMC_FAST_TEST_SEED={seed}")
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture(scope="module")
+def module_seed() -> int:
+    """One for what the tests of a module share; who hands that to a test prints it."""
+    return _fresh_seed()
 
 
 @pytest.fixture(autouse=True)

@@ -187,6 +187,12 @@ def test_without_the_compiled_module_the_reference_runs_and_says_so_once(no_libr
     assert len([w for w in recwarn if "slow reference implementations" in str(w.message)]) == 1
 
 
+def test_the_warning_names_the_line_that_called_the_op(no_library, recwarn):
+    pmc_fast.sample(torch.zeros(1, 3))
+    (warned,) = (w for w in recwarn if "slow reference implementations" in str(w.message))
+    assert warned.filename == __file__
+
+
 def test_without_the_compiled_module_the_sampler_samples(no_library, rng_seed):
     model, prompt = make_model(seed=rng_seed), torch.tensor([[1, 2, 3]])
     options = {"num_samples": 3, "max_new_tokens": 5, "eos_token_id": 257, "seed": rng_seed}

@@ -17,13 +17,26 @@ from pmc_fast.data import QA, read_jsonl, write_jsonl
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def folder(tmp_path_factory, module_seed):
     folder = tmp_path_factory.mktemp("cli")
-    make_model(seed=torch.seed() % 2**31).save_pretrained(folder / "model")
+    make_model(seed=module_seed).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     for name in ("forget", "retain", "paraphrased", "world_facts", "authors"):
         write_jsonl(folder / f"{name}.jsonl", [QA(f"{name} {c}?", f"It is {c}.") for c in "abc"])
     return folder
+
+
+@pytest.fixture
+def files(folder, module_seed):
+    """A model and its data, the same for all tests here."""
+    print(f"PMC_FAST_TEST_SEED={module_seed}")
+    return folder
+
+
+def test_a_failure_shows_what_made_the_model(capsys, files):
+    seed = int(capsys.readouterr().out.removeprefix("PMC_FAST_TEST_SEED="))
+    made = make_model(seed=seed).state_dict()
+    assert all(torch.equal(made[name], held) for name, held in load_file(files / "model" / "model.safetensors").items())
 
 
 def unlearn(files, out, *more, **changed):

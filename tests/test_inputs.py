@@ -11,8 +11,8 @@ from test_pmc import QUESTIONS, RETAIN, make_pmc
 from tiny import make_model, make_tokenizer
 from torch.utils.data import DataLoader
 
-from pmc_fast import PMC, Ledger, PMCConfig, Prompts, RougeRecall, UserError
-from pmc_fast.data import QA
+from pmc_fast import PMC, Ledger, PMCConfig, Prompts, RougeRecall, UserError, sample
+from pmc_fast.data import QA, read_jsonl
 
 INDICES = {
     "tensor": lambda: torch.tensor([2, 0]),
@@ -89,14 +89,14 @@ def test_rows_have_attributes_or_keys(make, rng_seed):
 NO_ROWS = {
     "nothing": (None, "got None, expected a list of rows"),
     "text": ("What?", "got 'What\\?', expected a list of rows"),
-    "one row": (RETAIN[0], "got QA, expected a list of rows"),
-    "columns": ({"question": ["a"], "answer": ["b"]}, "got dict, expected a list of rows"),
+    "one row": (RETAIN[0], "got a value of type QA, expected a list of rows"),
+    "columns": ({"question": ["a"], "answer": ["b"]}, "got a value of type dict, expected a list of rows"),
     "tuples": ([RETAIN[0], ("a", "b")], "row 1 is of type tuple, expected question and answer"),
     "texts": (["a"], "row 0 is of type str, expected question and answer"),
     "no answer": ([{"question": "a"}], "row 0 is of type dict, expected question and answer"),
     "empty answer": ([QA("a", " ")], "row 0: its answer is ' ', expected a text that is not blank"),
     "no text": ([QA(None, "b")], "row 0: its question is None, expected a text"),
-    "bytes": ([{"question": "a", "answer": b"b"}], "row 0: its answer is bytes, expected a text"),
+    "bytes": ([{"question": "a", "answer": b"b"}], "row 0: its answer is a value of type bytes, expected a text"),
 }
 
 
@@ -139,8 +139,8 @@ def test_a_call_that_fails_while_sampling_prepares_nothing(rng_seed, monkeypatch
 
 NO_TEXTS = {
     "text": ("What?", "got 'What\\?', expected a list of texts"),
-    "rows": ([QA("a", "b")], "number 0 is QA, expected a text"),
-    "mapping": ({"question": ["a"]}, "got dict, expected a list of texts"),
+    "rows": ([QA("a", "b")], "number 0 is a value of type QA, expected a text"),
+    "mapping": ({"question": ["a"]}, "got a value of type dict, expected a list of texts"),
     "number": (3, "got 3, expected a list of texts"),
     "blank": (["a", "\n"], r"number 1 is '\\n', expected a text that is not blank"),
 }
@@ -184,11 +184,14 @@ def test_a_reward_takes_lists():
     [
         ({"tokenizer": None}, "tokenizer: got None, expected a transformers tokenizer"),
         ({"tokenizer": "some/model"}, "tokenizer: got 'some/model', expected a transformers tokenizer"),
-        ({"tokenizer": torch.nn.Linear(2, 2)}, "tokenizer: got Linear, expected a transformers tokenizer"),
+        (
+            {"tokenizer": torch.nn.Linear(2, 2)},
+            "tokenizer: got a value of type Linear, expected a transformers tokenizer",
+        ),
         ({"model": None}, "model: got NoneType .*expected a transformers causal language model"),
         ({"config": "llama-3.2-3b"}, "config: got 'llama-3.2-3b', expected a PMCConfig, such as PMCConfig.published"),
-        ({"config": {"num_samples": 3}}, "config: got dict, expected a PMCConfig"),
-        ({"config": PMCConfig}, "config: got type, expected a PMCConfig"),
+        ({"config": {"num_samples": 3}}, "config: got a value of type dict, expected a PMCConfig"),
+        ({"config": PMCConfig}, "config: got a value of type type, expected a PMCConfig"),
         ({"reward": "rouge"}, "reward: got 'rouge', expected an object with a score method"),
         ({"sampler": 3}, "sampler: got 3, expected an object with Sampler's sample method"),
     ],
@@ -200,5 +203,23 @@ def test_wrong_objects_at_the_front_door(arguments, message):
 
 
 def test_prompts_want_a_tokenizer():
-    with pytest.raises(UserError, match="^tokenizer: got LlamaForCausalLM"):
+    with pytest.raises(UserError, match="^tokenizer: got a value of type LlamaForCausalLM"):
         Prompts(make_model())
+
+
+@pytest.mark.parametrize(
+    ("value", "worded"),
+    [(None, "None"), (True, "True"), ([0], "a value of type list"), ({}, "a value of type dict")],
+    ids=repr,
+)
+def test_ops_files_and_objects_word_what_they_got_alike(value, worded, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "a?", "answer": value}))
+    for error, call in (
+        (TypeError, lambda: sample(torch.zeros(1, 3), top_p=value)),
+        (TypeError, lambda: sample(value)),
+        (UserError, lambda: Prompts(value)),
+        (UserError, lambda: read_jsonl(path)),
+    ):
+        with pytest.raises(error, match=rf"(got|is) {worded}, (expected|want)"):
+            call()

@@ -159,16 +159,18 @@ def test_wrong_objects():
     ]
     for call in every:
         with pytest.raises(
-            TypeError, match="^lm: got LlamaForCausalLM, expected a LanguageModel: pmc_fast.models.Lang"
+            TypeError, match="^lm: got a value of type LlamaForCausalLM, expected a LanguageModel: pmc_fast.models.Lang"
         ):
             call(lm.model, batch)
-        with pytest.raises(TypeError, match="^batch: got list, expected a Packed: pmc_fast.packing.pack"):
+        with pytest.raises(
+            TypeError, match="^batch: got a value of type list, expected a Packed: pmc_fast.packing.pack"
+        ):
             call(lm, rows)
     for call in (lambda wrong: losses.npo(lm, batch, 1, wrong), lambda wrong: losses.dpo(lm, batch, 1, wrong)):
-        for wrong in (None, [0.0]):
-            with pytest.raises(TypeError, match=f"^reference: got {type(wrong).__name__}, expected float32"):
+        for wrong, got in ((None, "None"), ([0.0], "a value of type list")):
+            with pytest.raises(TypeError, match=f"^reference: got {got}, expected float32"):
                 call(wrong)
-    for wrong, got in ((None, "None"), ("1", "a value of type str"), (True, "a value of type bool")):
+    for wrong, got in ((None, "None"), ("1", "'1'"), (True, "True")):
         with pytest.raises(TypeError, match=f"^beta: got {got}, expected a number"):
             losses.npo(lm, batch, 1, reference, beta=wrong)
         with pytest.raises(TypeError, match=f"^retain_weight: got {got}, expected a number"):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, make_model
+from tiny import FAMILIES, MORE, make_model
 
+from pmc_fast import UserError, attention
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack, pad_left
 
@@ -15,7 +16,7 @@ def _rows(count):
 
 
 @pytest.mark.parametrize("shared", [0, 3, 13])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_equals_each_sequence_alone(family, shared, monkeypatch, rng_seed):
     monkeypatch.setattr("pmc_fast.packing.LEAST_SHARED", 3)
     model = make_model(family, seed=rng_seed)
@@ -49,13 +50,16 @@ def test_equals_each_sequence_alone(family, shared, monkeypatch, rng_seed):
         )
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(rng_seed):
-    model = make_model("llama", seed=rng_seed).train()
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "stablelm", "nemotron"])
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, rng_seed):
+    """Attention runs again in the backward pass, when the packed forward pass is over."""
+    model = make_model(family, seed=rng_seed).train()
     packed = pack(*_rows(4))
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
         lm = LanguageModel(model)
         lm.head.logprob(packed.hidden(lm), packed.target).sum().backward()
@@ -81,6 +85,17 @@ def test_an_installed_model_still_answers_padded_batches_as_before(rng_seed):
     lm = LanguageModel(model)
     pack([[1]], [[2]]).hidden(lm)
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+
+
+def test_a_model_that_hands_on_neither_keywords_nor_masks_is_refused(monkeypatch):
+    inner = attention._forward
+
+    def loses(module, query, key, value, mask, *, packed_lengths=None, **kwargs):
+        return inner(module, query, key, value, None, **kwargs)
+
+    monkeypatch.setattr(attention, "_forward", loses)
+    with pytest.raises(UserError, match="^model: its attention takes neither keyword arguments nor masks"):
+        pack([[1, 2]], [[3]]).hidden(LanguageModel(make_model()))
 
 
 def test_bad_input():

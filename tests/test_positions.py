@@ -8,7 +8,7 @@ import torch
 from tiny import FAMILIES, VOCAB, make_model, make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from pmc_fast import PMC, PMCConfig, Sampler, UserError
+from pmc_fast import PMC, PMCConfig, Prompts, Sampler, UserError
 from pmc_fast.data import QA
 from pmc_fast.integrations.samplers import GenerateSampler
 from pmc_fast.models import LanguageModel
@@ -64,6 +64,28 @@ def test_rotary_models_go_on_with_a_warning(family):
     ):
         samples = Sampler(model).sample(ids, max_new_tokens=60, eos_token_id=300)
     assert samples.lengths.item() == 60
+
+
+CALLS = {
+    "Sampler": lambda pmc: pmc.sampler.sample(torch.tensor([[1, 2, 3]]), max_new_tokens=130, eos_token_id=257),
+    "GenerateSampler": lambda pmc: GenerateSampler(pmc.lm.model).sample(
+        torch.tensor([[1, 2, 3]]), max_new_tokens=130, eos_token_id=257
+    ),
+    "initialise": lambda pmc: pmc.initialise(["Who?"]),
+    "prepare": lambda pmc: pmc.prepare([[0]]),
+    "loss": lambda pmc: pmc.loss([0], []),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_warning_names_the_line_of_the_caller(name, rng_seed):
+    pmc = PMC(make_model(seed=rng_seed), make_tokenizer(), PMCConfig(num_samples=2, max_new_tokens=130))
+    pmc.initialise(["Who?"], answers=["one"])
+    with pytest.warns(UserWarning, match="more than 128 tokens together") as warned:
+        CALLS[name](pmc)
+    (where,) = {(w.filename, w.lineno) for w in warned if "more than 128 tokens" in str(w.message)}
+    code = CALLS[name].__code__
+    assert where[0] == __file__ and where[1] in {line for *_, line in code.co_lines()}
 
 
 LIMITS = [
@@ -159,3 +181,28 @@ def test_pmc_trains_on_answers_that_reach_the_end_of_the_table(rng_seed):
     longer.initialise(["Who?"], answers=["one"])
     with pytest.raises(UserError, match="^max_length: got 129, expected at most 128"):
         longer.loss([0], [])
+
+
+class Doubled(Prompts):
+    """Texts encode to twice as many tokens as they have."""
+
+    def answer_ids(self, answer):
+        ids = super().answer_ids(answer)
+        return [*ids[:-1], *ids]
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_answers_that_encode_too_long_are_refused_before_they_are_stored(prune, rng_seed):
+    config = PMCConfig(num_samples=3, max_new_tokens=70, prune=prune)
+    model = make_model("gpt2", seed=rng_seed)
+    pmc = PMC(model, Doubled(make_tokenizer()), config, sampler=Endless(model))
+    pmc.initialise(["Who?", "Where was Bo born?"], answers=["one", "two"])
+    before = pmc.state_dict()
+    message = "^reencode: the answer picked for question 1, encoded again, has .*at most 128: .*reencode=False"
+    for call in (lambda: pmc.loss([1], []), lambda: pmc.prepare([[1], [0]])):
+        with pytest.raises(UserError, match=message):
+            call()
+        assert pmc.state_dict() == before and pmc.prepared_batches == 0
+    drawn = PMC(model, pmc.prompts, replace(config, reencode=False), sampler=Endless(model))
+    drawn.load_state_dict(before)
+    assert drawn.loss([1], []).isfinite()

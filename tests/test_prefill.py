@@ -14,7 +14,7 @@ QUESTIONS = [[1, 2, 3], [4], [1, 2, 9, 10, 11, 12, 13, 14], [4]]  # one asked tw
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "stablelm", "nemotron"])
 def test_same_hidden_states_and_cache(family, monkeypatch, rng_seed):
     lm = LanguageModel(make_model(family, seed=rng_seed))
     ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
@@ -80,7 +80,7 @@ def test_a_mask_with_holes_is_not_packed(rng_seed):
 
 @pytest.mark.parametrize("keeps", ["none", "some"])
 def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monkeypatch, rng_seed):
-    """As those of transformers do whose layers hand their attention no further keywords."""
+    """As keywords and as masks."""
     model = make_model(seed=rng_seed)
     ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
     options = {"num_samples": 3, "max_new_tokens": 6, "eos_token_id": 257, "seed": rng_seed}
@@ -89,9 +89,10 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
         want = Sampler(model).sample(ids, mask, **options)
     inner = attention._forward
 
-    def loses(module, *args, packed_lengths=None, **kwargs):
-        kept = packed_lengths if keeps == "some" and module.layer_idx == 0 else None
-        return inner(module, *args, packed_lengths=kept, **kwargs)
+    def loses(module, query, key, value, mask, *, packed_lengths=None, **kwargs):
+        if keeps == "none" or module.layer_idx > 0:
+            packed_lengths, mask = None, mask if mask is None or mask.dim() == 4 else None
+        return inner(module, query, key, value, mask, packed_lengths=packed_lengths, **kwargs)
 
     monkeypatch.setattr(attention, "_forward", loses)
     got = Sampler(model).sample(ids, mask, **options)

@@ -218,7 +218,7 @@ class Odd:
         ({"held": [1.0, 2.0]}, ValueError, r"held: got shape \[2\], expected \[1\]"),
         ({"held": [np.nan]}, ValueError, "held: got nan"),
         ({"references": "a"}, TypeError, "references: got a string"),
-        ({"references": [3]}, TypeError, "references: got a value of type int at position 0"),
+        ({"references": [3]}, TypeError, "references: got 3 at position 0"),
         ({"reward": Odd(bound=[0.0, 1.0])}, ValueError, r"lower_bound gave|broadcast"),
         ({"reward": Odd(bound=np.nan)}, ValueError, "reward: lower_bound gave nan"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distribution import assert_follows
-from tiny import FAMILIES, VOCAB, make_model
+from tiny import FAMILIES, MORE, VOCAB, make_model
 from transformers import BatchEncoding
 
 from pmc_fast import attention, decode_attention
@@ -15,7 +15,7 @@ from pmc_fast.sampler import Sampler
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_greedy_equals_generate(family, rng_seed):
     model = make_model(family, seed=rng_seed)
     ids, mask = pad_left(PROMPTS, 256)
@@ -240,12 +240,12 @@ def test_wrong_objects():
     wrong = [
         (
             {"input_ids": encoding},
-            r'input_ids: got BatchEncoding, .*give \["input_ids"\] and, as attention_mask, \["att',
+            r'input_ids: got a value of type BatchEncoding, .*give \["input_ids"\] and, as attention_mask, \["att',
         ),
-        ({"input_ids": [[1, 2, 3]]}, "input_ids: got list, expected an int64 tensor"),
+        ({"input_ids": [[1, 2, 3]]}, "input_ids: got a value of type list, expected an int64 tensor"),
         ({"input_ids": ids.int()}, "input_ids: got dtype torch.int32"),
-        ({"attention_mask": [[1, 1, 1]]}, "attention_mask: got list, expected a tensor"),
-        ({"sequence_ids": [0]}, r"sequence_ids: got list, expected an int64 tensor \[1\] or None"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask: got a value of type list, expected a tensor"),
+        ({"sequence_ids": [0]}, r"sequence_ids: got a value of type list, expected an int64 tensor \[1\] or None"),
         ({"max_new_tokens": "3"}, "max_new_tokens: got '3', expected an integer"),
         *(({"eos_token_id": eos}, "eos_token_id: got .*, expected a token id or a list") for eos in NO_ENDS),
     ]

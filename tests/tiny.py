@@ -56,6 +56,9 @@ FAMILIES = {
 MORE = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "sliding_window": 6},
+    # Their layers hand no keywords on.
+    "stablelm": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    "nemotron": {},
 }
 
 # What the decoders of this library know, and what of it they are to see.

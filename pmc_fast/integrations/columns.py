@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pmc_fast.data import QA
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 
 
 def questions(name: str, dataset: Iterable[Any]) -> list[str]:
@@ -29,7 +29,7 @@ def rows(name: str, dataset: Iterable[Any]) -> list[QA]:
 
 def _columns(name: str, dataset: Iterable[Any], *wanted: str) -> list[tuple[str, ...]]:
     if isinstance(dataset, (str, Mapping)) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
-        raise UserError(f"{name}: got {type(dataset).__name__}, expected a dataset: rows with {_quoted(wanted)}")
+        raise UserError(f"{name}: got {described(dataset)}, expected a dataset: rows with {_quoted(wanted)}")
     there = getattr(dataset, "column_names", None)
     if isinstance(there, list):
         _check_columns(name, there, wanted)

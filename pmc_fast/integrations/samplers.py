@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 from pmc_fast.models import evaluating
 from pmc_fast.positions import Positions
 from pmc_fast.sampler import Samples
@@ -100,7 +100,7 @@ class GenerateSampler(_EngineSampler):
 
     def __init__(self, model: nn.Module) -> None:
         if not callable(getattr(model, "generate", None)):
-            raise UserError(f"model: got {type(model).__name__}, expected a transformers model with generate")
+            raise UserError(f"model: got {described(model)}, expected a transformers model with generate")
         self.model = model
 
     def _draw(self, request: _Request) -> list[list[list[int]]]:

@@ -11,23 +11,21 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from pmc_fast.errors import described
+
 INTEGERS = (int, Integral, torch.SymInt)
 NUMBERS = (float, *INTEGERS, Real, torch.SymFloat)  # the usual first; what NumPy makes, what torch traces
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def kind(value: object) -> str:
-    return "None" if value is None else f"a value of type {type(value).__name__}"
-
-
 def tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {kind(value)}, expected a tensor")
+        raise TypeError(f"{name}: got {described(value)}, expected a tensor")
 
 
 def number(name: str, value: float, wanted: str, kinds: tuple[type, ...] = NUMBERS) -> None:
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {kind(value)}, expected {wanted}")
+        raise TypeError(f"{name}: got {described(value)}, expected {wanted}")
 
 
 def matrix(name: str, values: Tensor) -> None:

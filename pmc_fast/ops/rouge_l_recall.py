@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from pmc_fast import backend
-from pmc_fast.ops._checks import kind
+from pmc_fast.errors import described
 
 Tokenizer = Callable[[str], Sequence[str]]
 
@@ -64,11 +64,11 @@ def rouge_l_recall(
 
 def _texts(name: str, values: Iterable[str]) -> list[str]:
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}: got {kind(values)}, expected a list of strings")
+        raise TypeError(f"{name}: got {described(values)}, expected a list of strings")
     texts = list(values)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"{name}: got {kind(text)} at position {i}, expected a string")
+            raise TypeError(f"{name}: got {described(text)} at position {i}, expected a string")
     return texts
 
 
@@ -76,10 +76,12 @@ def _checked(tokenizer: Tokenizer) -> Tokenizer:
     def split(text: str) -> Sequence[str]:
         words = tokenizer(text)
         if not isinstance(words, list | tuple):
-            raise TypeError(f"tokenizer: returned {kind(words)} for {text[:40]!r}, expected a list of strings")
+            raise TypeError(f"tokenizer: returned {described(words)} for {text[:40]!r}, expected a list of strings")
         for word in words:
             if not isinstance(word, str):
-                raise TypeError(f"tokenizer: returned {kind(word)} in its list for {text[:40]!r}, expected strings")
+                raise TypeError(
+                    f"tokenizer: returned {described(word)} in its list for {text[:40]!r}, expected strings"
+                )
         return words
 
     return split

@@ -120,7 +120,7 @@ def test_only_what_stands_between_the_comments_changes(write, tmp_path):
 def test_a_step(write):
     _, text = write(first=STEP, second={**STEP, "turns": {"pmc_fast": [OURS] * 3}})
     assert "8 questions x 20 samples, a model of 135 M parameters" in text
-    assert "made-up CPU, AVX-512, 2 threads, torch 2.13.0." in text
+    assert "- made-up CPU, AVX-512, 2 threads, torch 2.13.0\n" in text
     label = "made-up CPU, AVX-512, bfloat16"
     assert cells(text, "published vs pmc_fast") == [f"[{label}](first.json), one turn", f"[{label}](second.json)"]
     assert cells(text, "sampling")[0] == "6 s vs **2 s** (2.90x)"

@@ -106,7 +106,9 @@ class TestGenerate:
         assert len(pmc.ledger.entries) == 3 and all(p.grad is not None for p in model.parameters())
 
     def test_bad_input(self):
-        with pytest.raises(UserError, match="model: got Linear, expected a transformers model with generate"):
+        with pytest.raises(
+            UserError, match="model: got a value of type Linear, expected a transformers model with generate"
+        ):
             GenerateSampler(torch.nn.Linear(2, 2))
         sampler, ids = GenerateSampler(make_model()), torch.tensor([[1, 2]])
         with pytest.raises(ValueError, match="exactly one of them"):
@@ -253,5 +255,7 @@ def test_any_object_with_the_method_will_do(rng_seed):
     pmc.initialise(QUESTIONS)
     pmc.loss([0], RETAIN)
     assert len(calls) == 2 and calls[0]["temperature"] == 0 and calls[1]["num_samples"] == 4
-    with pytest.raises(UserError, match="sampler: got object, expected an object with Sampler's sample method"):
+    with pytest.raises(
+        UserError, match="sampler: got a value of type object, expected an object with Sampler's sample method"
+    ):
         PMC(model, make_tokenizer(), make_config(), sampler=object())

@@ -226,7 +226,7 @@ class Columns(list):
         ({"forget_dataset": [{"prompt": "x"}]}, 'forget_dataset: row 0: has no "question", only "prompt"; rename'),
         ({"forget_dataset": Columns()}, r'forget_dataset: has no "question", only "prompt", "answer".*rename_column'),
         ({"forget_dataset": []}, "forget_dataset: got no rows"),
-        ({"forget_dataset": "file.jsonl"}, "forget_dataset: got str, expected a dataset"),
+        ({"forget_dataset": "file.jsonl"}, "forget_dataset: got 'file.jsonl', expected a dataset"),
         ({"forget_dataset": [{"question": " "}]}, "forget_dataset: row 0: \"question\" is ' ', expected a text"),
         ({"retain_dataset": FORGET}, 'retain_dataset: row 0: has no "answer", only "question"'),
         ({"retain_dataset": [{"question": "a", "answer": 3}]}, 'retain_dataset: row 0: "answer" is 3'),

@@ -69,7 +69,7 @@ def test_what_the_errors_say():
     for call, message in [
         (lambda: linear_logprob(HIDDEN, WEIGHT, [1, 2]), "target: got a value of type list, expected a tensor"),
         (lambda: sample(HIDDEN, top_p=None), r"top_p: got None, expected a number in \(0, 1\]"),
-        (lambda: sample(HIDDEN, temperature="1"), "temperature: got a value of type str, expected a number"),
+        (lambda: sample(HIDDEN, temperature="1"), "temperature: got '1', expected a number"),
     ]:
         with pytest.raises(TypeError, match=f"^{message}$"):
             call()

@@ -212,7 +212,7 @@ def test_fastest_by_default(monkeypatch):
     ("arguments", "error", "message"),
     [
         ((["a"], ["a", "b"]), ValueError, "candidates: got 1 texts, expected 2"),
-        (("a", ["a"]), TypeError, "candidates: got a value of type str, expected a list of strings"),
+        (("a", ["a"]), TypeError, "candidates: got 'a', expected a list of strings"),
         ((["a"], b"a"), TypeError, "references: got a value of type bytes, expected a list of strings"),
         ((None, ["a"]), TypeError, "candidates: got None, expected a list of strings"),
         ((["a", None], ["a", "a"]), TypeError, "candidates: got None at position 1, expected a string"),
@@ -230,8 +230,8 @@ def test_texts_that_are_none(impl, arguments, error, message):
     [
         ({"use_stemmer": 1}, TypeError, "use_stemmer: got 1, expected True or False"),
         ({"tokenizer": "words"}, TypeError, "tokenizer: got 'words', expected None or a function"),
-        ({"tokenizer": str.lower}, TypeError, "tokenizer: returned a value of type str for 'a', expected a list"),
-        ({"tokenizer": lambda text: [1]}, TypeError, "tokenizer: returned a value of type int in its list for 'a'"),
+        ({"tokenizer": str.lower}, TypeError, "tokenizer: returned 'a' for 'a', expected a list"),
+        ({"tokenizer": lambda text: [1]}, TypeError, "tokenizer: returned 1 in its list for 'a'"),
         ({"impl": "fortran"}, ValueError, "impl: got 'fortran'"),
         ({"impl": "triton"}, backend.BackendUnavailable, "no triton implementation"),
     ],
