@@ -73,6 +73,16 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
 
 
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_draws_by_cuda(impl, steps, monkeypatch, rng_seed):
+    """From rows for texts, of which those beyond the texts are NaN."""
+    built = watch(monkeypatch, drawing=impl)
+    model, options = make("llama", rng_seed), {"num_samples": 6, "top_k": 3, "eos_token_id": 257}
+    got = sample(model, rng_seed, **options)
+    assert built[0] is not None and any(rows < 24 for rows, *_ in steps)
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
+
+
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
 def test_lora_adapters(family, built, monkeypatch, rng_seed):
     model = adapt(make_model(family, seed=rng_seed).to(DEVICE))
