@@ -365,6 +365,24 @@ def test_what_a_call_keeps_is_free_for_the_next(built, monkeypatch, rng_seed):
     assert len(built) == 3 and built[0] is built[1] is built[2]
 
 
+def test_what_is_kept_for_other_calls_is_freed_before_memory_is_made(built, monkeypatch, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    sample(sampler, rng_seed)
+    earlier, seen, make = weakref.ref(built.pop()), [], static_decoder.StaticLayers
+
+    def watched(*args):
+        gc.collect()
+        seen.append(earlier())
+        return make(*args)
+
+    monkeypatch.setattr(static_decoder, "StaticLayers", watched)
+    sample(sampler, rng_seed)
+    assert not seen
+    built.clear()
+    sample(sampler, rng_seed, num_samples=5)
+    assert seen == [None] and sampler._kept.held_bytes > 0
+
+
 @pytest.mark.parametrize(
     "change",
     [
