@@ -33,7 +33,7 @@ class LinearSampleByRowsBench(LinearSampleBench):
 
         sequence = torch.arange(len(x.hidden), device=x.hidden.device)
         where = {"sequence": sequence, "position": torch.zeros_like(sequence)}
-        head = {"bias": x.bias, "softcap": None, "logit_scale": 1.0, "min_p": 0.0, "seed": 1}
+        head = {"bias": x.bias, "softcap": None, "logit_scale": 1.0, "seed": 1}
         return linear_sample_on_hopper(x.hidden, x.weight, **head, **self.settings.cuts(), **where)[0]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,24 +17,25 @@ from benchmarks.shapes import DECODE_ROWS, LARGE_DECODE_ROWS, LARGE_HEAD, LLAMA_
 
 @dataclass(frozen=True)
 class Settings:
-    """How the distribution is cut; no top-k where it is None."""
+    """How the distribution is cut; no top-k where it is None. At temperature 0 there is nothing to cut."""
 
     temperature: float = 0.9
     top_k: int | None = None
     top_p: float = 0.95
+    min_p: float = 0.0
 
     def __str__(self) -> str:
         cuts = [f"temperature {self.temperature}", f"top-k {self.top_k}" if self.top_k else "", f"top-p {self.top_p}"]
-        return ", ".join(filter(None, cuts))
+        return ", ".join(filter(None, [*cuts, f"min-p {self.min_p}" if self.min_p else ""]))
 
     def cuts(self) -> dict[str, Any]:
         """As keyword arguments of `truncated` and of the op."""
-        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return asdict(self)
 
     def preferred(self, device_type: str) -> str | None:
         from pmc_fast.ops.sample import preferred
 
-        return preferred(device_type, **self.cuts())
+        return preferred(device_type, self.temperature, self.top_k, self.top_p)
 
 
 def real_looking_logits(rows: int, vocab: int, generator: torch.Generator) -> torch.Tensor:
@@ -50,12 +52,17 @@ def real_looking_logits(rows: int, vocab: int, generator: torch.Generator) -> to
 
 def draw_with_transformers(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
     """Token per row as `generate` draws it."""
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation import logits_process as processors
 
-    scores = TemperatureLogitsWarper(settings.temperature)(None, logits.float())
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1)
+    scores = processors.TemperatureLogitsWarper(settings.temperature)(None, logits.float())
     if settings.top_k is not None:
-        scores = TopKLogitsWarper(settings.top_k)(None, scores)
-    scores = TopPLogitsWarper(settings.top_p)(None, scores)
+        scores = processors.TopKLogitsWarper(settings.top_k)(None, scores)
+    if settings.top_p < 1:
+        scores = processors.TopPLogitsWarper(settings.top_p)(None, scores)
+    if settings.min_p > 0:
+        scores = processors.MinPLogitsWarper(settings.min_p)(None, scores)
     return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
 
 
@@ -68,15 +75,29 @@ def draw_with_torch_topk(logits: torch.Tensor, settings: Settings) -> torch.Tens
 
 
 def draw_with_flashinfer(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Token per row by rejection sampling on a GPU; the temperature is applied before it."""
+    """Token per row by rejection sampling on a GPU; the temperature is applied before it.
+
+    The seed is given, since a generator cannot be asked for one while a CUDA graph is captured.
+    """
     if logits.device.type != "cuda":
         raise CannotRun("its kernels need a GPU")
-    from flashinfer.sampling import top_k_top_p_sampling_from_logits, top_p_sampling_from_probs
+    cut = settings.top_k is not None or settings.top_p < 1
+    if settings.temperature == 0 or (cut and settings.min_p > 0):
+        raise CannotRun("it has no draw with these options")
+    from flashinfer import sampling
 
     scaled = logits / settings.temperature
-    if settings.top_k is None:
-        return top_p_sampling_from_probs(scaled.softmax(dim=-1), settings.top_p).long()
-    return top_k_top_p_sampling_from_logits(scaled, settings.top_k, settings.top_p).long()
+    if settings.top_k is not None:
+        draw, cuts = sampling.top_k_top_p_sampling_from_logits, (scaled, settings.top_k, settings.top_p)
+    elif cut:
+        draw, cuts = sampling.top_p_sampling_from_probs, (scaled.softmax(dim=-1), settings.top_p)
+    elif settings.min_p > 0:
+        draw, cuts = sampling.min_p_sampling_from_probs, (scaled.softmax(dim=-1), settings.min_p)
+    else:
+        draw, cuts = sampling.sampling_from_logits, (scaled,)
+    if "seed" not in signature(draw).parameters:
+        raise CannotRun("this version of it takes no seed")
+    return draw(*cuts, seed=1, offset=0).long()
 
 
 def judge_draws(

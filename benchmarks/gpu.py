@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from benchmarks import results
@@ -39,7 +40,8 @@ class Part:
     """One process: `words` behind "python", told to write `results`; `share` is its part of the time, among all shares.
 
     It is given those of the files `inputs` that exist by then, at least one if there are any, and starts only if the part
-    `needs` went well.
+    `needs` went well. `under` is the command that runs python, if it is not to run by itself, and `tool` the program that this
+    takes: without it the part does not start.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Part:
     results: Sequence[Path] = ()
     inputs: Sequence[Path] = ()
     needs: str | None = None
+    under: Sequence[str] = ()
+    tool: str | None = None
 
 
 @dataclass
@@ -83,14 +87,18 @@ _TESTS = {
     ],
     "cpu": ["tests/test_data.py"],
 }
+_PYTEST = ["-q", "-p", "no:cacheprovider"]
+_SANITIZED = ["tests/cuda/test_rows.py", "tests/cuda/test_linear_sample.py", "tests/ops/test_sample.py", "-k", "cuda"]
 _OPS = {
     "cuda": {
         "ops": ["--dtype", "bfloat16"],
         "ops-sample": ["--op", "sample", "--dtype", "float32"],  # its logits are float32 in every benchmark
+        "ops-sample-options": ["--op", "sample_by_options", "--dtype", "float32", "--graphs"],
         "ops-linear-sample": ["--op", "linear_sample_by_rows", "--dtype", "bfloat16", "--graphs"],
     },
     "cpu": {"ops": ["--op", "rouge_l_recall"]},
 }
+_OPS_SHARE = {"ops": 1.5, "ops-sample-options": 1.0}
 _OPS_SIZE = {
     "cuda": ["--shapes", "all", "--repeats", "5", "--limit-s", "2"],
     "cpu": ["--repeats", "1"],
@@ -131,7 +139,8 @@ def run(args: argparse.Namespace) -> None:
     names = [part.name for part in parts]
     if unknown := sorted(set(args.only or names) - set(names)):
         raise UserError(f"--only: got {', '.join(unknown)}, want some of {', '.join(names)}")
-    parts = [part for part in parts if part.name in (args.only or names)]
+    wanted = args.only or [part.name for part in parts if part.tool is None or which(part.tool)]
+    parts = [part for part in parts if part.name in wanted]
     _claim(args.out)
     about = {"device": args.device, "minutes": args.minutes, "command": args.command_line}
     outcomes = take(parts, out, started + 60 * args.minutes - _RESERVE_S, about)
@@ -158,18 +167,28 @@ def plan(out: Path, device: str, kind: str) -> list[Part]:
     """The parts for a `kind` of device, cuda or cpu, the most telling first."""
     benchmarks = ["-m", "benchmarks"]
     tests = [folder for folder in _TESTS[kind] if (ROOT / folder).exists()]
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=15", f"--junitxml={out / 'tests.xml'}"]
+    pytest = ["-m", "pytest", *_PYTEST, "--durations=15", f"--junitxml={out / 'tests.xml'}"]
     if kind == "cuda" and find_spec("xdist"):  # what takes time is compilation
         pytest += ["-n", str(min(12, os.cpu_count() or 1)), "--maxfail=20"]
     parts = [Part("build", ["-m", "benchmarks.build"], 0.5), Part("tests", [*pytest, *tests], 1.5)]
     for name, options in _OPS[kind].items():
         file = out / f"{name}.json"
         words = [*benchmarks, "ops", "--device", device, *options, *_OPS_SIZE[kind], "--json", str(file)]
-        parts.append(Part(name, words, 1.5 if name == "ops" else 0.5, [file]))
+        parts.append(Part(name, words, _OPS_SHARE.get(name, 0.5), [file]))
+    if kind == "cuda":
+        parts += [_sanitizer_part("memcheck"), _sanitizer_part("racecheck")]
     for model in _MODELS[kind]:
         parts += _model_parts(model, out, device)
     files = [file for part in parts for file in part.results]
     return [*parts, Part("report", [*benchmarks, "report", "--out", str(out / "report")], 0.4, inputs=files)]
+
+
+def _sanitizer_part(check: str) -> Part:
+    """Watches kernels of pmc::cuda, as their mangled names say. In torch's cache it could not see where a tensor ends."""
+    tool = "compute-sanitizer"
+    under = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", check, "--error-exitcode", "9"]
+    under += ["--kernel-name", "kernel_substring=pmc4cuda"]
+    return Part(check, ["-m", "pytest", *_PYTEST, *_SANITIZED], 0.6, under=under, tool=tool)
 
 
 def _model_parts(model: Model, out: Path, device: str) -> list[Part]:
@@ -216,12 +235,14 @@ def take(parts: Sequence[Part], out: Path, deadline: float, about: dict[str, Any
             print(f"{part.name:{width}}  ", end="", flush=True)
             if part.needs and (needed := outcomes.get(part.needs, Outcome(part.needs))).status != OK:
                 outcome.status = f"not started: {part.needs} {needed.status}"
+            elif part.tool and not which(part.tool):
+                outcome.status = f"not started: {part.tool} is not installed"
             elif part.inputs and not given:
                 outcome.status = "not started: there are no results"
             elif outcome.limit_s <= 0:
                 outcome.status = "not started: no time left"
             else:
-                _run_part([sys.executable, *part.words, *map(str, given)], out, outcome, write)
+                _run_part([*part.under, sys.executable, *part.words, *map(str, given)], out, outcome, write)
                 outcome.results = [file.name for file in part.results if file.exists()]
             write()
             print(f"{outcome.status:10} {outcome.seconds:6.1f} s" + (f"  {outcome.log}" if outcome.log else ""))

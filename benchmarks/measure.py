@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,18 +111,31 @@ def _seconds(run: Callable[[], object], calls: int, device: torch.device) -> flo
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """The call as a CUDA graph, whose replays cost the host one launch. The graph keeps the memory of its tensors.
 
-    Raises RuntimeError if the call cannot be captured: it waits for the GPU, say.
+    Raises RuntimeError if the call cannot be captured. Whether it waits for the GPU is tried before, since torch may end the
+    process after a capture that failed.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is set up once must not be captured
-        for _ in range(2):
+        run()
+        with _refusing_waits():
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+@contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """Within a with block, torch raises RuntimeError instead of waiting for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 _FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far

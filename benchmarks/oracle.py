@@ -94,8 +94,10 @@ def truncated(
 
     top-p keeps a token while the mass of the more probable ones is below p. A token at the very edge may fall on either
     side in another arithmetic: `allowed` has those up to `logit_slack` below the least logit kept, and those up to as
-    great a share of mass above p.
+    great a share of mass above p. Temperature 0 is the most probable token alone, the first of several.
     """
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
     order = logits.double().sort(dim=1, descending=True, stable=True)
     probability = (order.values / temperature).softmax(dim=1)
     if top_k is not None:

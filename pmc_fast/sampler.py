@@ -222,7 +222,8 @@ class Sampler:
             needed = self.cache_bytes(num_samples, rounded(width) + rounded(steps)) + self.cache_bytes(1, width)
         given = cache_budget is not None
         if not given:
-            kept = self._kept.held_bytes if self._kept else 0  # which this call uses again, or frees
+            # What is kept this call uses again, or frees first. What graphs hold for themselves counts as free as it is.
+            kept = self._kept.held_bytes if self._kept else 0
             cache_budget = smallest(self.lm.model, int((free_bytes(input_ids.device) + kept) * CACHE_SHARE))
         if needed > cache_budget and given:
             raise ValueError(

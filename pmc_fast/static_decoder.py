@@ -110,7 +110,11 @@ class KeptDecoders:
 
     def get(self, key: Hashable, make: Callable[[], StaticDecoder | None]) -> StaticDecoder | None:
         if key not in self._used:
-            self._used[key] = self._earlier.pop(key, None) or make()
+            decoder = self._earlier.pop(key, None)
+            if decoder is None:
+                self._earlier.clear()  # so that there is room: this call counts on it
+                decoder = make()
+            self._used[key] = decoder
         return self._used[key]
 
 

@@ -15,10 +15,9 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def watch(monkeypatch):
-    """What `static_decoder` will make, call by call, on any device."""
+def watch(monkeypatch, drawing="triton" if DEVICE == "cuda" else "native"):
+    """What `static_decoder` will make, call by call, on any device; `drawing` is what draws."""
     made = []
-    drawing = "triton" if DEVICE == "cuda" else "native"
     stand_in = SimpleNamespace(choose=lambda *args: "triton", load=lambda op, impl: backend.load(op, drawing))
     monkeypatch.setattr(static_decoder, "backend", stand_in)
     if DEVICE == "cpu":

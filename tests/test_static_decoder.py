@@ -73,6 +73,16 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
 
 
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_draws_by_cuda(impl, steps, monkeypatch, rng_seed):
+    """From rows for texts, of which those beyond the texts are NaN."""
+    built = watch(monkeypatch, drawing=impl)
+    model, options = make("llama", rng_seed), {"num_samples": 6, "top_k": 3, "eos_token_id": 257}
+    got = sample(model, rng_seed, **options)
+    assert built[0] is not None and any(rows < 24 for rows, *_ in steps)
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
+
+
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
 def test_lora_adapters(family, built, monkeypatch, rng_seed):
     model = adapt(make_model(family, seed=rng_seed).to(DEVICE))
@@ -353,6 +363,24 @@ def test_what_a_call_keeps_is_free_for_the_next(built, monkeypatch, rng_seed):
     for _ in range(3):
         sample(sampler, rng_seed)
     assert len(built) == 3 and built[0] is built[1] is built[2]
+
+
+def test_what_is_kept_for_other_calls_is_freed_before_memory_is_made(built, monkeypatch, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    sample(sampler, rng_seed)
+    earlier, seen, make = weakref.ref(built.pop()), [], static_decoder.StaticLayers
+
+    def watched(*args):
+        gc.collect()
+        seen.append(earlier())
+        return make(*args)
+
+    monkeypatch.setattr(static_decoder, "StaticLayers", watched)
+    sample(sampler, rng_seed)
+    assert not seen
+    built.clear()
+    sample(sampler, rng_seed, num_samples=5)
+    assert seen == [None] and sampler._kept.held_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,12 @@ PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
     m.attr("MOST_LINEAR_SAMPLE_ROWS") = pmc::cuda::kMostLinearSampleRows;
 
     py::class_<pmc::cuda::SampleArgs>(m, "Draw", py::module_local())
-        .def(py::init([](int64_t rows, int64_t vocab, uintptr_t bias, float logit_scale, float softcap,
-                         float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
+        .def(py::init([](uintptr_t logits_row, int64_t rows, int64_t vocab, uintptr_t bias, float logit_scale,
+                         float softcap, float temperature, int64_t top_k, double top_p, float log_min_p, uint64_t seed,
                          uintptr_t sequence, uintptr_t position, uintptr_t token, uintptr_t logprob,
                          uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t bad) {
             return pmc::cuda::SampleArgs{nullptr,
+                                         pointer<const int64_t>(logits_row),
                                          rows,
                                          vocab,
                                          0,

@@ -14,7 +14,8 @@ struct Queue {
 };
 
 struct SampleArgs {
-    const void* logits;  // [rows, vocab], row_stride elements apart
+    const void* logits;         // [.., vocab], row_stride elements apart
+    const int64_t* logits_row;  // [rows], the row of logits that each draw is from; null: its own
     int64_t rows, vocab, row_stride;
     const float* bias;  // [vocab], added to the logits before `head`; null for none
     HeadTransform head;
@@ -45,7 +46,7 @@ struct LinearSampleArgs {
     int64_t size, hidden_stride, weight_stride;
     float* logits;    // [rows, vocab], draw.row_stride elements apart: where products are left for `sample`; or null
     void* parts;      // without it: linear_sample_scratch bytes, at a multiple of 16
-    SampleArgs draw;  // its logits are not looked at, and what it truncates only where there is room for logits
+    SampleArgs draw;  // without logits_row; what it truncates is looked at only where there is room for logits
 };
 
 constexpr int64_t kMostLinearSampleRows = 256;

@@ -1,8 +1,8 @@
-// Draws one token per row of logits: temperature, top-k, top-p, min-p, then the Gumbel argmax over what is kept.
+// Draws tokens from rows of logits: temperature, top-k, top-p, min-p, then the Gumbel argmax over what is kept.
 //
-// A cluster of blocks shares a row. One visit finds the maximum, the masses and, if nothing is truncated, the winner.
-// Else a value is found that nothing kept lies below; what reaches it, hardly ever more than fits into a list, is all
-// that the radix selects and the draw look at. Where the list is too short they visit the row again.
+// A cluster of blocks makes a draw. One visit of its row finds the maximum, the masses and, if nothing is truncated,
+// the winner. Else a value is found that nothing kept lies below; what reaches it, hardly ever more than fits into a
+// list, is all that the radix selects and the draw look at. Where the list is too short they visit the row again.
 #include "common/order.h"
 #include "cuda/kernels.h"
 #include "cuda/mass.h"
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) sample_kernel(SampleArgs args
     Team team(&shared.exchange);
     const int64_t r = blockIdx.x / static_cast<unsigned>(team.blocks());
     const int vocab = static_cast<int>(args.vocab);
-    const Logit* const row = static_cast<const Logit*>(args.logits) + r * args.row_stride;
+    const int64_t from = args.logits_row ? args.logits_row[r] : r;
+    const Logit* const row = static_cast<const Logit*>(args.logits) + from * args.row_stride;
     RowPart<Logit> part(row, vocab, team.block(), team.blocks(),
                         reinterpret_cast<uint4*>(shared_memory() + sizeof(SampleShared)), args.room);
     const float temperature = args.temperature;

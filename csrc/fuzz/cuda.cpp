@@ -24,10 +24,11 @@ constexpr int64_t kLong = 3000;  // rows of more equal tokens than a block's lis
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// What rows of logits must be drawn to, and room for what a kernel says.
+// What must be drawn, from each row of logits once or from rows in any order, and room for what a kernel says.
 struct Drawn {
-    Drawn(Random& random, const Logits& logits, const Options& options)
-        : rows(static_cast<size_t>(logits.rows)),
+    Drawn(Random& random, const Logits& logits, const Options& options, bool grouped = false)
+        : rows(static_cast<size_t>(grouped ? random.between(0, 3 * logits.rows) : logits.rows)),
+          logits_row(grouped ? rows : 0),
           sequence(rows),
           position(rows),
           token(rows, -1),
@@ -37,14 +38,17 @@ struct Drawn {
           bad(static_cast<int32_t>(rows)) {
         for (size_t r = 0; r < rows; ++r) {
             sequence[r] = counter(random), position[r] = counter(random);
-            expected.emplace_back(logits, r, options, sequence[r], position[r]);
+            if (grouped) logits_row[r] = random.between(0, logits.rows - 1);
+            const int64_t from = grouped ? logits_row[r] : static_cast<int64_t>(r);
+            expected.emplace_back(logits, from, options, sequence[r], position[r]);
             usable.push_back(expected.back().usable());
         }
     }
 
     cuda::SampleArgs arguments(const void* z, const Logits& logits, const Options& options) {
         return {z,
-                logits.rows,
+                logits_row.empty() ? nullptr : logits_row.data(),
+                static_cast<int64_t>(rows),
                 logits.vocab,
                 logits.stride,
                 logits.bias.empty() ? nullptr : logits.bias.data(),
@@ -72,7 +76,7 @@ struct Drawn {
     }
 
     size_t rows;
-    std::vector<int64_t> sequence, position, token;
+    std::vector<int64_t> logits_row, sequence, position, token;
     std::vector<float> logprob, sampling_logprob, kept_mass;
     int32_t bad;
     std::vector<ExpectedDraw> expected;
@@ -107,7 +111,7 @@ void fuzz_cuda_sample(Case& c) {
     Logits logits = Logits::random(random, kLong);
     some_bias(random, &logits);
     const Options options = Options::random(random, logits.vocab);
-    Drawn drawn(random, logits, options);
+    Drawn drawn(random, logits, options, random.one_in(3));
     cuda::sample(drawn.arguments(logits.z.data(), logits, options), logits.z.dtype(), {});
     drawn.check(c);
 }

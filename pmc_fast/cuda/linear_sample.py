@@ -24,18 +24,27 @@ def linear_sample(
     hidden_row: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
+    """Logits that several draws are from are multiplied once, if all of them can be held at once."""
+    rows, at_once = len(sequence), max(1, SCRATCH_BYTES // (4 * len(weight)))
     if hidden_row is not None:
+        # In pieces of hidden rows the host would have to know which draws belong to which.
+        if len(hidden) < rows and len(hidden) <= at_once:
+            where = {"sequence": sequence, "position": position, "logits_row": hidden_row}
+            return _draw_from_products(hidden, weight, **where, **options)
         hidden = hidden[hidden_row]
-    rows, vocab = len(hidden), len(weight)
-    drawn = []
-    for piece in even_pieces(rows, max(1, SCRATCH_BYTES // (4 * vocab))) if rows else [slice(0, 0)]:
-        with phase("head"):
-            logits = padded_rows(piece.stop - piece.start, vocab, torch.float32, hidden.device)
-            write_product(logits, hidden[piece], weight.T)
-        with phase("sample"):
-            draws = sample(logits, sequence=sequence[piece], position=position[piece], op="linear_sample", **options)
-        drawn.append(draws)
+    drawn = [
+        _draw_from_products(hidden[piece], weight, sequence=sequence[piece], position=position[piece], **options)
+        for piece in (even_pieces(rows, at_once) if rows else [slice(0, 0)])
+    ]
     return drawn[0] if len(drawn) == 1 else tuple(torch.cat(column) for column in zip(*drawn, strict=True))
+
+
+def _draw_from_products(hidden: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    with phase("head"):
+        logits = padded_rows(len(hidden), len(weight), torch.float32, hidden.device)
+        write_product(logits, hidden, weight.T)
+    with phase("sample"):
+        return sample(logits, op="linear_sample", **options)
 
 
 def linear_sample_on_hopper(
@@ -82,7 +91,7 @@ def linear_sample_on_hopper(
 def _on_hopper(where: tuple[int, int], hidden: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """Up to 256 rows. Where something is truncated the kernel writes logits, and `sample`'s draws from them."""
     rows, vocab = len(hidden), len(weight)
-    draw = Draw(rows, vocab, **options)
+    draw = Draw(vocab, **options)
     by_rank = options["top_k"] is not None and options["top_k"] < vocab
     truncates = options["temperature"] > 0 and (by_rank or options["top_p"] < 1 or options["min_p"] > 0)
     with phase("head"):

@@ -16,12 +16,12 @@ from pmc_fast.gpu.gemm import row_major
 class Draw:
     """What kernels draw with, and where to: `arguments`. It holds the tensors whose addresses these are.
 
-    bias, softcap and logit_scale are for `linear_sample`: what is still to be done to the logits.
+    What follows position is for `linear_sample`: bias, softcap and logit_scale, what is still to be done to the logits;
+    logits_row, int64 [N], the row of logits that each draw is from, by default its own.
     """
 
     def __init__(
         self,
-        rows: int,
         vocab: int,
         *,
         temperature: float,
@@ -34,21 +34,23 @@ class Draw:
         bias: Tensor | None = None,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        logits_row: Tensor | None = None,
     ) -> None:
         if vocab > (most := library().MOST_VOCAB):
             raise ValueError(f"logits: got {vocab} tokens, expected at most {most}, as far as the CUDA kernel counts")
-        device = sequence.device
+        rows, device = len(sequence), sequence.device
         self.rows = rows
         self.token = torch.empty(rows, dtype=torch.int64, device=device)
         self.columns = [torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3)]
         self.bad = no_bad_row(rows, device)
         self.read = [sequence.contiguous(), position.contiguous()]
-        bias = None if bias is None else bias.float().contiguous()
-        self.bias = bias
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.logits_row = None if logits_row is None else logits_row.contiguous()
         self.arguments = library().Draw(
+            0 if logits_row is None else self.logits_row.data_ptr(),
             rows,
             vocab,
-            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else self.bias.data_ptr(),
             logit_scale,
             softcap or 0.0,
             temperature,
@@ -67,7 +69,7 @@ class Draw:
 
 def sample(logits: Tensor, *, op: str = "sample", **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`options` are a `Draw`'s; `op` is what an error calls it."""
-    draw = Draw(*logits.shape, **options)
+    draw = Draw(logits.shape[1], **options)
     where = queue(logits)
     logits = row_major(logits)
     library().sample(*where, logits.data_ptr(), dtype_code(logits.dtype), logits.stride(0), draw.arguments)

@@ -31,7 +31,7 @@ def linear_sample(
     Equivalent to ``sample(logit_scale * (hidden @ weight.T + bias), ...)``, each logit passed through
     ``softcap * tanh(logit / softcap)`` first where softcap is given. With hidden_row, hidden stands for
     ``hidden[hidden_row]``: many draws from the same distribution, whose logits "native" computes and truncates once, and
-    "triton" computes once.
+    "triton" and "cuda" compute once.
 
     No gradients, as of ``sample``: for those of a drawn token's log-probability use `linear_logprob`.
 

@@ -70,15 +70,28 @@ def test_the_plan_for_a_gpu_covers_both_models_and_every_op(tmp_path):
     for shape in ("llama-3.2-3b", "smollm2-135m"):
         assert {parts[f"{kind}-{shape}"].needs for kind in ("step", "sampling", "profile")} == {f"model-{shape}"}
     for part in parts.values():
-        assert "cuda:1" in part.words or part.name in ("build", "tests", "report")
+        assert "cuda:1" in part.words or part.tool or part.name in ("build", "tests", "report")
     assert "bfloat16" in parts["ops"].words and "sample" in parts["ops-sample"].words
     assert "linear_sample_by_rows" in parts["ops-linear-sample"].words
-    assert len(parts["report"].inputs) == 9
+    assert {"sample_by_options", "--graphs"} <= set(parts["ops-sample-options"].words)
+    assert len(parts["report"].inputs) == 10
     from benchmarks.__main__ import _parse
 
     for part in parts.values():
         if list(part.words[:2]) == ["-m", "benchmarks"]:
             _parse([*part.words[2:], *map(str, part.inputs)])  # every option is known
+
+
+def test_the_cuda_kernels_are_watched(tmp_path):
+    parts = {part.name: part for part in gpu.plan(tmp_path, "cuda", "cuda") if part.tool}
+    assert list(parts) == ["memcheck", "racecheck"]
+    for name, part in parts.items():
+        tool, *options = part.under[part.under.index(part.tool) :]
+        given = dict(zip(options[::2], options[1::2], strict=True))  # each has a value
+        assert tool == "compute-sanitizer" and given["--tool"] == name
+        assert given["--kernel-name"] == "kernel_substring=pmc4cuda"
+        files = [word for word in part.words if word.endswith(".py")]
+        assert files and all((gpu.ROOT / file).exists() for file in files)
 
 
 def python(name, code, share=1.0, **more):
@@ -149,6 +162,20 @@ def test_a_part_that_is_told_to_stop_can_write_what_it_has(tmp_path, monkeypatch
     code = "import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('saved')"
     assert take([python("part", code)], tmp_path, 3.0)["part"].status == "cut short"
     assert (tmp_path / "part.log").read_text() == "saved\n"
+
+
+def test_a_part_runs_under_another_command(tmp_path):
+    part = python("part", "import os; print(os.environ['WATCHED'])", under=["env", "WATCHED=yes"])
+    assert take([part], tmp_path, 100.0)["part"].command.startswith(f"WATCHED=yes {sys.executable}")
+    assert (tmp_path / "part.log").read_text() == "yes\n"
+
+
+def test_what_takes_a_tool_starts_only_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "plan", lambda *_: [python("a", "pass"), python("b", "pass", tool="no-such-tool")])
+    assert main(["gpu", "--device", "cpu", "--out", str(tmp_path / "all")]) == 0
+    assert list(summary(tmp_path / "all")[1]) == ["a"]
+    assert main(["gpu", "--device", "cpu", "--only", "a", "b", "--out", str(tmp_path / "named")]) == 1
+    assert "1 of 2 parts: b (not started: no-such-tool is not installed)" in capsys.readouterr().err
 
 
 def test_no_part_starts_without_time_left(tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import time
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from benchmarks.bench_decode_attention import DecodeAttentionBench
 from benchmarks.bench_linear_logprob import LinearLogprobBench
 from benchmarks.bench_linear_sample import LinearSampleBench
 from benchmarks.bench_sample import SampleBench, Settings
+from benchmarks.bench_sample_by_options import ADVANTAGE, SampleByOptionsBench
 from benchmarks.compiled import COMPILED
 from benchmarks.limits import measure_limits
-from benchmarks.measure import Spread
+from benchmarks.measure import Spread, captured
 from benchmarks.oracle import head_gradients, surprise_of_counts, truncated
 from benchmarks.shapes import AttentionHeads, Head
 from pmc_fast import BackendUnavailable
@@ -86,6 +89,29 @@ def test_graphs_without_a_gpu_are_refused(capsys):
     assert "--graphs: got --device cpu, want a GPU" in capsys.readouterr().err
 
 
+def test_what_waits_for_the_gpu_is_not_captured(monkeypatch):
+    modes, graphs = ["default"], []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graphs.append(graph) or nullcontext())
+    seen = []
+
+    def waits():
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        captured(waits)
+    assert modes[-1] == "default" and not graphs
+    assert captured(lambda: seen.append(modes[-1])) == "replay" and len(graphs) == 1
+    assert seen == ["default", "error", "default"]
+
+
 def test_slow_contestants_run_once():
     rows = measure(Doubling(), 3, 5, 0.0)
     assert [row.repeats for row in rows if row.right] == [1, 1]
@@ -108,9 +134,30 @@ def test_a_compiled_contestant_is_judged_by_its_second_run():
     assert rows[COMPILED].repeats == 1
 
 
+def test_on_a_gpu_every_first_run_may_compile(monkeypatch):
+    measuring = ops.Stopwatch, ops.PeakMemory, ops.interleave
+    monkeypatch.setattr(ops, "Stopwatch", lambda device: measuring[0](CPU))
+    monkeypatch.setattr(ops, "PeakMemory", lambda device: measuring[1](CPU))
+    monkeypatch.setattr(ops, "interleave", lambda *args, device, **more: measuring[2](*args, device=CPU, **more))
+    compiled = []
+
+    def compiles_first(x):
+        compiled.append(time.sleep(0 if compiled else 0.8))
+        return 2 * x
+
+    runs = {"pmc_fast": compiles_first}
+    (row,) = ops.measure(Doubling(), runs, torch.device("cuda"), 3, 2, 0.7, None, lambda: None)
+    assert row.repeats == 2 and row.seconds.median < 0.7
+
+
 BENCHES = [
     SampleBench(7, SMALL, Settings()),
     SampleBench(7, SMALL, Settings(top_k=50)),
+    SampleByOptionsBench(9, SMALL, Settings(), sure=True),
+    SampleByOptionsBench(7, SMALL, Settings(min_p=0.05)),
+    SampleByOptionsBench(7, SMALL, Settings(top_p=1.0, min_p=0.05)),
+    SampleByOptionsBench(7, SMALL, Settings(top_p=1.0)),
+    SampleByOptionsBench(7, SMALL, Settings(temperature=0.0, top_p=1.0)),
     LinearSampleBench(7, SMALL, Settings(temperature=1.25, top_k=50)),
     LinearSampleBench(7, SMALL, Settings(top_k=50), torch.bfloat16),
     LinearLogprobBench(37, Head("with bias", 1511, 24, bias=True)),
@@ -199,6 +246,7 @@ def test_truncation_cuts_by_top_k_then_top_p_then_min_p():
     assert truncated(logits, top_k=3, top_p=0.8).probability[0].tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0, 0])
     assert truncated(logits, min_p=0.5).probability[0].tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0, 0])
     assert truncated(logits, temperature=0.5).probability[0, 0].item() == pytest.approx(0.16 / 0.28)
+    assert truncated(logits, temperature=0.0).probability[0].tolist() == [1, 0, 0, 0, 0]
     assert truncated(logits, top_k=2).allowed[0].tolist() == [True, True, False, False, False]
 
 
@@ -268,6 +316,17 @@ def test_every_op_has_a_large_shape_and_a_small_one():
 def test_what_is_only_run_where_it_is_named():
     assert not set(ops.NAMED_ONLY) & set(ops.OPS)
     assert {bench.rows for bench in ops.benches_of("linear_sample_by_rows")} >= {16, 160, 256}
+    titles = [bench.title for bench in ops.benches_of("sample_by_options")]
+    for size in ("160 x 128256", "32 x 128256", "160 x 49152"):
+        assert len({title for title in titles if title.startswith(size)}) == 7
+
+
+def test_sure_rows_have_one_token_far_above_the_others(rng_seed):
+    bench = SampleByOptionsBench(40, SMALL, Settings(), sure=True)
+    first, second = bench.make_inputs(rng_seed, CPU).topk(2).values.T
+    sure = torch.arange(40) % 8 != 0
+    assert (first - second)[sure].min() > ADVANTAGE - 1e-4
+    assert (first - second)[~sure].max() < ADVANTAGE
 
 
 def test_an_unknown_peer_is_refused_with_the_known(capsys):

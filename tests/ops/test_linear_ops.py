@@ -275,8 +275,8 @@ def test_many_draws_from_one_hidden_state(impl, options, monkeypatch, rng_seed):
     monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 4)
     hidden, weight, b, _ = (t.detach() for t in make(9))
     hidden[7] = math.nan  # nobody draws from it
-    row = torch.tensor([8, 0, 0, 3, 8, 5, 0, 3])
-    coordinates = {"sequence": torch.randint(99, (8,)), "position": torch.randint(99, (8,)), "seed": rng_seed}
+    row = torch.tensor([8, 0, 0, 3, 8, 5, 0, 3, 0, 2])
+    coordinates = {"sequence": torch.randint(99, (10,)), "position": torch.randint(99, (10,)), "seed": rng_seed}
     got = linear_sample(hidden, weight, bias=b, impl=impl, hidden_row=row, **coordinates, **options)
     want = linear_sample(hidden[row], weight, bias=b, impl=impl, **coordinates, **options)
     assert torch.equal(got.token, want.token)
@@ -364,8 +364,9 @@ def test_opcheck(impl, rng_seed):
 
 @pytest.mark.parametrize("impl", DRAWING)
 def test_opcheck_of_linear_sample(impl, rng_seed):
-    hidden, weight, index = torch.randn(7, 5), torch.randn(21, 5), torch.arange(7)
-    for hidden_row, at in [(None, index), (torch.tensor([2, 0, 2]), index[:3])]:
+    hidden, weight, index = torch.randn(7, 5), torch.randn(21, 5), torch.arange(8)
+    for hidden_row in (None, torch.tensor([2, 0, 2]), torch.tensor([2, 0, 2, 6, 6, 6, 1, 0])):
+        at = index[: len(hidden if hidden_row is None else hidden_row)]
         torch.library.opcheck(
             import_module("pmc_fast.ops.linear_sample")._linear_sample,
             (hidden, weight, None, None, 1.0, 0.9, None, 0.9, 0.0, 3, at, at, hidden_row, impl),
