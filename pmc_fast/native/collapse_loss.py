@@ -12,6 +12,6 @@ def collapse_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, **options
 ) -> tuple[Tensor, ...]:
     token_nll, gradients = cross_entropy(
-        "collapse_loss", hidden, weight, target, token_weight, temperature=1.0, **options
+        "collapse_loss", hidden, weight, target, token_weight, **options
     )
     return torch.dot(token_weight, token_nll), token_nll, *gradients

@@ -27,7 +27,6 @@ def cross_entropy(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
-    temperature: float,
     ignore_index: int | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
@@ -56,7 +55,7 @@ def cross_entropy(
         x, z = hidden[rows].to(dtype), scratch[: len(rows)]
         write_logits(x, weight, bias, z)
         token_nll[rows] = _epilogue(
-            op, z, target[rows], row_weight[rows] if with_gradient else None, rows, softcap, logit_scale, temperature
+            op, z, target[rows], row_weight[rows] if with_gradient else None, rows, softcap, logit_scale
         )
         if not with_gradient:
             continue
@@ -80,14 +79,13 @@ def _epilogue(
     rows: Tensor,
     softcap: float | None,
     logit_scale: float,
-    temperature: float,
 ) -> Tensor:
     """Each row's nll; with row weights the gradient with respect to the product is written over the logits."""
     lib, threads = library(), torch.get_num_threads()
     count, vocab = logits.shape
     nll = torch.empty(count, dtype=torch.float32)
     row_weight = None if row_weight is None else row_weight.contiguous()
-    workspace = torch.empty(threads * lib.cross_entropy_workspace_bytes(vocab), dtype=torch.uint8)
+    workspace = torch.empty(threads * lib.head_workspace_bytes(vocab), dtype=torch.uint8)
     bad = lib.cross_entropy(
         logits.data_ptr(),
         dtype_code(logits.dtype),
@@ -96,7 +94,6 @@ def _epilogue(
         logits.stride(0),
         logit_scale,
         softcap or 0.0,
-        temperature,
         target.data_ptr(),
         0 if row_weight is None else row_weight.data_ptr(),
         nll.data_ptr(),

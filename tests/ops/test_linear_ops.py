@@ -56,6 +56,9 @@ def impl(request, monkeypatch):
     if path == "many chunks":
         monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", {torch.float32: 4, torch.bfloat16: 5})
         monkeypatch.setattr(gemm, "SLICE_TOKENS", 100)
+        sliced = import_module("pmc_fast.native.linear_logprob")
+        monkeypatch.setattr(sliced, "CHUNK_ROWS", 5)
+        monkeypatch.setattr(sliced, "SLICE_TOKENS", 64)
     if path == "fast bfloat16":
         monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
     return name
