@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pmc_fast.errors import not_finite
 from pmc_fast.native import dtype_code, library
-from pmc_fast.native.cross_entropy import Gradients
 from pmc_fast.native.gemm import HeadSlice, add_head_gradient, compute_dtype, even_chunks, vocabulary_slices
 
 if TYPE_CHECKING:
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
 
 # Of a slice: tokens at most, a multiple of what is packed together, and elements of the head, which are widened from bfloat16
 # and whose gradient is summed up in float32.
-SLICE_TOKENS, SLICE_ELEMENTS = 4096, 1 << 22
+SLICE_TOKENS, SLICE_ELEMENTS = 2048, 1 << 22
 # Rows that are multiplied with a slice at a time.
-CHUNK_ROWS = 1024
-# A slice begins where a packed panel does: a multiple of every instruction set's columns.
-PANELS = 64
+CHUNK_ROWS = 2048
+# A slice begins where a packed panel does: a multiple of the columns of any instruction set's.
+PANEL_TOKENS = 64
 
 
 def linear_logprob(
@@ -64,7 +63,7 @@ def linear_logprob_backward(
     ignore_index: int | None,
     needs: tuple[bool, bool, bool],
     **options,
-) -> Gradients:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of sum(upstream * linear_logprob(...)) that `needs` asks for: hidden, weight, bias.
 
     Rows whose upstream gradient is 0 are left out of every product.
@@ -74,25 +73,25 @@ def linear_logprob_backward(
     logits = _SlicedLogits(x, _rows(target, rows), weight, bias, **options)
     row_weight, normalizer = _rows(-upstream.float(), rows), _rows(normalizer, rows)
     d_x = torch.zeros(x.shape, dtype=torch.float32) if needs[0] else None
-    d_weight = (torch.empty if len(x) else torch.zeros)(weight.shape, dtype=weight.dtype) if needs[1] else None
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
     d_bias = torch.zeros(len(weight), dtype=torch.float32) if needs[2] else None
     # A sum of several products is finished in float32; a single one is rounded once as it is.
     in_place = weight.dtype == logits.dtype and (logits.dtype == torch.float32 or len(logits.chunks) == 1)
+    sums = None if in_place or d_weight is None else torch.empty(logits.width, weight.shape[1], dtype=torch.float32)
     for tokens in logits.slices:
         head = logits.head(tokens)
-        if d_weight is not None:
-            part = d_weight[tokens]
-            total = part if in_place else torch.empty(part.shape, dtype=torch.float32)
+        part = None if d_weight is None else d_weight[tokens]
+        total = part if sums is None else sums[: len(part)]
         for chunk in logits.chunks:
             z, kernels = logits.write(head, tokens, chunk)
             kernels.gradient(normalizer[chunk].data_ptr(), row_weight[chunk].data_ptr())
             if d_x is not None:
                 head.add_product(z, d_x[chunk])
-            if d_weight is not None:
+            if total is not None:
                 add_head_gradient(total, z, logits.x[chunk], first=chunk.start == 0)
             if d_bias is not None:
                 d_bias[tokens] += z.sum(0, dtype=torch.float32)
-        if d_weight is not None and not in_place and len(x):
+        if total is not part:
             part.copy_(total)
     d_hidden = None if d_x is None else _spread(d_x.to(hidden.dtype), rows, len(hidden))
     return d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)
@@ -116,13 +115,13 @@ class _SlicedLogits:
         self.x = hidden.to(self.dtype).contiguous()
         self._target, self._weight, self._bias = target, weight, bias
         self._transform = logit_scale, softcap or 0.0, temperature
-        width = min(SLICE_TOKENS, max(1, SLICE_ELEMENTS // weight.shape[1] // PANELS) * PANELS)
-        self.slices = vocabulary_slices(weight, width)
-        self.chunks = even_chunks(len(hidden), CHUNK_ROWS) if len(hidden) else []
-        longest = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
-        self._memory = torch.empty(longest * min(width, len(weight)), dtype=self.dtype)
+        most = min(SLICE_TOKENS, max(1, SLICE_ELEMENTS // weight.shape[1] // PANEL_TOKENS) * PANEL_TOKENS)
+        self.slices, self.width = vocabulary_slices(weight, most), min(most, len(weight))
+        self.chunks = even_chunks(len(hidden), CHUNK_ROWS)
+        longest = max(chunk.stop - chunk.start for chunk in self.chunks)
+        self._memory = torch.empty(longest * self.width, dtype=self.dtype)
         self._threads = torch.get_num_threads()
-        self._workspace = torch.empty(self._threads * library().head_workspace_bytes(width), dtype=torch.uint8)
+        self._workspace = torch.empty(self._threads * library().head_workspace_bytes(self.width), dtype=torch.uint8)
 
     def head(self, tokens: slice) -> HeadSlice:
         return HeadSlice(self._weight, self._bias, tokens, self.dtype)
