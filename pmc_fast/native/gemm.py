@@ -20,17 +20,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class HeadSlice:
-    """Some tokens of a head; `dtype` is that to compute in."""
+    """Some tokens of a head; `dtype` is that to compute in, `wide` memory for them in it if the head has another one."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: slice, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, tokens: slice, dtype: torch.dtype, wide: Tensor | None = None
+    ) -> None:
         panels = packed(weight) if dtype == torch.float32 else None
         self._panels = None if panels is None else panels.rows(tokens.start, tokens.stop)
-        self._weight, self._dtype = weight[tokens], dtype
+        self._weight, self._dtype, self._wide = weight[tokens], dtype, wide
         self._bias = None if bias is None else bias[tokens].to(dtype)
 
     @cached_property
     def weight(self) -> Tensor:
-        return self._weight.to(self._dtype)
+        if self._wide is None:
+            return self._weight.to(self._dtype)
+        return self._wide[: len(self._weight)].copy_(self._weight)
 
     def write_logits(self, hidden: Tensor, out: Tensor) -> None:
         """out = hidden @ weight.T + bias, where hidden and out have the dtype to compute in."""

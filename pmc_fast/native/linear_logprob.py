@@ -120,11 +120,13 @@ class _SlicedLogits:
         self.chunks = even_chunks(len(hidden), CHUNK_ROWS)
         longest = max(chunk.stop - chunk.start for chunk in self.chunks)
         self._memory = torch.empty(longest * self.width, dtype=self.dtype)
+        same = weight.dtype == self.dtype
+        self._wide = None if same else torch.empty(self.width, weight.shape[1], dtype=self.dtype)
         self._threads = torch.get_num_threads()
         self._workspace = torch.empty(self._threads * library().head_workspace_bytes(self.width), dtype=torch.uint8)
 
     def head(self, tokens: slice) -> HeadSlice:
-        return HeadSlice(self._weight, self._bias, tokens, self.dtype)
+        return HeadSlice(self._weight, self._bias, tokens, self.dtype, self._wide)
 
     def write(self, head: HeadSlice, tokens: slice, chunk: slice) -> tuple[Tensor, _C.LogitSlice]:
         """The logits of a chunk of rows, until the next ones are written."""
