@@ -110,7 +110,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("use_instruction_set", &pmc::use_instruction_set, py::arg("name"));
     m.def("instruction_set", [] { return pmc::kernels().name; });
     m.def("sample_workspace_bytes", &pmc::sample_workspace_bytes, py::arg("vocab"));
-    m.def("cross_entropy_workspace_bytes", &pmc::cross_entropy_workspace_bytes, py::arg("vocab"));
+    m.def("head_workspace_bytes", &pmc::head_workspace_bytes, py::arg("tokens"));
 
     m.def(
         "sample",
@@ -146,15 +146,13 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "cross_entropy",
         [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float logit_scale,
-           float softcap, float temperature, uintptr_t target, uintptr_t weight, uintptr_t nll, uintptr_t workspace,
-           int threads) {
+           float softcap, uintptr_t target, uintptr_t weight, uintptr_t nll, uintptr_t workspace, int threads) {
             return pmc::kernels().cross_entropy({pointer<void>(logits),
                                                  static_cast<pmc::Dtype>(dtype),
                                                  rows,
                                                  vocab,
                                                  row_stride,
                                                  {logit_scale, softcap},
-                                                 temperature,
                                                  pointer<const int64_t>(target),
                                                  pointer<const float>(weight),
                                                  pointer<float>(nll),
@@ -162,6 +160,35 @@ PYBIND11_MODULE(_C, m) {
                                                  threads});
         },
         release());
+
+    py::class_<pmc::LogitSlice>(m, "LogitSlice")
+        .def(py::init([](uintptr_t logits, int dtype, int64_t rows, int64_t tokens, int64_t row_stride,
+                         int64_t first_token, float logit_scale, float softcap, float temperature, uintptr_t target,
+                         uintptr_t workspace, int threads) {
+            return pmc::LogitSlice{pointer<void>(logits),
+                                   static_cast<pmc::Dtype>(dtype),
+                                   rows,
+                                   tokens,
+                                   row_stride,
+                                   first_token,
+                                   {logit_scale, softcap},
+                                   temperature,
+                                   pointer<const int64_t>(target),
+                                   pointer<void>(workspace),
+                                   threads};
+        }))
+        .def(
+            "score",
+            [](const pmc::LogitSlice& slice, uintptr_t score) {
+                pmc::kernels().score_slice({slice, pointer<pmc::RowScore>(score)});
+            },
+            release())
+        .def(
+            "gradient",
+            [](const pmc::LogitSlice& slice, uintptr_t normalizer, uintptr_t weight) {
+                pmc::kernels().slice_gradient({slice, pointer<const float>(normalizer), pointer<const float>(weight)});
+            },
+            release());
 
     m.def("decode_attention_workspace_floats", &pmc::decode_attention_workspace_floats, py::arg("length"),
           py::arg("dim"));

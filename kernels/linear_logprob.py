@@ -190,6 +190,7 @@ def linear_logprob(
     if rows is not None:
         hidden, target = hidden[rows], target[rows]
     hidden, weight, target = row_major(hidden), row_major(weight), target.contiguous()
+    bias = None if bias is None else bias.contiguous()
     (count, size), vocab = hidden.shape, weight.shape[0]
     new, zeros = (partial(f, dtype=torch.float32, device=weight.device) for f in (torch.empty, torch.zeros))
     logprob, normalizer = zeros(total), zeros(total, 2)

@@ -71,6 +71,7 @@ def sliced_backward(
     """
     x, *rest = (t if rows is None else t[rows] for t in (hidden, target, -upstream.float(), normalizer))
     label, row_weight, normalizer = (t.contiguous() for t in rest)
+    bias = None if bias is None else bias.contiguous()
     (vocab, size), count, dtype, device = weight.shape, len(x), weight.dtype, weight.device
     magnify = magnification(row_weight, logit_scale, temperature) if dtype == torch.float16 else None
 

@@ -19,6 +19,9 @@ from pmc_fast.sharding import is_dtensor, kind
 # Of the memory that is free, how much copies of weights in the library's own layout take at most, for one sampling call.
 PACKED_SHARE = 0.25
 
+# On an Intel Xeon oneDNN's products take up to 22 % less time than MKL's with 16 to 256 rows, 3 to 12 % more with 557.
+MKL_ROWS = 384
+
 # The copies of the block under way; None outside of one.
 _copies: ContextVar[_Copies | None] = ContextVar("pmc_fast_copies", default=None)
 
@@ -42,15 +45,37 @@ class _Copies:
         return self.of(weight)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, without gradients.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, without gradients, written to `out` [N, out_features] of the same dtype if that is given.
 
-    float32 on a CPU goes through oneDNN where it is built in: MKL, which torch prefers, reaches only half to nine tenths
-    of that rate on AMD's CPUs.
+    float32 on a CPU goes through oneDNN where it is built in: MKL, which torch prefers, reaches only half to nine tenths of
+    that rate on AMD's CPUs. On Intel's it leads with many rows.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel() and _has_onednn():
-        return _onednn(x, weight, bias)
-    return nn.functional.linear(x, weight, bias)
+    if _takes_onednn(x, weight) and not (x.numel() >= MKL_ROWS * x.shape[-1] and _has_good_mkl()):
+        product = _onednn(x, weight, bias)
+        return product if out is None else out.copy_(product)
+    if out is None:
+        return nn.functional.linear(x, weight, bias)
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def add_linear(x: Tensor, weight: Tensor, to: Tensor) -> None:
+    """to += x @ weight.T, without gradients. oneDNN adds up through a copy, and so does a `to` of another dtype."""
+    if _takes_onednn(x, weight) and not _has_good_mkl():
+        to += _onednn(x, weight, None)
+    elif to.dtype == x.dtype:
+        to.addmm_(x, weight.T)
+    else:
+        to += nn.functional.linear(x, weight)
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    float32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return bool(float32 and x.numel() and weight.numel() and _has_onednn())
+
+
+def _has_good_mkl() -> bool:
+    return _is_intel() and torch.backends.mkl.is_available()
 
 
 @cache
@@ -65,6 +90,7 @@ def has_fast_bfloat16() -> bool:
     return torch.cpu._is_amx_tile_supported() or not _is_intel()
 
 
+@cache
 def _is_intel() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """For every test a fresh seed, printed so that a failure can be repeated, as many threads, and the GPU, if any."""
 
+import math
 import os
 import secrets
 import subprocess
@@ -114,3 +115,15 @@ def on_the_gpu_if_there_is_one(request):
         pytest.skip("a GPU refuses values by itself, and the process cannot use it afterwards")
     with torch.device("cuda"):
         yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody has written to holds NaN, or a token that is not there by chance."""
+    empty = torch.empty
+
+    def poison(*args, **options):
+        made = empty(*args, **options)
+        return made.fill_(math.nan if made.is_floating_point() else 3)
+
+    monkeypatch.setattr(torch, "empty", poison)

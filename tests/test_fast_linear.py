@@ -9,14 +9,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from pmc_fast import fast_linear as the_module
-from pmc_fast.fast_linear import fast_linear, linear, packed
+from pmc_fast.fast_linear import add_linear, fast_linear, linear, packed
 from pmc_fast.native.packed_linear import packed_bytes
+
+
+@pytest.fixture(params=["Intel's", "another's"])
+def cpu(request, monkeypatch):
+    """The libraries that `linear` takes on either, and both of them for so few rows."""
+    monkeypatch.setattr(the_module, "_is_intel", lambda: request.param == "Intel's")
+    monkeypatch.setattr(the_module, "MKL_ROWS", 4)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (2, 3, 65), (0, 5), (4, 1, 576)])
-def test_values(shape, dtype, bias, rng_seed):
+def test_values(shape, dtype, bias, cpu, rng_seed):
     x, weight = torch.randn(shape).to(dtype), torch.randn(19, shape[-1]).to(dtype)
     b = torch.randn(19).to(dtype) if bias else None
     with torch.no_grad():
@@ -29,7 +36,23 @@ def test_values(shape, dtype, bias, rng_seed):
         assert torch.equal(got, F.linear(x, weight, b))
 
 
-def test_strides_do_not_matter(rng_seed):
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_a_product_is_written_or_added_where_it_belongs(rows, dtype, cpu, rng_seed):
+    x, weight, b = torch.randn(rows, 33).to(dtype), torch.randn(19, 33).to(dtype), torch.randn(19).to(dtype)
+    memory = torch.full((rows, 40), torch.nan, dtype=dtype)
+    for bias in (b, None):
+        assert linear(x, weight, bias, out=memory[:, 5:24]).data_ptr() == memory[:, 5:24].data_ptr()
+        torch.testing.assert_close(memory[:, 5:24], F.linear(x, weight, bias))
+    assert memory[:, :5].isnan().all() and memory[:, 24:].isnan().all()
+    total = torch.randn(rows, 19)  # float32
+    want = total + F.linear(x, weight)
+    add_linear(x, weight, total)
+    torch.testing.assert_close(total, want)
+
+
+def test_strides_do_not_matter(cpu, rng_seed):
     x, weight = torch.randn(40, 9).T, torch.randn(80, 40)[::2, :]
     torch.testing.assert_close(linear(x[:, :40], weight), F.linear(x[:, :40], weight), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(linear(x, weight.T.contiguous().T), F.linear(x, weight), rtol=1e-5, atol=1e-5)
@@ -95,6 +118,7 @@ def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(packs, mo
 def test_where_bfloat16_is_fast(supported, amx, vendor, fast, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(the_module, "_is_intel", the_module._is_intel.__wrapped__)
     monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"))
     assert the_module.has_fast_bfloat16.__wrapped__() == fast
 

@@ -7,8 +7,8 @@
 
 namespace pmc {
 
-// Every kernel returns the first row it cannot use (NaN, +inf, nothing but -inf, or a largest logit that overflows when
-// divided by the temperature), or kAllRowsFinite.
+// A kernel that returns a row returns the first that it cannot use (NaN, +inf, nothing but -inf, or a largest logit
+// that overflows when divided by the temperature), or kAllRowsFinite.
 constexpr int64_t kAllRowsFinite = -1;
 
 struct SampleArgs {
@@ -39,12 +39,42 @@ struct CrossEntropyArgs {
     Dtype dtype;
     int64_t rows, vocab, row_stride;
     HeadTransform head;
-    float temperature;
     const int64_t* target;  // [rows], each in [0, vocab)
     const float* weight;    // [rows] or null: gradient of sum(weight * nll) with respect to z; null writes none
     float* nll;             // [rows]
-    void* workspace;        // threads * cross_entropy_workspace_bytes(vocab)
+    void* workspace;        // threads * head_workspace_bytes(vocab)
     int threads;
+};
+
+// Products of rows with some tokens of the head.
+struct LogitSlice {
+    void* logits;  // [rows, tokens], row_stride elements apart
+    Dtype dtype;
+    int64_t rows, tokens, row_stride, first_token;
+    HeadTransform head;
+    float temperature;
+    const int64_t* target;  // [rows], counted from the head's first token
+    void* workspace;        // threads * head_workspace_bytes(tokens)
+    int threads;
+};
+
+// What the slices so far make of a row, in units of logits / temperature. Before the first: -inf, 0, anything.
+struct RowScore {
+    double top;           // the largest; in the end not finite if the row cannot be used
+    double mass;          // sum of exp(logit - top)
+    double target_logit;  // once its slice was there
+};
+
+struct ScoreSliceArgs {
+    LogitSlice slice;
+    RowScore* score;  // [rows]
+};
+
+// The gradient of sum(weight * nll) with respect to the products is written over them.
+struct SliceGradientArgs {
+    LogitSlice slice;
+    const float* normalizer;  // [rows, 2]: top and mass of the whole row
+    const float* weight;      // [rows]
 };
 
 struct GumbelArgs {
@@ -147,6 +177,8 @@ struct Kernels {
     const char* name;
     int64_t (*sample)(const SampleArgs&);
     int64_t (*cross_entropy)(const CrossEntropyArgs&);
+    void (*score_slice)(const ScoreSliceArgs&);
+    void (*slice_gradient)(const SliceGradientArgs&);
     void (*gumbel)(const GumbelArgs&);
     int64_t (*decode_attention)(const DecodeAttentionArgs&);
     int64_t (*packed_weight_elements)(int64_t out_features, int64_t in_features);
@@ -160,7 +192,7 @@ struct Kernels {
 constexpr int64_t kWorkspaceSlack = 64;  // elements past the end that a vector may touch
 
 inline int64_t sample_workspace_bytes(int64_t vocab) { return (vocab + kWorkspaceSlack) * 16; }
-inline int64_t cross_entropy_workspace_bytes(int64_t vocab) { return (vocab + kWorkspaceSlack) * 4; }
+inline int64_t head_workspace_bytes(int64_t tokens) { return (tokens + kWorkspaceSlack) * 4; }
 
 // Of the few heads that are taken at once: a score for each position, and the query.
 inline int64_t decode_attention_workspace_floats(int64_t length, int64_t dim) {

@@ -42,8 +42,8 @@ inline const float* as_logits(const uint16_t* row, int64_t size, const HeadTrans
     return scratch;
 }
 
-// The row's maximum; false if it holds NaN or +inf, or nothing but -inf.
-inline bool finite_max(const float* row, int64_t size, float* maximum) {
+// The row's maximum; false if it holds NaN.
+inline bool ordered_max(const float* row, int64_t size, float* maximum) {
     float best = -kInfinity;
     bool ordered = true;  // NaN compares unequal to itself
     int64_t i = 0;
@@ -67,10 +67,15 @@ inline bool finite_max(const float* row, int64_t size, float* maximum) {
         best = row[i] > best ? row[i] : best;
     }
     *maximum = best;
-    return ordered && best < kInfinity && best > -kInfinity;
+    return ordered;
 }
 
-// sum over i of exp(row[i] / temperature - shift), shift being the largest row[i] / temperature.
+// The row's maximum; false if it holds NaN or +inf, or nothing but -inf.
+inline bool finite_max(const float* row, int64_t size, float* maximum) {
+    return ordered_max(row, size, maximum) && *maximum < kInfinity && *maximum > -kInfinity;
+}
+
+// sum over i of exp(row[i] / temperature - shift), shift being no less than the largest row[i] / temperature.
 inline double sum_exp(const float* row, int64_t size, float temperature, float shift) {
     double total = 0;
     for (int64_t begin = 0; begin < size; begin += kSumBlock) {

@@ -8,6 +8,8 @@ namespace pmc::PMC_ISA {
 
 int64_t sample(const SampleArgs& args);
 int64_t cross_entropy(const CrossEntropyArgs& args);
+void score_slice(const ScoreSliceArgs& args);
+void slice_gradient(const SliceGradientArgs& args);
 void gumbel(const GumbelArgs& args);
 int64_t decode_attention(const DecodeAttentionArgs& args);
 int64_t packed_weight_elements(int64_t out_features, int64_t in_features);
@@ -19,7 +21,7 @@ void rotate(const RotateArgs& args);
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    PMC_STRING(PMC_ISA), sample,    cross_entropy, gumbel, decode_attention, packed_weight_elements, pack_weight,
-    packed_linear,       normalize, activate,      rotate};
+    PMC_STRING(PMC_ISA),    sample,      cross_entropy, score_slice, slice_gradient, gumbel, decode_attention,
+    packed_weight_elements, pack_weight, packed_linear, normalize,   activate,       rotate};
 
 }  // namespace pmc::PMC_ISA

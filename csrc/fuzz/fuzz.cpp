@@ -32,6 +32,7 @@ struct Fuzzer {
 Fuzzer fuzzers[] = {
     {"sample", pmc::fuzz::fuzz_sample},
     {"cross_entropy", pmc::fuzz::fuzz_cross_entropy},
+    {"linear_logprob", pmc::fuzz::fuzz_linear_logprob},
     {"decode_attention", pmc::fuzz::fuzz_decode_attention},
     {"decoder", pmc::fuzz::fuzz_decoder},
     {"packed_linear", pmc::fuzz::fuzz_packed_linear},

@@ -114,6 +114,7 @@ float random_temperature(Random& random);
 void fuzz_sample(Case& c);
 void fuzz_gumbel(Case& c);
 void fuzz_cross_entropy(Case& c);
+void fuzz_linear_logprob(Case& c);
 void fuzz_decode_attention(Case& c);
 void fuzz_decoder(Case& c);
 void fuzz_packed_linear(Case& c);

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pmc_fast.fast_linear import has_fast_bfloat16, linear, packed
+from pmc_fast.fast_linear import add_linear, has_fast_bfloat16, linear, packed
 from pmc_fast.native.packed_linear import packed_linear
 
 # Tokens of the vocabulary multiplied at a time in float32. A slice of a product then stays in cache on its way to where
@@ -19,27 +19,47 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float32 or has_fast_bfloat16() else torch.float32
 
 
+class HeadSlice:
+    """Some tokens of a head; `dtype` is that to compute in, `wide` memory for them in it if the head has another one."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, tokens: slice, dtype: torch.dtype, wide: Tensor | None = None
+    ) -> None:
+        panels = packed(weight) if dtype == torch.float32 else None
+        self._panels = None if panels is None else panels.rows(tokens.start, tokens.stop)
+        self._weight, self._dtype, self._wide = weight[tokens], dtype, wide
+        self._bias = None if bias is None else bias[tokens].to(dtype)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        if self._wide is None:
+            return self._weight.to(self._dtype)
+        return self._wide[: len(self._weight)].copy_(self._weight)
+
+    def write_logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out = hidden @ weight.T + bias, where hidden and out have the dtype to compute in."""
+        if self._panels is not None:
+            packed_linear(hidden, self._panels, self._bias, out)
+        else:
+            linear(hidden, self.weight, self._bias, out=out)
+
+    def add_product(self, grad_logits: Tensor, total: Tensor) -> None:
+        """total += grad_logits @ weight, where total is float32."""
+        add_linear(grad_logits, self.weight.T, total)
+
+
 def write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias, where hidden and out have the dtype to compute in."""
-    if out.dtype == torch.bfloat16:
-        if bias is None:
-            torch.mm(hidden, weight.T, out=out)
-        else:
-            torch.addmm(bias, hidden, weight.T, out=out)
-        return
-    if (panels := packed(weight)) is not None:
-        packed_linear(hidden, panels, None if bias is None else bias.float(), out)
-        return
-    for tokens in vocabulary_slices(weight):
-        part_bias = None if bias is None else bias[tokens].to(out.dtype)
-        out[:, tokens] = linear(hidden, weight[tokens].to(out.dtype), part_bias)
+    whole = out.dtype == torch.bfloat16 or packed(weight) is not None
+    for tokens in vocabulary_slices(weight, len(weight) if whole else SLICE_TOKENS):
+        HeadSlice(weight, bias, tokens, out.dtype).write_logits(hidden, out[:, tokens])
 
 
 def times_head(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits @ weight in float32, where grad_logits has the dtype to compute in."""
     total = torch.zeros(len(grad_logits), weight.shape[1], dtype=torch.float32)
-    for tokens in vocabulary_slices(weight):
-        total += linear(grad_logits[:, tokens], weight[tokens].to(grad_logits.dtype).T)
+    for tokens in vocabulary_slices(weight, SLICE_TOKENS):
+        HeadSlice(weight, None, tokens, grad_logits.dtype).add_product(grad_logits[:, tokens], total)
     return total
 
 
@@ -48,7 +68,7 @@ def add_head_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, first:
     if total.dtype == grad_logits.dtype:
         torch.mm(grad_logits.T, hidden, out=total) if first else total.addmm_(grad_logits.T, hidden)
         return
-    for tokens in vocabulary_slices(total):
+    for tokens in vocabulary_slices(total, SLICE_TOKENS):
         product = grad_logits[:, tokens].T @ hidden
         if first:
             total[tokens] = product
@@ -56,9 +76,9 @@ def add_head_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, first:
             total[tokens] += product
 
 
-def vocabulary_slices(weight: Tensor) -> Iterator[slice]:
-    for begin in range(0, weight.shape[0], SLICE_TOKENS):
-        yield slice(begin, min(begin + SLICE_TOKENS, weight.shape[0]))
+def vocabulary_slices(weight: Tensor, most: int) -> list[slice]:
+    """All tokens of a head [V, D], at most so many at a time."""
+    return [slice(begin, min(begin + most, len(weight))) for begin in range(0, len(weight), most)]
 
 
 def even_chunks(count: int, most: int) -> list[slice]:

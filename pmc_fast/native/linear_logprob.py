@@ -1,24 +1,165 @@
-"""`linear_logprob` on a CPU."""
+"""`linear_logprob` on a CPU: a slice of the vocabulary at a time, so that few logits are held."""
 
 from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pmc_fast.native.cross_entropy import Gradients, cross_entropy
+from pmc_fast.errors import not_finite
+from pmc_fast.native import dtype_code, library
+from pmc_fast.native.gemm import HeadSlice, add_head_gradient, compute_dtype, even_chunks, vocabulary_slices
+
+if TYPE_CHECKING:
+    from pmc_fast import _C
+
+# Of a slice: tokens at most, a multiple of what is packed together, and elements of the head, which are widened from bfloat16
+# and whose gradient is summed up in float32.
+SLICE_TOKENS, SLICE_ELEMENTS = 2048, 1 << 22
+# Rows that are multiplied with a slice at a time.
+CHUNK_ROWS = 2048
+# A slice begins where a packed panel does: a multiple of the columns of any instruction set's.
+PANEL_TOKENS = 64
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **options) -> tuple[Tensor, None]:
-    unused = torch.zeros(target.shape, dtype=torch.float32)
-    token_nll, _ = cross_entropy(
-        "linear_logprob", hidden, weight, target, unused, needs=(False, False, False), **options
-    )
-    return -token_nll, None
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    ignore_index: int | None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Also the normalizer, float32 [N, 2]: each row's highest tempered logit and its sum of exp(logit - highest).
+
+    Ignored rows are zeros in both.
+    """
+    rows = _where(_scored(target, ignore_index))
+    logits = _SlicedLogits(_rows(hidden, rows), _rows(target, rows), weight, bias, **options)
+    score = torch.tensor([-math.inf, 0, 0], dtype=torch.float64).repeat(len(logits.x), 1)  # pmc::RowScore
+    for tokens in logits.slices:
+        head = logits.head(tokens)
+        for chunk in logits.chunks:
+            _, kernels = logits.write(head, tokens, chunk)
+            kernels.score(score[chunk].data_ptr())
+    top, mass, target_logit = score.unbind(1)
+    if len(bad := (~top.isfinite()).nonzero()):
+        raise not_finite("linear_logprob", int(bad[0] if rows is None else rows[bad[0]]))
+    logprob = (target_logit - top - mass.log()).float()
+    return _spread(logprob, rows, len(target)), _spread(score[:, :2].float(), rows, len(target))
 
 
 def linear_logprob_backward(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, _normalizer: Tensor, **options
-) -> Gradients:
-    """The gradients of sum(upstream * linear_logprob(...)); the logits are computed again."""
-    _, gradients = cross_entropy("linear_logprob", hidden, weight, target, -upstream.float(), **options)
-    return gradients
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    normalizer: Tensor,
+    *,
+    bias: Tensor | None,
+    ignore_index: int | None,
+    needs: tuple[bool, bool, bool],
+    **options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of sum(upstream * linear_logprob(...)) that `needs` asks for: hidden, weight, bias.
+
+    Rows whose upstream gradient is 0 are left out of every product.
+    """
+    rows = _where(_scored(target, ignore_index) & (upstream != 0))
+    x = _rows(hidden, rows)
+    logits = _SlicedLogits(x, _rows(target, rows), weight, bias, **options)
+    row_weight, normalizer = _rows(-upstream.float(), rows), _rows(normalizer, rows)
+    d_x = torch.zeros(x.shape, dtype=torch.float32) if needs[0] else None
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
+    d_bias = torch.zeros(len(weight), dtype=torch.float32) if needs[2] else None
+    # A sum of several products is finished in float32; a single one is rounded once as it is.
+    in_place = weight.dtype == logits.dtype and (logits.dtype == torch.float32 or len(logits.chunks) == 1)
+    sums = None if in_place or d_weight is None else torch.empty(logits.width, weight.shape[1], dtype=torch.float32)
+    for tokens in logits.slices:
+        head = logits.head(tokens)
+        part = None if d_weight is None else d_weight[tokens]
+        total = part if sums is None else sums[: len(part)]
+        for chunk in logits.chunks:
+            z, kernels = logits.write(head, tokens, chunk)
+            kernels.gradient(normalizer[chunk].data_ptr(), row_weight[chunk].data_ptr())
+            if d_x is not None:
+                head.add_product(z, d_x[chunk])
+            if total is not None:
+                add_head_gradient(total, z, logits.x[chunk], first=chunk.start == 0)
+            if d_bias is not None:
+                d_bias[tokens] += z.sum(0, dtype=torch.float32)
+        if total is not part:
+            part.copy_(total)
+    d_hidden = None if d_x is None else _spread(d_x.to(hidden.dtype), rows, len(hidden))
+    return d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)
+
+
+class _SlicedLogits:
+    """Logits of some rows for some tokens, one block after another in the same memory, and the kernels that take them."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        softcap: float | None,
+        logit_scale: float,
+        temperature: float,
+    ) -> None:
+        self.dtype = compute_dtype(weight.dtype)
+        self.x = hidden.to(self.dtype).contiguous()
+        self._target, self._weight, self._bias = target, weight, bias
+        self._transform = logit_scale, softcap or 0.0, temperature
+        most = min(SLICE_TOKENS, max(1, SLICE_ELEMENTS // weight.shape[1] // PANEL_TOKENS) * PANEL_TOKENS)
+        self.slices, self.width = vocabulary_slices(weight, most), min(most, len(weight))
+        self.chunks = even_chunks(len(hidden), CHUNK_ROWS)
+        longest = max(chunk.stop - chunk.start for chunk in self.chunks)
+        self._memory = torch.empty(longest * self.width, dtype=self.dtype)
+        same = weight.dtype == self.dtype
+        self._wide = None if same else torch.empty(self.width, weight.shape[1], dtype=self.dtype)
+        self._threads = torch.get_num_threads()
+        self._workspace = torch.empty(self._threads * library().head_workspace_bytes(self.width), dtype=torch.uint8)
+
+    def head(self, tokens: slice) -> HeadSlice:
+        return HeadSlice(self._weight, self._bias, tokens, self.dtype, self._wide)
+
+    def write(self, head: HeadSlice, tokens: slice, chunk: slice) -> tuple[Tensor, _C.LogitSlice]:
+        """The logits of a chunk of rows, until the next ones are written."""
+        count, width = chunk.stop - chunk.start, tokens.stop - tokens.start
+        z = self._memory[: count * width].view(count, width)
+        head.write_logits(self.x[chunk], z)
+        return z, library().LogitSlice(
+            z.data_ptr(),
+            dtype_code(z.dtype),
+            count,
+            width,
+            z.stride(0),
+            tokens.start,
+            *self._transform,
+            self._target[chunk].data_ptr(),
+            self._workspace.data_ptr(),
+            self._threads,
+        )
+
+
+def _scored(target: Tensor, ignore_index: int | None) -> Tensor:
+    return torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+
+
+def _where(chosen: Tensor) -> Tensor | None:
+    """The numbers of the rows chosen; None: all of them, and nothing needs to be copied."""
+    return None if chosen.all() else chosen.nonzero()[:, 0]
+
+
+def _rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    return (values if rows is None else values[rows]).contiguous()
+
+
+def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """The rows where they belong among `count`, of which the others are zeros."""
+    return values if rows is None else values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.measure import PeakMemory
 from pmc_fast import BackendUnavailable, collapse_loss, linear_logprob, linear_sample, sample
-from pmc_fast.native import cross_entropy, gemm, library
+from pmc_fast.fast_linear import fast_linear
+from pmc_fast.native import gemm, library
+from pmc_fast.native.packed_linear import packed_linear
 
+COLLAPSE_LOSS, LINEAR_LOGPROB = (import_module(f"pmc_fast.native.{op}") for op in ("collapse_loss", "linear_logprob"))
 IMPLS = ["reference", "native", "triton"]
 DRAWING = [*IMPLS, "cuda"]
 HEADS = [
@@ -54,8 +58,10 @@ def impl(request, monkeypatch):
     """Each implementation; of the native one its chunks and slices too, and the path of CPUs that multiply bfloat16."""
     name, _, path = request.param.partition(", ")
     if path == "many chunks":
-        monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", {torch.float32: 4, torch.bfloat16: 5})
+        monkeypatch.setattr(COLLAPSE_LOSS, "CHUNK_ROWS", {torch.float32: 4, torch.bfloat16: 5})
         monkeypatch.setattr(gemm, "SLICE_TOKENS", 100)
+        monkeypatch.setattr(LINEAR_LOGPROB, "CHUNK_ROWS", 5)
+        monkeypatch.setattr(LINEAR_LOGPROB, "SLICE_TOKENS", 64)
     if path == "fast bfloat16":
         monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
     return name
@@ -64,6 +70,7 @@ def impl(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.usefixtures("poisoned")
 def test_linear_logprob(impl, head, bias, dtype, rng_seed):
     hidden, weight, b, target = make(dtype=dtype, bias=bias)
     upstream = torch.randn(len(target))
@@ -80,17 +87,19 @@ def test_linear_logprob(impl, head, bias, dtype, rng_seed):
 @pytest.mark.parametrize("isa", library().instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_native_collapse_loss_by_instruction_set(head, dtype, isa, rng_seed):
+def test_the_native_losses_by_instruction_set(head, dtype, isa, rng_seed):
     before = library().instruction_set()
     library().use_instruction_set(isa)
     try:
         test_collapse_loss("native", head, dtype, rng_seed)
+        test_linear_logprob("native", head, True, dtype, rng_seed)
     finally:
         library().use_instruction_set(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.usefixtures("poisoned")
 def test_collapse_loss(impl, head, dtype, rng_seed):
     hidden, weight, b, target = make(dtype=dtype)
     token_weight = torch.rand(len(target))
@@ -108,11 +117,16 @@ def test_collapse_loss(impl, head, dtype, rng_seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, dtype, rng_seed):
+@pytest.mark.parametrize(
+    "ruled_out",
+    [torch.arange(307) % 3 == 1, torch.arange(307) < 130, torch.arange(307) >= 130],
+    ids=["in vectors and in the tail after them", "whole slices", "the last slices"],
+)
+def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, ruled_out, dtype, rng_seed):
     hidden, weight, b, target = make(dtype=dtype)
-    ruled_out = torch.arange(307) % 3 == 1  # in vectors and in the tail after them
     b = b.detach().masked_fill(ruled_out, -math.inf).requires_grad_()
-    target[target != IGNORED] -= target[target != IGNORED] % 3
+    allowed = (~ruled_out).nonzero()[:, 0]
+    target = torch.where(target == IGNORED, IGNORED, allowed[target % len(allowed)])
     upstream = torch.randn(len(target))
     logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl)
     logprob.backward(upstream)
@@ -130,6 +144,67 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(impl):
     target[0], target[1] = IGNORED, 0  # rows count as the caller counts them
     with pytest.raises(ValueError, match="row 1 hold .* or overflow when divided by the temperature"):
         linear_logprob(hidden * 1e9, weight, target, temperature=1e-37, impl=impl)
+
+
+@pytest.mark.refuses_values
+def test_the_first_row_of_infinite_logits_is_named_wherever_they_are(impl):
+    hidden, weight = torch.zeros(9, 2), torch.zeros(307, 2)
+    hidden[7, 0] = hidden[4, 1] = 9
+    weight[5, 0] = weight[250, 1] = 3e38
+    with pytest.raises(ValueError, match="row 4 hold"):
+        linear_logprob(hidden, weight, torch.tensor([IGNORED, *range(8)]), impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_of_any_strides(impl, dtype, rng_seed):
+    hidden = torch.randn(19, 31).to(dtype).T[3:26].requires_grad_()
+    weight = torch.randn(400, 40).to(dtype)[5:312, 2:40:2].requires_grad_()
+    b = torch.randn(311, 2).to(dtype)[4:, 1].requires_grad_()
+    target = torch.randint(0, 307, (24, 3))[1:, 1]
+    logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl)
+    got = torch.autograd.grad(logprob.sum(), (hidden, weight, b))  # the upstream gradient is one number, expanded
+    want, gradients = oracle(hidden, weight, b, target, torch.ones(23), softcap=None, logit_scale=1.0)
+    for mine, exact in zip((logprob, *got), (want, *gradients), strict=True):
+        assert_near(mine, exact, dtype)
+
+
+def test_a_packed_head_is_multiplied_as_it_is_packed(monkeypatch, rng_seed):
+    hidden, weight, b, target = (t.detach() for t in make(vocab=1000))
+    monkeypatch.setattr(LINEAR_LOGPROB, "SLICE_TOKENS", 128)
+    want = linear_logprob(hidden, weight, target, bias=b, impl="native")
+    products = []
+    monkeypatch.setattr(gemm, "packed_linear", lambda *args: products.append(packed_linear(*args)))
+    with fast_linear(torch.nn.Identity(), weight):
+        got = linear_logprob(hidden, weight, target, bias=b, impl="native")
+    assert len(products) == 8
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_do_not_count_are_in_no_product(monkeypatch, rng_seed):
+    hidden, weight, _, target = make(bias=False)
+    multiplied, write = [], gemm.HeadSlice.write_logits
+    monkeypatch.setattr(
+        gemm.HeadSlice, "write_logits", lambda head, x, out: (multiplied.append(len(x)), write(head, x, out))
+    )
+    upstream = torch.randn(len(target))
+    upstream[1::4] = 0
+    logprob = linear_logprob(hidden, weight, target, impl="native")
+    assert sum(multiplied) == (target != IGNORED).sum()
+    logprob.backward(upstream)
+    counts = (target != IGNORED) & (upstream != 0)
+    assert sum(multiplied) == (target != IGNORED).sum() + counts.sum()
+    assert torch.equal(hidden.grad.any(1), counts)
+
+
+@pytest.mark.skipif(PeakMemory.method(torch.device("cpu")) == "none", reason="no /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_logits_are_held(dtype, rng_seed):
+    hidden, weight, b, target = make(rows=1500, vocab=50_000, dtype=dtype)  # 300 MB of logits
+    for _ in range(2):  # the first time libraries make buffers that they keep
+        with PeakMemory(torch.device("cpu")) as peak:
+            logprob = linear_logprob(hidden, weight, target, bias=b, impl="native")
+            torch.autograd.grad(logprob.sum(), (hidden, weight, b))
+    assert peak.bytes < 64e6
 
 
 @pytest.mark.parametrize("impl", IMPLS)
