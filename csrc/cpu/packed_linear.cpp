@@ -53,7 +53,7 @@ inline void multiply_tile(const Tile<T>& tile) {
     const float* x = tile.x;
     const T* panel = tile.panel;
     const char* next = tile.next;
-    // One loop: leaving a shorter one inside it would be mispredicted, at the cost of two inputs' products each time.
+    // One loop: with AVX-512, a shorter one inside it, for each line of the next panel, takes a tenth of the rate.
     for (int64_t k = 0; k < tile.depth; ++k, ++x, panel += kPanel, next += tile.bytes_per_input) {
         __builtin_prefetch(next, 0, 2);
         for (int64_t at = 0; at < kPanel; at += kLineBytes / sizeof(T))
