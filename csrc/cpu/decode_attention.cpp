@@ -13,6 +13,7 @@ namespace {
 constexpr int kHeadsAtOnce = 4;
 // Enough dot products at a time to keep the multipliers busy.
 constexpr int kPositionsAtOnce = 8;
+constexpr int64_t kLineBytes = 64;
 
 // Consecutive positions of one key/value head.
 template <class T>
@@ -26,11 +27,15 @@ void to_floats(const T* from, int64_t size, float scale, float* to) {
     for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]) * scale;
 }
 
-// scores[t] = query . key[t].
+// scores[t] = query . key[t]. Values that `fetches` asks for come from memory meanwhile.
 template <class T>
-void dot_products(const float* query, int64_t dim, const T* key, int64_t key_stride, int64_t positions, float* scores) {
+void dot_products(const float* query, int64_t dim, const Segment<T>& segment, bool fetches, float* scores) {
+    const auto [key, value, key_stride, value_stride, positions] = segment;
     int64_t t = 0;
     for (; t + kPositionsAtOnce <= positions; t += kPositionsAtOnce) {
+        for (int p = 0; fetches && p < kPositionsAtOnce; ++p)
+            for (int64_t i = 0; i < dim; i += kLineBytes / sizeof(T))
+                __builtin_prefetch(value + (t + p) * value_stride + i);
         Floats sums[kPositionsAtOnce / 4][4] = {};
         const T* keys = key + t * key_stride;
         int64_t i = 0;
@@ -122,8 +127,7 @@ bool attend(const DecodeAttentionArgs& args, const T* query, const Segment<T> (&
     int64_t positions = 0;
     for (const Segment<T>& segment : segments) {
         for (int h = 0; h < Heads; ++h)
-            dot_products(q + h * args.dim, args.dim, segment.key, segment.key_stride, segment.positions,
-                         scratch + h * stride + positions);
+            dot_products(q + h * args.dim, args.dim, segment, h == 0, scratch + h * stride + positions);
         positions += segment.positions;
     }
     for (int h = 0; h < Heads; ++h)

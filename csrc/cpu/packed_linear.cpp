@@ -31,8 +31,8 @@ struct Tile {
     bool accumulate;    // and with what y holds
     float* y;
     int64_t y_stride;
-    const char* next;  // this tile's share of the next panel, fetched from memory a line at a time while it multiplies
-    int64_t inputs_per_line;
+    const char* next;  // this tile's share of the next panel, fetched from memory while it multiplies
+    int64_t bytes_per_input;
 };
 
 // y[Rows, kPanel] = bias (+ y) + x[Rows, depth] panel[depth, kPanel]. Unrolled, or the sums would live in memory.
@@ -53,18 +53,17 @@ inline void multiply_tile(const Tile<T>& tile) {
     const float* x = tile.x;
     const T* panel = tile.panel;
     const char* next = tile.next;
-    for (int64_t begin = 0; begin < tile.depth; begin += tile.inputs_per_line, next += kLineBytes) {
+    // One loop: with AVX-512, a shorter one inside it, for each line of the next panel, takes a tenth of the rate.
+    for (int64_t k = 0; k < tile.depth; ++k, ++x, panel += kPanel, next += tile.bytes_per_input) {
         __builtin_prefetch(next, 0, 2);
-        const int64_t end = std::min(tile.depth, begin + tile.inputs_per_line);
-        for (int64_t k = begin; k < end; ++k, ++x, panel += kPanel) {
-            const Floats a = load(panel), b = load(panel + kLanes);
-            __builtin_prefetch(panel + kAhead * kPanel);
+        for (int64_t at = 0; at < kPanel; at += kLineBytes / sizeof(T))
+            __builtin_prefetch(panel + kAhead * kPanel + at);
+        const Floats a = load(panel), b = load(panel + kLanes);
 #pragma GCC unroll 12
-            for (int r = 0; r < Rows; ++r) {
-                const Floats value = broadcast(x[r * tile.x_stride]);
-                low[r] += value * a;
-                high[r] += value * b;
-            }
+        for (int r = 0; r < Rows; ++r) {
+            const Floats value = broadcast(x[r * tile.x_stride]);
+            low[r] += value * a;
+            high[r] += value * b;
         }
     }
 #pragma GCC unroll 12
@@ -107,7 +106,7 @@ void multiply_part(const PackedLinearArgs& args, const PanelPart<T>& part, const
                      y,
                      args.y_stride,
                      part.next + part.depth * index / tiles * part.bytes_per_input,
-                     std::max<int64_t>(1, tiles * kLineBytes / part.bytes_per_input)};
+                     std::min(kLineBytes, (part.bytes_per_input + tiles - 1) / tiles)};
         float edge[kTileRows * kPanel] = {};  // the last columns, where a whole vector would leave the row
         if (!whole) {
             tile.y = edge, tile.y_stride = kPanel;
