@@ -10,9 +10,14 @@ from torch import Tensor
 from pmc_fast.fast_linear import add_linear, has_fast_bfloat16, linear, packed
 from pmc_fast.native.packed_linear import packed_linear
 
-# Tokens of the vocabulary multiplied at a time in float32. A slice of a product then stays in cache on its way to where
-# it belongs, and little of a bfloat16 head is widened at once.
+# Tokens of the vocabulary multiplied at a time in float32: a slice of a product then stays in cache on its way to where it
+# belongs.
 SLICE_TOKENS = 8192
+# Elements of a slice of the head, or of its gradient, that is held in another dtype meanwhile. Beyond 32 MiB malloc would take
+# fresh pages from the system for each.
+COPIED_ELEMENTS = 1 << 22
+# A slice begins where a packed panel does: a multiple of the columns of any instruction set's.
+PANEL_TOKENS = 64
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,14 +56,15 @@ class HeadSlice:
 def write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias, where hidden and out have the dtype to compute in."""
     whole = out.dtype == torch.bfloat16 or packed(weight) is not None
-    for tokens in vocabulary_slices(weight, len(weight) if whole else SLICE_TOKENS):
+    slices = [slice(0, len(weight))] if whole else vocabulary_slices(weight, copied=weight.dtype != out.dtype)
+    for tokens in slices:
         HeadSlice(weight, bias, tokens, out.dtype).write_logits(hidden, out[:, tokens])
 
 
 def times_head(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits @ weight in float32, where grad_logits has the dtype to compute in."""
     total = torch.zeros(len(grad_logits), weight.shape[1], dtype=torch.float32)
-    for tokens in vocabulary_slices(weight, SLICE_TOKENS):
+    for tokens in vocabulary_slices(weight, copied=weight.dtype != grad_logits.dtype):
         HeadSlice(weight, None, tokens, grad_logits.dtype).add_product(grad_logits[:, tokens], total)
     return total
 
@@ -68,7 +74,7 @@ def add_head_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, first:
     if total.dtype == grad_logits.dtype:
         torch.mm(grad_logits.T, hidden, out=total) if first else total.addmm_(grad_logits.T, hidden)
         return
-    for tokens in vocabulary_slices(total, SLICE_TOKENS):
+    for tokens in vocabulary_slices(total, copied=True):
         product = grad_logits[:, tokens].T @ hidden
         if first:
             total[tokens] = product
@@ -76,8 +82,11 @@ def add_head_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, first:
             total[tokens] += product
 
 
-def vocabulary_slices(weight: Tensor, most: int) -> list[slice]:
-    """All tokens of a head [V, D], at most so many at a time."""
+def vocabulary_slices(weight: Tensor, *, copied: bool, most: int | None = None) -> list[slice]:
+    """All tokens of a head [V, D], at most `most` (SLICE_TOKENS) at a time, fewer if slices of it are copied."""
+    most = SLICE_TOKENS if most is None else most
+    if copied:
+        most = min(most, max(1, COPIED_ELEMENTS // max(1, weight.shape[1]) // PANEL_TOKENS) * PANEL_TOKENS)
     return [slice(begin, min(begin + most, len(weight))) for begin in range(0, len(weight), most)]
 
 

@@ -15,13 +15,10 @@ from pmc_fast.native.gemm import HeadSlice, add_head_gradient, compute_dtype, ev
 if TYPE_CHECKING:
     from pmc_fast import _C
 
-# Of a slice: tokens at most, a multiple of what is packed together, and elements of the head, which are widened from bfloat16
-# and whose gradient is summed up in float32.
-SLICE_TOKENS, SLICE_ELEMENTS = 2048, 1 << 22
+# Tokens of a slice at most, a multiple of what is packed together.
+SLICE_TOKENS = 2048
 # Rows that are multiplied with a slice at a time.
 CHUNK_ROWS = 2048
-# A slice begins where a packed panel does: a multiple of the columns of any instruction set's.
-PANEL_TOKENS = 64
 
 
 def linear_logprob(
@@ -115,8 +112,8 @@ class _SlicedLogits:
         self.x = hidden.to(self.dtype).contiguous()
         self._target, self._weight, self._bias = target, weight, bias
         self._transform = logit_scale, softcap or 0.0, temperature
-        most = min(SLICE_TOKENS, max(1, SLICE_ELEMENTS // weight.shape[1] // PANEL_TOKENS) * PANEL_TOKENS)
-        self.slices, self.width = vocabulary_slices(weight, most), min(most, len(weight))
+        self.slices = vocabulary_slices(weight, most=SLICE_TOKENS, copied=True)  # or its gradient is, for many rows
+        self.width = max(tokens.stop - tokens.start for tokens in self.slices)
         self.chunks = even_chunks(len(hidden), CHUNK_ROWS)
         longest = max(chunk.stop - chunk.start for chunk in self.chunks)
         self._memory = torch.empty(longest * self.width, dtype=self.dtype)
