@@ -74,9 +74,10 @@ class PMCConfig:
             require(name, _is_one_of(getattr(self, name), types), wanted)
         for name in ("num_samples", "epochs", "batch_size", "accumulation"):
             require(name, getattr(self, name) >= 1, "an integer of at least 1")
-        for name in ("temperature", "learning_rate", "weight_decay", "retain_weight", "warmup_epochs", "min_words"):
+        for name in ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs", "min_words"):
             value = getattr(self, name)
             require(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")
+        require("temperature", self.temperature == 0 or _TINY <= self.temperature <= _HUGE, _TEMPERATURE)
         require("top_k", self.top_k is None or self.top_k >= 1, "None or an integer of at least 1")
         require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
         require("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]")
@@ -88,6 +89,11 @@ class PMCConfig:
             value = getattr(self, name)
             require(name, value is None or value >= 1, "None or an integer of at least 1")
         require("max_new_tokens", self.max_new_tokens is not None or self.max_length is not None, "it or max_length")
+
+
+# The range of float32, in which the ops divide by the temperature.
+_TINY, _HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+_TEMPERATURE = f"a number in [{_TINY:.4g}, {_HUGE:.4g}] (float32's range), or 0 for greedy"
 
 
 def _plain(value: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pmc_fast.errors import UserError, described
@@ -13,10 +13,11 @@ from pmc_fast.errors import UserError, described
 
 @dataclass(frozen=True)
 class QA:
-    """A question and its answer."""
+    """A question and its answer; `where` is the file and line that they were read from, "" if from none."""
 
     question: str
     answer: str
+    where: str = field(default="", compare=False, repr=False)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[QA]:
@@ -56,7 +57,7 @@ def _row(line: bytes, where: str) -> QA:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
         raise UserError(f'{where}: got {described(record)}, want an object {{"question": ..., "answer": ...}}')
-    return QA(_text(record, "question", where), _text(record, "answer", where))
+    return QA(_text(record, "question", where), _text(record, "answer", where), where)
 
 
 def _text(record: dict, key: str, where: str) -> str:

@@ -64,14 +64,13 @@ def load_model(
         _check_folder(folder)
 
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # at damaged files transformers raises what it likes
         raise UserError(f"{source}: the tokenizer cannot be loaded: {_first_line(error)}") from error
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +80,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise UserError(f"{source}: the model cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source}: the weights lack {len(missing)} tensors that the model has, such as {missing[0]}")
@@ -103,4 +102,6 @@ def _check_folder(folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """And the second one, where the first only announces it."""
+    first, *rest = str(error).strip().split("\n")
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first or type(error).__name__

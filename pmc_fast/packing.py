@@ -11,6 +11,7 @@ from torch import Tensor
 from pmc_fast import attention
 from pmc_fast.cache import SampleCache
 from pmc_fast.models import LanguageModel
+from pmc_fast.vocabulary import check_ids, vocabulary_size
 
 # A beginning that is shorter is not worth the longer way of attention.
 LEAST_SHARED = 8
@@ -46,9 +47,11 @@ class Packed:
 
         Raises:
             UserError: the model has a table of positions, in which a sequence does not fit.
+            ValueError: a token is none of the model's (on a CPU alone: a GPU would have to be waited for).
         """
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
+        check_ids(self.input_ids, vocabulary_size(lm.model))
         attention.install(lm.model)
         with attention.packed(self.lengths):
             hidden = lm.hidden(

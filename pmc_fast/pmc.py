@@ -26,6 +26,7 @@ from pmc_fast.pruning import Pruner, has_lower_bound
 from pmc_fast.rewards import Reward, RougeRecall
 from pmc_fast.sampler import Sampler, SampleSource
 from pmc_fast.sharding import gathered
+from pmc_fast.vocabulary import check_tokens, vocabulary_size
 from pmc_fast.warning import warn
 
 __all__ = ["PMC", "PMCConfig"]
@@ -81,6 +82,7 @@ class PMC:
             if isinstance(tokenizer, Prompts)
             else Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
         )
+        check_tokens("tokenizer: its end token", self.prompts.end_ids[:1], vocabulary_size(self.lm.model))
         self.reward = RougeRecall(min_words=config.min_words) if reward is None else reward
         self.ledger: Ledger | None = None
         self.stats: dict[str, Any] = {}
@@ -225,6 +227,10 @@ class PMC:
         return {"ledger": None if self.ledger is None else self.ledger.state_dict(), "prepared": sorted(self._prepared)}
 
     def load_state_dict(self, state: dict) -> None:
+        if not isinstance(state, dict) or not {"ledger", "prepared"} <= state.keys():
+            raise ValueError(
+                f"state: got {_keys(state)}, expected what PMC.state_dict() returned, with ledger and prepared"
+            )
         self.ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
         self._prepared = set(state["prepared"])
         self.prepared_batches = 0
@@ -238,8 +244,10 @@ class PMC:
         """The tokens of each row's prompt and answer."""
         rows = inputs.rows(name, rows, self.prompts.is_text)
         encoded = [(self.prompts.prompt_ids(row.question), self.prompts.answer_ids(row.answer)) for row in rows]
+        size = vocabulary_size(self.lm.model)
         for number, (prompt, answer) in enumerate(encoded):  # whose last token predicts nothing
             self.lm.positions.check_sequence(f"{name}: row {number}", len(prompt) + len(answer) - 1)
+            check_tokens(f"{name}: row {number}", [*prompt, *answer], size)
         return encoded
 
     def _resample(self, batches: Sequence[Sequence[int]]) -> None:
@@ -284,7 +292,7 @@ class PMC:
                 texts = {(row, i): self.prompts.decode(answers[row][i]) for row, i in kept}
             scores = np.full(pruned.shape, np.inf)
             with phase("score"):
-                scores[~pruned] = self.reward.score([references[row] for row, _ in kept], list(texts.values()))
+                scores[~pruned] = self._scored([references[row] for row, _ in kept], list(texts.values()))
             picks = self._select(scores, finished, streams)
             picked = []
             for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
@@ -305,6 +313,23 @@ class PMC:
         for question, entry, whole in picked:
             ledger.offer(question, entry)
             self.stats["truncated_picks"] += not whole
+
+    def _scored(self, references: list[str], candidates: list[str]) -> np.ndarray:
+        """The reward's scores, of which it must give one for each candidate."""
+        scores, who = (
+            np.asarray(self.reward.score(references, candidates), dtype=np.float64),
+            type(self.reward).__name__,
+        )
+        if scores.shape != (len(candidates),):
+            raise ValueError(
+                f"reward: {who}.score gave an array of shape {list(scores.shape)}, expected [{len(candidates)}], a score for "
+                "each candidate"
+            )
+        if np.isnan(scores).any():
+            raise ValueError(
+                f"reward: {who}.score gave nan for {candidates[int(np.isnan(scores).argmax())]!r}, expected a number"
+            )
+        return scores
 
     def _trained(self, entry: Entry) -> list[int]:
         """The tokens that an answer is trained on as."""
@@ -383,3 +408,7 @@ def _no_samples() -> dict[str, Any]:
     names = ("sampled_tokens", "decoded_tokens", "pruned_samples", "pruned_tokens", "truncated_picks")
     counts = dict.fromkeys(names, 0)
     return {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, **counts}
+
+
+def _keys(state: object) -> str:
+    return f"a dict of {', '.join(map(repr, state)) or 'nothing'}" if isinstance(state, dict) else described(state)

@@ -229,13 +229,26 @@ class Run:
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         """Write under another name, make it durable, and give it its name in one move."""
         path, temporary = self.folder / name, self.folder / (_TEMPORARY + name)
-        write(temporary)
+        try:
+            write(temporary)
+        except _cannot_write() as error:
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{path}: cannot be written ({reason}); make room, then --resume goes on from what was written before"
+            ) from error
         for part in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             _sync(part)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(self.folder)
+
+
+def _cannot_write() -> tuple[type[Exception], ...]:
+    """What is raised where a disk is full: by Python, by torch.save, by safetensors."""
+    from safetensors import SafetensorError
+
+    return OSError, RuntimeError, SafetensorError
 
 
 def _sync(path: Path) -> None:

@@ -18,10 +18,11 @@ from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
-from pmc_fast.sampling_inputs import answer_limits, check_sequence_ids, check_vocabulary, end_tokens
+from pmc_fast.sampling_inputs import answer_limits, check_sequence_ids, end_tokens
 from pmc_fast.sharding import gathered, smallest
 from pmc_fast.static_decoder import KeptDecoders, static_decoder
 from pmc_fast.static_rows import Sizes, rounded
+from pmc_fast.vocabulary import check_ids, vocabulary_size
 
 if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner
@@ -153,11 +154,12 @@ class Sampler:
 
         Source: arXiv 2507.04219, section 4 (x_1..x_n ~ p_theta(.|q)).
         """
-        positions, vocabulary = self.lm.positions, self.lm.model.get_input_embeddings()
-        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, positions)
+        limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, self.lm.positions)
+        if not len(input_ids):
+            raise ValueError("input_ids: got no prompts, expected at least one")
         if attention_mask is not None:  # a token that pads may be none of the model's
             input_ids = input_ids.masked_fill(attention_mask == 0, 0)
-        check_vocabulary(input_ids, getattr(vocabulary, "num_embeddings", None))
+        check_ids(input_ids, vocabulary_size(self.lm.model))
         ends = torch.tensor(end_tokens(eos_token_id))
         device, prompts = input_ids.device, len(input_ids)
         if attention_mask is not None and (attention_mask[:, -1] == 0).any():

@@ -34,15 +34,6 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
-def check_vocabulary(input_ids: Tensor, size: int | None) -> None:
-    """That the model has an embedding of every token; on a GPU, which would have to be waited for, its lookup asserts that."""
-    if size is None or input_ids.device.type != "cpu":
-        return
-    outside = input_ids[(input_ids < 0) | (input_ids >= size)]
-    if len(outside):
-        raise ValueError(f"input_ids: got token {int(outside[0])}, expected ids in [0, {size}), the model's vocabulary")
-
-
 def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
     """The tokens that end an answer."""
     given = plain(eos_token_id)

@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer
 
-from pmc_fast import cli, commands
+from pmc_fast import PMCConfig, UserError, cli, commands
 from pmc_fast.data import QA, read_jsonl, write_jsonl
 
 
@@ -57,6 +59,11 @@ def refused(capsys, arguments, *expected):
         assert text in error, error
 
 
+def assert_documented(*names):
+    page = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert not [name for name in names if f"`{name}`" not in page]
+
+
 def test_unlearn_writes_model_metrics_and_report(files, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,6 +83,8 @@ def test_unlearn_writes_model_metrics_and_report(files, tmp_path, capsys):
     assert [record["step"] for record in metrics] == [1, 2]
     for record in metrics:
         assert {"score", "collapse_loss", "retain_loss", "learning_rate", "seconds"} <= record.keys()
+    assert_documented(*report, *report["timing"], *report["before"], *metrics[0], *metrics[0]["seconds"])
+    assert_documented(*(path.name + "/" * path.is_dir() for path in (tmp_path / "out").iterdir()))
     assert report["timing"]["sample"] >= sum(record["seconds"]["sample"] for record in metrics) - 1e-9 > 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token_id == 257
@@ -83,6 +92,87 @@ def test_unlearn_writes_model_metrics_and_report(files, tmp_path, capsys):
     changes = zip(model.parameters(), original.parameters(), strict=True)
     assert any(not torch.equal(new, old) for new, old in changes)
     assert "unlearn quality" in capsys.readouterr().out
+
+
+# For every hyperparameter an option and a value that is neither preset's.
+OPTIONS = {
+    "retain_weight": 0.7,
+    "num_samples": 3,
+    "temperature": 0.6,
+    "top_k": 11,
+    "top_p": 0.7,
+    "min_p": 0.2,
+    "min_words": 2,
+    "max_length": 77,
+    "max_new_tokens": 9,
+    "selection": "bradley_terry",
+    "tau": 0.3,
+    "keep_truncated": False,
+    "prune": False,
+    "reencode": False,
+    "epochs": 4,
+    "batch_size": 6,
+    "accumulation": 3,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.2,
+    "warmup_epochs": 0.5,
+    "seed": 8,
+}
+
+
+def config_of(files, monkeypatch, *more):
+    """The configuration that `unlearn` would run with."""
+
+    def stop(options, config):
+        raise UserError(json.dumps(asdict(config)))
+
+    monkeypatch.setattr(commands, "_prepare", stop)
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    options = cli.make_parser().parse_args(["unlearn", "--model", "m", *sets, "--out", str(files / "none"), *more])
+    with pytest.raises(UserError) as stopped:
+        commands.unlearn(options)
+    return json.loads(str(stopped.value))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_hyperparameter_is_an_option(files, monkeypatch, name):
+    value, option = OPTIONS[name], "--" + name.replace("_", "-")
+    words = [option.replace("--", "--no-", 1)] if value is False else [option, str(value)]
+    more = ["--selection", "bradley_terry"] if name == "tau" else []
+    presets = [asdict(PMCConfig.published(preset)) for preset in ("llama-3.2-3b", "phi-1.5")]
+    assert all(preset[name] != value for preset in presets)
+    found = config_of(files, monkeypatch, *words, *more)
+    assert found[name] == value
+    changed = {key for key in found if found[key] != presets[0][key]}
+    assert changed <= {name, "selection"} | ({"max_length"} if name == "max_new_tokens" else set())
+
+
+def test_no_hyperparameter_is_left_out():
+    assert OPTIONS.keys() | {"prompt_style", "system_prompt"} == asdict(PMCConfig()).keys()
+
+
+@pytest.mark.parametrize("preset", ["llama-3.2-3b", "phi-1.5"])
+def test_presets(files, monkeypatch, preset):
+    assert config_of(files, monkeypatch, "--preset", preset) == asdict(PMCConfig.published(preset))
+
+
+@pytest.mark.parametrize("command", ["finetune", "unlearn", "evaluate"])
+def test_what_a_model_is_loaded_with(files, tmp_path, monkeypatch, command):
+    def load(*given):
+        raise UserError(repr(given))
+
+    monkeypatch.setattr(commands, "load_model", load)
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    rows = ["--data", str(files / "retain.jsonl")] if command == "finetune" else sets
+    out = [] if command == "evaluate" else ["--out", str(tmp_path / "out")]
+    for more, expected in (
+        ([], ("m", "auto", "float32", False)),
+        (["--device", "cpu", "--dtype", "bfloat16", "--trust-remote-code"], ("m", "cpu", "bfloat16", True)),
+    ):
+        options = cli.make_parser().parse_args([command, "--model", "m", *rows, *out, *more])
+        with pytest.raises(UserError) as stopped:
+            getattr(commands, command)(options)
+        assert str(stopped.value) == repr(expected)
 
 
 def test_finetune_learns(files, tmp_path):
@@ -93,6 +183,7 @@ def test_finetune_learns(files, tmp_path):
     assert len(losses) == 30 and losses[-1] < losses[0] / 2
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["after"]["rouge_l"] >= report["before"]["rouge_l"]
+    assert_documented(*report, *report["timing"], *report["before"])
 
 
 def test_evaluate_writes_json(files, tmp_path, capsys):
@@ -102,6 +193,7 @@ def test_evaluate_writes_json(files, tmp_path, capsys):
     assert cli.main(command) == 0
     results = json.loads((tmp_path / "out.json").read_text())
     assert 0 <= results["leakage"] <= 1
+    assert_documented(*results)
     assert f"{results['utility']:.2f}" in capsys.readouterr().out
 
 
@@ -244,6 +336,27 @@ def test_model_folder_that_lacks_a_part(files, tmp_path, capsys, pattern, expect
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "expected"),
+    [
+        ("tokenizer_config.json", None, [1], "the tokenizer cannot be loaded: "),
+        (
+            "config.json",
+            "num_attention_heads",
+            "x",
+            "cannot be loaded: Validation error for field 'num_attention_heads': ",
+        ),
+        ("config.json", "num_attention_heads", 0, "cannot be loaded: "),
+    ],
+)
+def test_a_model_folder_with_a_damaged_file(files, tmp_path, capsys, name, key, value, expected):
+    shutil.copytree(files / "model", tmp_path / "model")
+    file = tmp_path / "model" / name
+    held = value if key is None else {**json.loads(file.read_text()), key: value}
+    file.write_text(json.dumps(held))
+    refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), f"{tmp_path}/model: ", expected)
+
+
 def test_missing_model_folder(files, tmp_path, capsys):
     refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "none"), "no such folder")
 
@@ -276,6 +389,37 @@ def test_weights_that_are_nan(files, tmp_path, capsys, command):
     if command == "evaluate":
         words = words[1:7]
     refused(capsys, [command, *words[command == "unlearn" :]], "NaN")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("which", ["forget", "retain"])
+def test_tokens_that_the_model_has_not(files, tmp_path, capsys, which):
+    shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zzz"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [QA("What?", "That."), QA("Who zzz?", "He.") if which == "forget" else QA("Who?", "zzz")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    changed = {"model": tmp_path / "model", which: tmp_path / "rows.jsonl"}
+    expected = (
+        f"--{which}: 'Who{' zzz' * (which == 'forget')}?' ({tmp_path}/rows.jsonl:2): the tokenizer makes token 259"
+    )
+    refused(capsys, unlearn(files, tmp_path / "out", **changed), expected)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--threads", "100000000"], "--threads: got 100000000, expected at most 4096"),
+        (["--seed", str(2**63)], f"--seed: got {2**63}, expected at most {2**63 - 1}"),
+        (["--temperature", "1e-40"], "temperature: got 1e-40, expected a number in [1.175e-38, 3.403e+38]"),
+    ],
+)
+def test_numbers_out_of_range(files, tmp_path, capsys, words, expected):
+    refused(capsys, unlearn(files, tmp_path / "out", *words), expected)
+    if words[0] == "--seed":
+        refused(capsys, ["demo", "--out", str(tmp_path / "out"), *words], expected)
     assert not (tmp_path / "out").exists()
 
 
@@ -321,7 +465,7 @@ def without(command, option):
 def test_prompts_longer_than_the_limit_are_refused_before_the_evaluation(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pmc_fast.commands.measure", None)
     command = without(unlearn(files, tmp_path / "out"), "--max-new-tokens")
-    refused(capsys, [*command, "--max-length", "10"], "--max-length: got 10", "leaves no room", "'forget c?'")
+    refused(capsys, [*command, "--max-length", "10"], "--max-length: got 10", "leaves no room", "'forget a?'")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert cli.main([*command, "--max-length", "40"]) == 0

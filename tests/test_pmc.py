@@ -128,6 +128,71 @@ def test_loss_is_two_means_over_answer_tokens(reencode, rng_seed):
     assert all(p.grad is not None for p in pmc.lm.model.parameters())
 
 
+def watched(pmc):
+    """What the sampler is asked for from now on."""
+    asked, sample = [], pmc.sampler.sample
+    pmc.sampler.sample = lambda *inputs, **options: asked.append((inputs, options)) or sample(*inputs, **options)
+    return asked
+
+
+def test_samples_are_drawn_as_configured():
+    given = {"temperature": 0.7, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "num_samples": 4, "seed": 5}
+    pmc = make_pmc(**given)
+    asked = watched(pmc)
+    pmc.loss([0], RETAIN)
+    [(_, options)] = asked
+    assert {name: options[name] for name in given} == given
+    assert options["eos_token_id"] == pmc.prompts.end_ids
+
+
+def test_max_length_counts_the_longest_prompt_of_a_batch():
+    pmc = make_pmc(max_length=80, max_new_tokens=None)
+    asked = watched(pmc)
+    pmc.prepare([[0, 1], [0], [2]])
+    [((input_ids, _), options)] = asked
+    longest, last = (max(len(pmc.prompts.prompt_ids(QUESTIONS[q])) for q in batch) for batch in ([0, 1], [2]))
+    assert len(pmc.prompts.prompt_ids(QUESTIONS[0])) < longest and len(input_ids) == 3
+    assert options["max_new_tokens"].tolist() == [80 - longest, 80 - longest, 80 - last]
+
+
+def test_min_words_reaches_the_reward():
+    assert make_pmc(min_words=4).reward.score(["a b c"], ["zz yy"]) == pytest.approx([math.exp(-2)])
+    assert make_pmc().reward.score(["a b c"], ["zz yy"]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([0.5], r"Scripted.score gave an array of shape \[1\], expected \[3\]"), ([0.1, math.nan, 0.3], "gave nan for '")],
+)
+def test_a_reward_must_score_every_candidate(scores, expected):
+    pmc = make_pmc(scores)
+    with pytest.raises(ValueError, match=expected):
+        pmc.loss([1], RETAIN)
+    assert not pmc.ledger.entries
+
+
+def test_tokens_that_the_model_has_not_are_refused_before_the_work():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zzz"])
+    pmc = PMC(make_model(), tokenizer, PMCConfig(max_new_tokens=3))
+    pmc.initialise(QUESTIONS, answers=QUESTIONS)
+    asked = watched(pmc)
+    for call in (lambda rows: pmc.loss([0], rows), pmc.supervised_loss):
+        with pytest.raises(UserError, match=r"row 1: the tokenizer makes token 259 of it, expected ids in \[0, 259\)"):
+            call([RETAIN[0], QA("What?", "zzz")])
+    assert not asked and not pmc.ledger.entries
+    tokenizer.eos_token = "zzz"
+    with pytest.raises(UserError, match="tokenizer: its end token: the tokenizer makes token 259"):
+        PMC(make_model(), tokenizer, PMCConfig(max_new_tokens=3))
+
+
+def test_a_state_of_something_else():
+    with pytest.raises(ValueError, match="state: got a dict of 'a', expected what PMC.state_dict"):
+        make_pmc().load_state_dict({"a": 1})
+    with pytest.raises(ValueError, match="state: got None, expected"):
+        make_pmc().load_state_dict(None)
+
+
 def test_min_words_penalises_short_answers():
     from pmc_fast.rewards import RougeRecall
 

@@ -247,6 +247,22 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, die
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("inline_container: short write\nmore"), OSError(27, "File too large")])
+def test_a_checkpoint_that_finds_no_room_on_the_disk(tmp_path, monkeypatch, error):
+    run = start(tmp_path)
+    run.save_checkpoint({"step": 1})
+
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    reason = getattr(error, "strerror", None) or "inline_container: short write"
+    with pytest.raises(UserError, match=f"checkpoint.pt: cannot be written \\({reason}\\); make room, then --resume"):
+        run.save_checkpoint({"step": 2})
+    monkeypatch.undo()
+    assert start(tmp_path, resume=True).load_checkpoint() == {"step": 1}
+
+
 def test_finish_leaves_the_report_and_no_checkpoint(tmp_path):
     run = start(tmp_path)
     assert run.report is None

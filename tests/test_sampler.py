@@ -234,6 +234,11 @@ def test_bad_input(change, message):
         Sampler(make_model()).sample(torch.tensor([[1, 2, 3]]), **options)
 
 
+def test_no_prompts():
+    with pytest.raises(ValueError, match="input_ids: got no prompts, expected at least one"):
+        Sampler(make_model()).sample(torch.zeros(0, 3, dtype=torch.int64), max_new_tokens=3, eos_token_id=257)
+
+
 def test_wrong_objects():
     ids = torch.tensor([[1, 2, 3]])
     encoding = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -1,0 +1,98 @@
+"""The training loops as METHOD has them: what a step sees, how the gradients of its micro-batches add up, what moves the weights."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pmc_fast import PMCConfig
+from pmc_fast.data import QA
+from pmc_fast.training import finetune, unlearn
+
+QUESTIONS = [f"question {number}" for number in range(9)]
+RETAIN = [QA(f"kept {number}", "answer") for number in range(40)]
+DIRECTIONS = np.random.default_rng(7).normal(size=(len(QUESTIONS), 3))  # of each question's gradient
+
+
+class Recorder:
+    """A PMC whose loss has a gradient known from the questions alone, and which remembers what it was asked."""
+
+    def __init__(self):
+        self.lm = SimpleNamespace(model=nn.Linear(3, 1, bias=False))
+        with torch.no_grad():
+            self.lm.model.weight.copy_(torch.tensor([[1.0, -2.0, 3.0]]))
+        self.ledger = SimpleNamespace(questions=QUESTIONS)
+        self.prepared, self.batches, self.retained = [], [], []
+        self.stats = {"seconds": {}, "score": 0.0, "collapse_loss": 0.0, "retain_loss": 0.0}
+
+    def prepare(self, batches):
+        self.prepared.append(batches)
+
+    def loss(self, indices, retain):
+        self.batches.append(indices)
+        self.retained.append([row.question for row in retain])
+        return (self.lm.model.weight[0] * torch.tensor(gradient(indices), dtype=torch.float32)).sum()
+
+    def supervised_loss(self, rows):
+        return self.loss([QUESTIONS.index(row.question) for row in rows], [])
+
+
+def gradient(indices):
+    return DIRECTIONS[indices].sum(0)
+
+
+def make_config(seed, **changes):
+    given = {"epochs": 3, "batch_size": 2, "accumulation": 2, "learning_rate": 0.1, "weight_decay": 0.3, "seed": seed}
+    return PMCConfig(**{**given, **changes})
+
+
+def test_every_epoch_asks_every_question_in_an_order_of_its_own(rng_seed):
+    pmc = Recorder()
+    unlearn(pmc, RETAIN, make_config(rng_seed), progress=False)
+    assert [len(batch) for batch in pmc.batches] == 3 * [2, 2, 2, 2, 1]
+    epochs = [sum(pmc.batches[5 * epoch : 5 * epoch + 5], []) for epoch in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == 3 * [list(range(9))]
+    assert epochs[0] != epochs[1] != epochs[2]  # by chance once in 362880
+
+
+def test_every_micro_batch_keeps_as_many_other_retain_rows(rng_seed):
+    pmc = Recorder()
+    unlearn(pmc, RETAIN, make_config(rng_seed, batch_size=4), progress=False)
+    assert [len(set(rows)) for rows in pmc.retained] == len(pmc.batches) * [4]
+    assert len({tuple(rows) for rows in pmc.retained}) == len(pmc.retained)  # of 91390 sets
+    few = Recorder()
+    unlearn(few, RETAIN[:2], make_config(rng_seed, batch_size=4), progress=False)
+    assert {len(rows) for rows in few.retained} == {4}
+
+
+def test_a_step_samples_for_all_its_micro_batches_at_once(rng_seed):
+    pmc = Recorder()
+    unlearn(pmc, RETAIN, make_config(rng_seed), progress=False)
+    assert [len(batches) for batches in pmc.prepared] == 3 * [2, 2, 1]
+    assert sum(pmc.prepared, []) == pmc.batches
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 2.0])
+def test_weights_move_by_adamw_after_a_warm_up_and_a_decay(what, warmup_epochs, rng_seed):
+    """Gradients of a step are summed when unlearning, as published; averaged when fine-tuning."""
+    pmc, config = Recorder(), make_config(rng_seed, warmup_epochs=warmup_epochs)
+    if what == "unlearn":
+        unlearn(pmc, RETAIN, config, progress=False)
+    else:
+        finetune(pmc, [QA(question, "answer") for question in QUESTIONS], config, progress=False)
+    weight, first, second = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
+    windows = [pmc.batches[begin : begin + 2] for epoch in range(3) for begin in (5 * epoch, 5 * epoch + 2)]
+    windows = [w for e in range(3) for w in (*windows[2 * e : 2 * e + 2], pmc.batches[5 * e + 4 : 5 * e + 5])]
+    steps, warm = len(windows), round(3 * warmup_epochs)
+    for step, window in enumerate(windows, 1):
+        total = sum(gradient(batch) for batch in window) / (1 if what == "unlearn" else len(window))
+        rate = 0.1 * (step / warm if step <= warm else (steps - step + 1) / (steps - warm))
+        first, second = 0.9 * first + 0.1 * total, 0.999 * second + 0.001 * total**2
+        moved = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        weight = weight * (1 - rate * 0.3) - rate * moved
+    assert math.isclose(rate, 0.1 / (steps - warm))  # the last step's, on its way to 0
+    np.testing.assert_allclose(pmc.lm.model.weight[0].detach().numpy(), weight, rtol=1e-4, atol=1e-5)
