@@ -55,7 +55,8 @@ class PMC:
             parameters as they are at each call.
 
     Raises:
-        UserError: an argument is of another kind, the model has no head this library knows, or the tokenizer no end token.
+        UserError: an argument is of another kind, the model has no head this library knows, or the tokenizer no end token that
+            the model has.
 
     Source: arXiv 2507.04219, equation 1 and algorithm 1.
     """
@@ -106,10 +107,14 @@ class PMC:
             answers: one for each question, if they are known; default ``greedy_answers(forget_questions)``.
 
         Raises:
-            UserError: there is no question, one that is no text or blank, or another number of answers.
+            UserError: there is no question, one that is no text or blank or has tokens that the model has not, or another
+                number of answers.
         """
         questions = inputs.texts("forget_questions", forget_questions, self.prompts.is_text)
         inputs.some("forget_questions", questions)
+        size = vocabulary_size(self.lm.model)
+        for number, question in enumerate(questions):
+            check_tokens(f"forget_questions: number {number}", self.prompts.prompt_ids(question), size)
         if answers is None:
             answers = self.greedy_answers(questions, progress)
         else:
@@ -181,8 +186,9 @@ class PMC:
             score, train). What ``prepare`` did is counted in the first loss after it.
 
         Raises:
-            UserError: ``initialise`` was not called, an index is no integer or out of range, a row lacks a text or is longer
-                than the model has positions, or both batches are empty; before anything is sampled.
+            UserError: ``initialise`` was not called, an index is no integer or out of range, a row lacks a text, is longer
+                than the model has positions or of tokens that it has not, or both batches are empty; before anything is sampled.
+            ValueError: the reward gave other than a score for each candidate.
         """
         self.lm.check_whole()
         ledger = self._initialised()
@@ -215,7 +221,8 @@ class PMC:
             float32 scalar, nats per token.
 
         Raises:
-            UserError: there is no row, or one without question and answer or longer than the model has positions.
+            UserError: there is no row, or one without question and answer, longer than the model has positions or of tokens
+                that it has not.
         """
         self.stats = _no_samples()
         with self._timed("train"):
@@ -342,6 +349,7 @@ class PMC:
             what = f"reencode: the answer picked for question {question}, encoded again,"
             hint = "; give reencode=False, which trains on the tokens as drawn, or a lower max_length or max_new_tokens"
             self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
+            check_tokens(what, answer, vocabulary_size(self.lm.model))
 
     def _limits(self, batches: Sequence[Sequence[int]]) -> Tensor:
         """Tokens per answer at most, for each question; max_length counts the prompts of a batch as padded together."""

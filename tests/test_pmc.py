@@ -181,6 +181,9 @@ def test_tokens_that_the_model_has_not_are_refused_before_the_work():
         with pytest.raises(UserError, match=r"row 1: the tokenizer makes token 259 of it, expected ids in \[0, 259\)"):
             call([RETAIN[0], QA("What?", "zzz")])
     assert not asked and not pmc.ledger.entries
+    with pytest.raises(UserError, match="forget_questions: number 1: the tokenizer makes token 259"):
+        pmc.initialise([*QUESTIONS[:1], "Who zzz?"], answers=["a", "b"])
+    assert pmc.ledger.questions == QUESTIONS
     tokenizer.eos_token = "zzz"
     with pytest.raises(UserError, match="tokenizer: its end token: the tokenizer makes token 259"):
         PMC(make_model(), tokenizer, PMCConfig(max_new_tokens=3))
