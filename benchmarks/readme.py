@@ -38,6 +38,7 @@ SHOWN = (
     ("collapse_loss", "2048 x 576 x 49152, forward + backward", "float32"),
     ("collapse_loss", "2048 x 576 x 49152, forward + backward", "bfloat16"),
     ("collapse_loss", "557 x 2048 x 128256, forward + backward", "float32"),
+    ("collapse_loss", "557 x 2048 x 128256, forward + backward", "bfloat16"),
     ("linear_logprob", "557 x 576 x 49152, forward + backward", "float32"),
     ("linear_logprob", "557 x 2048 x 128256, forward + backward", "float32"),
     ("decode_attention", "160 x 9 heads (3 of keys) x 100 x 64", "float32"),
