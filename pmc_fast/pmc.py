@@ -23,7 +23,7 @@ from pmc_fast.phases import phase
 from pmc_fast.philox import SELECTION_STREAM, gumbel
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner, has_lower_bound
-from pmc_fast.rewards import Reward, RougeRecall
+from pmc_fast.rewards import Reward, RougeRecall, asked
 from pmc_fast.sampler import Sampler, SampleSource
 from pmc_fast.sharding import gathered
 from pmc_fast.vocabulary import check_tokens, vocabulary_size
@@ -188,7 +188,7 @@ class PMC:
         Raises:
             UserError: ``initialise`` was not called, an index is no integer or out of range, a row lacks a text, is longer
                 than the model has positions or of tokens that it has not, or both batches are empty; before anything is sampled.
-            ValueError: the reward gave other than a score for each candidate.
+            ValueError: the reward gave another number of scores than of candidates, or nan.
         """
         self.lm.check_whole()
         ledger = self._initialised()
@@ -299,7 +299,9 @@ class PMC:
                 texts = {(row, i): self.prompts.decode(answers[row][i]) for row, i in kept}
             scores = np.full(pruned.shape, np.inf)
             with phase("score"):
-                scores[~pruned] = self._scored([references[row] for row, _ in kept], list(texts.values()))
+                scores[~pruned] = asked(
+                    self.reward, "score", [references[row] for row, _ in kept], list(texts.values())
+                )
             picks = self._select(scores, finished, streams)
             picked = []
             for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
@@ -320,23 +322,6 @@ class PMC:
         for question, entry, whole in picked:
             ledger.offer(question, entry)
             self.stats["truncated_picks"] += not whole
-
-    def _scored(self, references: list[str], candidates: list[str]) -> np.ndarray:
-        """The reward's scores, of which it must give one for each candidate."""
-        scores, who = (
-            np.asarray(self.reward.score(references, candidates), dtype=np.float64),
-            type(self.reward).__name__,
-        )
-        if scores.shape != (len(candidates),):
-            raise ValueError(
-                f"reward: {who}.score gave an array of shape {list(scores.shape)}, expected [{len(candidates)}], a score for "
-                "each candidate"
-            )
-        if np.isnan(scores).any():
-            raise ValueError(
-                f"reward: {who}.score gave nan for {candidates[int(np.isnan(scores).argmax())]!r}, expected a number"
-            )
-        return scores
 
     def _trained(self, entry: Entry) -> list[int]:
         """The tokens that an answer is trained on as."""

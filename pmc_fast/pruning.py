@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast.prompts import Prompts
-from pmc_fast.rewards import Reward
+from pmc_fast.rewards import Reward, asked
 
 _UNFINISHED = "\ufffd"  # stands for bytes that are no character, or not yet
 _BYTE_TOKEN = re.compile("<0x.{1,2}>")
@@ -89,7 +89,7 @@ class Pruner:
         self._reward, self._prompts, self._keep_truncated, self.interval = reward, prompts, keep_truncated, interval
         shape = (len(self._references), num_samples)
         self._scores = np.full(shape, np.nan)  # of the answers that are done and can be picked whatever the others do
-        self._bounds = np.repeat(self._checked("lower_bound", range(shape[0]), [""] * shape[0])[:, None], shape[1], 1)
+        self._bounds = np.repeat(self._asked("lower_bound", range(shape[0]), [""] * shape[0])[:, None], shape[1], 1)
         self._running = np.ones(shape, dtype=bool)
         self._beginnings = _Beginnings(prompts) if _keeps_beginnings(prompts) else None
 
@@ -156,7 +156,7 @@ class Pruner:
         if len(done):
             until = lengths.cpu().numpy()[done]
             texts = [self._prompts.decode(ids[row, :length].tolist()) for row, length in zip(done, until, strict=True)]
-            scores = self._checked("score", done // self._running.shape[1], texts)
+            scores = self._asked("score", done // self._running.shape[1], texts)
             sure = np.isin(ids[done, until - 1], self._prompts.end_ids) | self._keep_truncated
             self._scores.flat[done[sure]] = scores[sure]
 
@@ -169,7 +169,7 @@ class Pruner:
         rows, question = running[compared[question]], question[compared[question]]
         if len(rows):
             texts = [self._beginnings.grow(row, ids[row]) for row in rows.tolist()]
-            bounds = self._checked("lower_bound", question, texts)
+            bounds = self._asked("lower_bound", question, texts)
             self._bounds.flat[rows] = np.maximum(self._bounds.flat[rows], bounds)
 
     def _hopeless(self) -> np.ndarray:
@@ -183,14 +183,9 @@ class Pruner:
             above_held &= (ended.any(1) | above_held.all(1))[:, None]
         return above_held | (self._bounds >= best) | (self._bounds > best[:, -1:])
 
-    def _checked(self, name: str, questions: Sequence[int], texts: list[str]) -> np.ndarray:
+    def _asked(self, name: str, questions: Sequence[int], texts: list[str]) -> np.ndarray:
         """What the reward's method of that name gives for texts that answer the questions."""
-        values = np.asarray(getattr(self._reward, name)([self._references[q] for q in questions], texts), np.float64)
-        if values.shape != (len(texts),):
-            raise ValueError(f"reward: {name} gave shape {list(values.shape)}, expected [{len(texts)}]")
-        if np.isnan(values).any():
-            raise ValueError(f"reward: {name} gave nan, which compares with no score")
-        return values
+        return asked(self._reward, name, [self._references[q] for q in questions], texts)
 
 
 class _Beginnings:

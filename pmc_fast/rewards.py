@@ -1,5 +1,6 @@
 """Rewards: how much of what is to be forgotten a candidate answer still says."""
 
+import reprlib
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pmc_fast.errors import described
 from pmc_fast.ops.rouge_l_recall import rouge_l_recall
 from pmc_fast.reference.rouge_l_recall import words
 
@@ -30,6 +32,28 @@ class Reward(Protocol):
         references [N]: the answers of the model before unlearning. candidates [N]: the answers to score.
         """
         ...
+
+
+def asked(reward: Reward, name: str, references: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+    """What the reward's method of that name, score or lower_bound, gives for each pair, float64 [N].
+
+    Raises:
+        ValueError: it gave another number of scores, or one that is no number.
+    """
+    given = getattr(reward, name)(references, texts)
+    who = f"reward: {type(reward).__name__}.{name}"
+    try:
+        values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):  # such as texts, or lists of several lengths
+        values = None
+    if values is None or values.shape != (len(texts),):
+        listed = values is not None and values.ndim > 0
+        got = described(given) if not listed else len(values) if values.ndim == 1 else f"shape {list(values.shape)}"
+        raise ValueError(f"{who} gave {got}, expected one score for each of the {len(texts)} candidates")
+    if len(missing := np.flatnonzero(np.isnan(values))):
+        text = reprlib.repr(texts[missing[0]])
+        raise ValueError(f"{who} gave nan for candidate {missing[0]}, {text}, expected a number")
+    return values
 
 
 @dataclass(frozen=True)

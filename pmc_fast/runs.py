@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(_TEMPORARY + "*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
             if not self.resumed:
                 self.write_json("config.json", {"pmc_fast_run": _FORM, "options": self.config})
         except OSError as error:
@@ -126,11 +127,21 @@ class Run:
         """Replace the checkpoint; `state` holds tensors and plain values, and the step it was taken after."""
         import torch
 
-        self._replace("checkpoint.pt", lambda temporary: torch.save(state, temporary))
+        def save(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # of Python's, which says why it fails; torch puts its own error on top
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:
+                    if isinstance(error.__context__, OSError):
+                        raise error.__context__ from None
+                    raise
+
+        self._replace("checkpoint.pt", save)
 
     def log(self, record: dict) -> None:
         """Append a line to metrics.jsonl; `record` has a "step", counted from 1."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with _writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict]:
@@ -154,11 +165,15 @@ class Run:
     def save_model(self, name: str, model: Any, tokenizer: Any) -> Path:
         """Write an ordinary transformers folder, in safetensors, and return its path."""
 
+        from safetensors import SafetensorError
         from transformers.utils import logging
 
         def save(temporary: Path) -> None:
             logging.disable_progress_bar()
-            model.save_pretrained(temporary)
+            try:
+                model.save_pretrained(temporary)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
             tokenizer.save_pretrained(temporary)
 
         self._replace(name, save)
@@ -229,26 +244,32 @@ class Run:
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         """Write under another name, make it durable, and give it its name in one move."""
         path, temporary = self.folder / name, self.folder / (_TEMPORARY + name)
-        try:
-            write(temporary)
-        except _cannot_write() as error:
-            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{path}: cannot be written ({reason}); make room, then --resume goes on from what was written before"
-            ) from error
-        for part in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
-            _sync(part)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync(self.folder)
+        with _writing(path):
+            try:
+                write(temporary)
+                for part in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+                    _sync(part)
+            except OSError:  # a full disk has use for the room
+                _remove(temporary)
+                raise
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _sync(self.folder)
 
 
-def _cannot_write() -> tuple[type[Exception], ...]:
-    """What is raised where a disk is full: by Python, by torch.save, by safetensors."""
-    from safetensors import SafetensorError
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system says against writing there, as the user's error."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); once it can, go on with --resume") from error
 
-    return OSError, RuntimeError, SafetensorError
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

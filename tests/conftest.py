@@ -2,10 +2,12 @@
 
 import math
 import os
+import resource
 import secrets
 import subprocess
 import sys
 import sysconfig
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -76,6 +78,22 @@ def emulated_gpu(emulated_module, monkeypatch):
         module = import_module(f"pmc_fast.cuda.{op}")
         monkeypatch.setattr(module, "library", lambda: emulated_module)
         monkeypatch.setattr(module, where, lambda tensor: (0, 0))
+
+
+@pytest.fixture
+def file_size_limit():
+    """A with block in which no file can grow beyond so many bytes, as on a full disk."""
+
+    @contextmanager
+    def limit(size):
+        held = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, held[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, held)
+
+    return limit
 
 
 def _fresh_seed() -> int:

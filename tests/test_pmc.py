@@ -4,6 +4,7 @@ import json
 import math
 import string
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from distribution import assert_follows
 from tiny import make_model, make_tokenizer
 
-from pmc_fast import PMC, PMCConfig, UserError
+from pmc_fast import PMC, PMCConfig, UserError, sample
 from pmc_fast.data import QA
 from pmc_fast.ledger import Entry, Ledger
 
@@ -158,17 +159,6 @@ def test_max_length_counts_the_longest_prompt_of_a_batch():
 def test_min_words_reaches_the_reward():
     assert make_pmc(min_words=4).reward.score(["a b c"], ["zz yy"]) == pytest.approx([math.exp(-2)])
     assert make_pmc().reward.score(["a b c"], ["zz yy"]) == [0]
-
-
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [([0.5], r"Scripted.score gave an array of shape \[1\], expected \[3\]"), ([0.1, math.nan, 0.3], "gave nan for '")],
-)
-def test_a_reward_must_score_every_candidate(scores, expected):
-    pmc = make_pmc(scores)
-    with pytest.raises(ValueError, match=expected):
-        pmc.loss([1], RETAIN)
-    assert not pmc.ledger.entries
 
 
 def test_tokens_that_the_model_has_not_are_refused_before_the_work():
@@ -365,3 +355,42 @@ def test_pruning_keeps_the_ledger_and_saves_tokens(rng_seed):
             saved += whole.stats["sampled_tokens"] - pruned.stats["sampled_tokens"]
             assert (pruned.stats["pruned_samples"] > 0) == (pruned.stats["pruned_tokens"] > 0)
     assert saved > 0
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e39, -1.0, math.inf, math.nan, 2])
+def test_temperatures_are_those_that_the_ops_take(temperature):
+    told = []
+    for call in (
+        lambda: PMCConfig(temperature=temperature),
+        lambda: sample(torch.zeros(1, 3), temperature=temperature),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            told.append(str(error))
+    if temperature == 2:
+        assert told == []
+    else:
+        assert told[0] == told[1] and told[0].startswith(f"temperature: got {temperature}, expected a number in [")
+    assert PMCConfig(temperature=0).temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (0.5, "gave 0.5, expected one score for each of the 3 candidates"),
+        ([0.5], "gave 1, expected one score for each of the 3 candidates"),
+        ([0.5] * 4, "gave 4, expected one score for each of the 3 candidates"),
+        ([[0.5] * 3], r"gave shape \[1, 3\], expected one score for each of the 3 candidates"),
+        (None, "gave None, expected one score for each of the 3 candidates"),
+        (["a", "b", "c"], "gave a value of type list, expected one score for each of the 3 candidates"),
+        ([0.5, math.nan, 0.1], "gave nan for candidate 1, '.*', expected a number"),
+    ],
+)
+def test_scores_that_are_none_are_refused_and_change_nothing(scores, message, rng_seed):
+    pmc = make_pmc(seed=rng_seed % 1000)
+    pmc.reward = SimpleNamespace(score=lambda references, candidates: scores)
+    before = json.dumps(pmc.state_dict())
+    with pytest.raises(ValueError, match=f"^reward: SimpleNamespace.score {message}"):
+        pmc.loss([1], RETAIN)
+    assert json.dumps(pmc.state_dict()) == before

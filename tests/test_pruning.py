@@ -220,7 +220,7 @@ class Odd:
         ({"references": "a"}, TypeError, "references: got a string"),
         ({"references": [3]}, TypeError, "references: got 3 at position 0"),
         ({"reward": Odd(bound=[0.0, 1.0])}, ValueError, r"lower_bound gave|broadcast"),
-        ({"reward": Odd(bound=np.nan)}, ValueError, "reward: lower_bound gave nan"),
+        ({"reward": Odd(bound=np.nan)}, ValueError, "reward: Odd.lower_bound gave nan for candidate 0"),
     ],
 )
 def test_bad_arguments(changes, error, match):
@@ -243,7 +243,7 @@ def test_bad_steps():
     for begin, end in [(0, 2), (-1, 1), (1, 0)]:
         with pytest.raises(ValueError, match=f"begin, end: got {begin}, {end}"):
             pruner.part(begin, end)
-    with pytest.raises(ValueError, match="reward: score gave nan"):
+    with pytest.raises(ValueError, match="reward: .*score gave nan for candidate"):
         fresh(Odd(score=np.nan))(both[:1], tokens, lengths)
 
 

@@ -38,6 +38,18 @@ def arguments(files, out, command="unlearn"):
     return [command, "--model", str(files / "model"), *data, "--out", str(files / out), *numbers.split(), "--seed", "7"]
 
 
+def test_a_checkpoint_that_cannot_be_written(files, capsys, file_size_limit):
+    """The run ends with its name and goes on once there is room."""
+    command = arguments(files, "out")
+    with file_size_limit(20000):
+        assert cli.main(command) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith(f"pmc-fast unlearn: {files / 'out' / 'checkpoint.pt'}: cannot be written (File too large); ")
+    assert cli.main([*command, "--resume"]) == 0
+    assert cli.main(arguments(files, "whole")) == 0
+    assert_same(files / "out", files / "whole")
+
+
 def outcome(folder: Path):
     ledger = (folder / "ledger.json").read_text() if (folder / "ledger.json").exists() else None
     metrics = [line.split('"seconds"')[0] for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_model, make_tokenizer
 
 from pmc_fast.errors import UserError
 from pmc_fast.runs import Run, file_option, holds_run
@@ -235,7 +236,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, die
 
     def die(*arguments):
         if dies_in == "write":
-            arguments[1].write_bytes(b"half a check")
+            arguments[1].write(b"half a check")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(*((torch, "save") if dies_in == "write" else ("os.replace",)), die)
@@ -247,20 +248,35 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, die
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("inline_container: short write\nmore"), OSError(27, "File too large")])
-def test_a_checkpoint_that_finds_no_room_on_the_disk(tmp_path, monkeypatch, error):
-    run = start(tmp_path)
-    run.save_checkpoint({"step": 1})
+def test_what_cannot_be_written_is_named_and_leaves_what_was_there(tmp_path, file_size_limit):
+    run, state = start(tmp_path), {"step": 1, "weight": torch.arange(9.0)}
+    run.save_checkpoint(state)
+    run.log({"step": 1})
+    run.save_beginning({"before": 1, "seconds": 2})
+    model, tokenizer = make_model(), make_tokenizer()
+    calls = {
+        "checkpoint.pt": lambda: run.save_checkpoint({"step": 2, "weight": torch.ones(9999)}),
+        "start.json": lambda: run.save_beginning({"before": "x" * 30000}),
+        "metrics.jsonl": lambda: run.log({"step": 2, "x": "x" * 30000}),
+        "model": lambda: run.save_model("model", model, tokenizer),
+    }
+    for name, call in calls.items():
+        with file_size_limit(20000), pytest.raises(UserError) as caught:
+            call()
+        told = str(caught.value)
+        assert (
+            told.startswith(f"{tmp_path / name}: cannot be written (") and "File too large" in told and "\n" not in told
+        )
+    assert not list(tmp_path.glob(".tmp-*")) and not (tmp_path / "model").exists()
+    resumed = start(tmp_path, resume=True)
+    assert resumed.beginning == {"before": 1, "seconds": 2}
+    assert torch.equal(resumed.load_checkpoint()["weight"], state["weight"]) and resumed.metrics() == [{"step": 1}]
 
-    def full(*arguments):
-        raise error
 
-    monkeypatch.setattr(torch, "save", full)
-    reason = getattr(error, "strerror", None) or "inline_container: short write"
-    with pytest.raises(UserError, match=f"checkpoint.pt: cannot be written \\({reason}\\); make room, then --resume"):
-        run.save_checkpoint({"step": 2})
-    monkeypatch.undo()
-    assert start(tmp_path, resume=True).load_checkpoint() == {"step": 1}
+def test_a_state_that_torch_cannot_save_is_no_matter_of_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        start(tmp_path).save_checkpoint({"step": 1})
 
 
 def test_finish_leaves_the_report_and_no_checkpoint(tmp_path):
