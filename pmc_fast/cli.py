@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Makes a model forget. The answers in --forget serve the report's figures alone: training never sees them.",
     )
     unlearn.epilog = _FORM
-    _model(unlearn)
+    _model(unlearn, prompt="auto; with --preset phi-1.5 tags")
     unlearn.add_argument("--forget", required=True, metavar="FILE", help="what to forget, JSON lines")
     unlearn.add_argument("--retain", required=True, metavar="FILE", help="what to keep, JSON lines")
     _sets(unlearn)
@@ -141,13 +141,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
+def _model(parser: argparse.ArgumentParser, prompt: str = "auto") -> None:
     parser.add_argument("--model", required=True, metavar="M", help="transformers folder, or hub name")
     parser.add_argument(
         "--prompt",
         choices=("auto", "chat", "tags", "plain"),
         help="the tokenizer's chat template, 'Question: .. Answer: ..', or the bare question; "
-        "auto is chat where there is a template, else tags (default: auto, or the preset's)",
+        f"auto is chat where there is a template, else tags (default: {prompt})",
     )
     parser.add_argument(
         "--system", metavar="TEXT", help="system prompt of chat prompts (default: You are a helpful assistant.)"
