@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Makes a model forget. The answers in --forget serve the report's figures alone: training never sees them.",
     )
     unlearn.epilog = _FORM
-    _model(unlearn, prompt="auto / tags, by the preset")
+    _model(unlearn, prompt="auto; with --preset phi-1.5 tags")
     unlearn.add_argument("--forget", required=True, metavar="FILE", help="what to forget, JSON lines")
     unlearn.add_argument("--retain", required=True, metavar="FILE", help="what to keep, JSON lines")
     _sets(unlearn)
