@@ -112,17 +112,18 @@ OPTIONS = {
 }
 
 
-def config_of(files, monkeypatch, *more):
-    """The configuration that `unlearn` would run with."""
+def config_of(files, monkeypatch, *more, command="unlearn"):
+    """The configuration that a command would run with."""
 
     def stop(options, config):
         raise UserError(json.dumps(asdict(config)))
 
     monkeypatch.setattr(commands, "_prepare", stop)
     sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
-    options = cli.make_parser().parse_args(["unlearn", "--model", "m", *sets, "--out", str(files / "none"), *more])
+    rows = ["--data", str(files / "retain.jsonl")] if command == "finetune" else sets
+    options = cli.make_parser().parse_args([command, "--model", "m", *rows, "--out", str(files / "none"), *more])
     with pytest.raises(UserError) as stopped:
-        commands.unlearn(options)
+        getattr(commands, command)(options)
     return json.loads(str(stopped.value))
 
 
@@ -146,6 +147,46 @@ def test_no_hyperparameter_is_left_out():
 @pytest.mark.parametrize("preset", ["llama-3.2-3b", "phi-1.5"])
 def test_presets(files, monkeypatch, preset):
     assert config_of(files, monkeypatch, "--preset", preset) == asdict(PMCConfig.published(preset))
+
+
+@pytest.mark.parametrize("command", ["finetune", "unlearn"])
+def test_options_that_differ_in_name_or_value(files, monkeypatch, command):
+    found = config_of(files, monkeypatch, "--prompt", "plain", "--system", "Be brief.", command=command)
+    assert (found["prompt_style"], found["system_prompt"]) == ("plain", "Be brief.")
+    if command == "unlearn":
+        assert config_of(files, monkeypatch, "--top-k", "0")["top_k"] is None
+        names = {"lambda": "retain_weight", "min-len": "min_words", "lr": "learning_rate"}
+        assert all(config_of(files, monkeypatch, f"--{name}", "3")[field] == 3 for name, field in names.items())
+
+
+def test_finetune_has_defaults_of_its_own(files, monkeypatch):
+    """METHOD: 5 epochs; the rest of the loop as when unlearning."""
+    want = asdict(PMCConfig(epochs=5, batch_size=16, accumulation=1))
+    assert config_of(files, monkeypatch, command="finetune") == want
+    loop = ("epochs", "batch_size", "accumulation", "learning_rate", "weight_decay", "warmup_epochs", "seed")
+    words = [word for name in loop for word in ("--" + name.replace("_", "-"), str(OPTIONS[name]))]
+    found = config_of(files, monkeypatch, *words, command="finetune")
+    assert found == {**want, **{name: OPTIONS[name] for name in loop}}
+
+
+@pytest.mark.parametrize("command", ["finetune", "unlearn"])
+def test_the_configuration_reaches_the_training(files, tmp_path, monkeypatch, command):
+    seen = []
+
+    def stop(pmc, rows, config, **options):
+        seen.extend([pmc.config, config])
+        raise UserError("seen")
+
+    monkeypatch.setattr(f"pmc_fast.training.{command}", stop)
+    words = unlearn(files, tmp_path / "out", "--preset", "phi-1.5", "--weight-decay", "0.2")
+    given = {"epochs": 2, "batch_size": 2, "weight_decay": 0.2}
+    want = PMCConfig.published("phi-1.5", num_samples=3, max_new_tokens=5, **given)
+    if command == "finetune":
+        loop = "--epochs 2 --batch-size 2 --weight-decay 0.2 --evaluation-tokens 4 --device cpu".split()
+        sets = ["--data", str(files / "retain.jsonl"), "--out", str(tmp_path / "out")]
+        words, want = ["finetune", "--model", str(files / "model"), *sets, *loop], PMCConfig(accumulation=1, **given)
+    assert cli.main(words) == 2
+    assert seen == [want, want]
 
 
 @pytest.mark.parametrize("command", ["finetune", "unlearn", "evaluate"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 
+from pmc_fast import UserError
 from pmc_fast.data import QA, write_jsonl
 from pmc_fast.loading import load_model
 
@@ -25,6 +26,7 @@ def hub(tmp_path_factory):
         make_model().save_pretrained(snapshot(cache, name))
         make_tokenizer().save_pretrained(snapshot(cache, name))
     (snapshot(cache, "bare") / "model.safetensors").unlink()
+    torch.save(make_model().state_dict(), snapshot(cache, "bare") / "pytorch_model.bin")  # that is not read
     for path in snapshot(cache, "mute").glob("token*"):
         path.unlink()
     write_jsonl(cache / "rows.jsonl", [QA(f"Who is {c}?", f"It is {c}.") for c in "abc"])
@@ -90,3 +92,48 @@ def test_what_the_hub_does_not_have_is_said(offline, name, lacks):
     said = (offline / name / "stderr").read_text()
     assert said.startswith(f"pmc-fast evaluate: {name}: the {lacks} cannot be loaded: ")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+def test_weights_are_of_the_dtype_asked_for(dtype, tmp_path):
+    """Whatever they are saved as; float32 by default."""
+    saved = tmp_path / "saved"
+    make_model().to(torch.float32 if dtype == "bfloat16" else torch.bfloat16).save_pretrained(saved)
+    make_tokenizer().save_pretrained(saved)
+    model, _ = load_model(saved, **({"dtype": dtype} if dtype else {}))
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype or "float32")}
+
+
+# Says that it was run, then is a class of transformers under another name.
+CODE = """
+from pathlib import Path
+from transformers import {base}
+Path({ran!r}).touch()
+class Own({base}):
+    pass
+"""
+
+
+@pytest.mark.parametrize("trusted", [True, False, None], ids=["trusted", "not trusted", "by default"])
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_code_that_comes_with_a_model_runs_if_it_is_trusted(what, trusted, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder, ran = tmp_path / f"own_{what}_{trusted}", tmp_path / "ran"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    file, key, base, reference = {
+        "model": ("config.json", "AutoModelForCausalLM", "LlamaForCausalLM", "own.Own"),
+        "tokenizer": ("tokenizer_config.json", "AutoTokenizer", "PreTrainedTokenizerFast", [None, "own.Own"]),
+    }[what]
+    (folder / "own.py").write_text(CODE.format(base=base, ran=str(ran)))
+    settings = json.loads((folder / file).read_text())
+    settings |= {"auto_map": {key: reference}} | ({"tokenizer_class": "Own"} if what == "tokenizer" else {})
+    (folder / file).write_text(json.dumps(settings))
+    given = {} if trusted is None else {"trust_remote_code": trusted}
+    try:
+        loaded = load_model(folder, **given)[what == "tokenizer"]
+        assert (type(loaded).__name__ == "Own") == bool(trusted)
+    except UserError:
+        assert not trusted
+    assert ran.exists() == bool(trusted)

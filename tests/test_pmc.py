@@ -16,7 +16,7 @@ from pmc_fast import PMC, PMCConfig, UserError, sample
 from pmc_fast.data import QA
 from pmc_fast.ledger import Entry, Ledger
 
-QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy write?"]
+QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy say?"]  # of three lengths
 RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old tree")]
 
 
@@ -152,7 +152,7 @@ def test_max_length_counts_the_longest_prompt_of_a_batch():
     pmc.prepare([[0, 1], [0], [2]])
     [((input_ids, _), options)] = asked
     longest, last = (max(len(pmc.prompts.prompt_ids(QUESTIONS[q])) for q in batch) for batch in ([0, 1], [2]))
-    assert len(pmc.prompts.prompt_ids(QUESTIONS[0])) < longest and len(input_ids) == 3
+    assert len(pmc.prompts.prompt_ids(QUESTIONS[0])) < last < longest and len(input_ids) == 3
     assert options["max_new_tokens"].tolist() == [80 - longest, 80 - longest, 80 - last]
 
 

@@ -28,20 +28,35 @@ def test_greedy_equals_generate(family, rng_seed):
         assert samples.tokens[row, 0, :length].tolist() == expected[row, :length].tolist()
 
 
+TRUNCATIONS = [
+    {"top_p": 0.95},
+    {},
+    {"temperature": 0.7, "top_k": 20},
+    {"temperature": 1.3, "min_p": 0.2},
+    {"temperature": 1.25, "top_k": 50, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_company_and_retirement_do_not_change_an_answer(family, rng_seed):
+def test_company_and_retirement_do_not_change_an_answer(family, truncation, rng_seed):
     model = make_model(family, seed=rng_seed)
     ends = list(range(0, VOCAB, 9))  # many tokens end an answer, so rows retire all the time
-    options = {"num_samples": 7, "max_new_tokens": 15, "eos_token_id": ends, "seed": rng_seed, "top_p": 0.95}
-    ids, mask = pad_left(PROMPTS, 256)
-    together = Sampler(model).sample(ids, mask, sequence_ids=torch.tensor([3, 1, 2, 0]), **options)
-    assert 1 < together.lengths.float().mean() < 15
-    for row, prompt in enumerate(PROMPTS):
-        alone = Sampler(model).sample(torch.tensor([prompt]), sequence_ids=torch.tensor([[3, 1, 2, 0][row]]), **options)
-        assert torch.equal(alone.lengths[0], together.lengths[row])
-        width = alone.tokens.shape[2]
-        assert torch.equal(alone.tokens[0], together.tokens[row, :, :width])
-        torch.testing.assert_close(alone.logprobs[0], together.logprobs[row, :, :width], rtol=1e-4, atol=1e-4)
+    options = {"num_samples": 7, "max_new_tokens": 15, "eos_token_id": ends, "seed": rng_seed, **truncation}
+    streams = torch.randperm(9)[: len(PROMPTS)]
+
+    def sampled(rows):
+        ids, mask = pad_left([PROMPTS[row] for row in rows], 256)
+        return Sampler(model).sample(ids, mask, sequence_ids=streams[rows], **options)
+
+    together = sampled([0, 1, 2, 3])
+    assert len(together.lengths.unique()) > 1
+    for rows in ([0], [1], [2], [3], torch.randperm(4)[:3].tolist()):
+        some = sampled(rows)
+        assert torch.equal(some.lengths, together.lengths[rows])
+        width = some.tokens.shape[2]
+        assert torch.equal(some.tokens, together.tokens[rows, :, :width])
+        torch.testing.assert_close(some.logprobs, together.logprobs[rows, :, :width], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,7 @@ class Recorder:
         with torch.no_grad():
             self.lm.model.weight.copy_(torch.tensor([[1.0, -2.0, 3.0]]))
         self.ledger = SimpleNamespace(questions=QUESTIONS)
-        self.prepared, self.batches, self.retained = [], [], []
+        self.prepared, self.batches, self.retained, self.modes = [], [], [], []
         self.stats = {"seconds": {}, "score": 0.0, "collapse_loss": 0.0, "retain_loss": 0.0}
 
     def prepare(self, batches):
@@ -34,6 +34,7 @@ class Recorder:
     def loss(self, indices, retain):
         self.batches.append(indices)
         self.retained.append([row.question for row in retain])
+        self.modes.append(self.lm.model.training)
         return (self.lm.model.weight[0] * torch.tensor(gradient(indices), dtype=torch.float32)).sum()
 
     def supervised_loss(self, rows):
@@ -75,21 +76,35 @@ def test_a_step_samples_for_all_its_micro_batches_at_once(rng_seed):
     assert sum(pmc.prepared, []) == pmc.batches
 
 
-@pytest.mark.parametrize("what", ["unlearn", "finetune"])
-@pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 2.0])
-def test_weights_move_by_adamw_after_a_warm_up_and_a_decay(what, warmup_epochs, rng_seed):
-    """Gradients of a step are summed when unlearning, as published; averaged when fine-tuning."""
-    pmc, config = Recorder(), make_config(rng_seed, warmup_epochs=warmup_epochs)
+def train(pmc, what, config, **options):
     if what == "unlearn":
         unlearn(pmc, RETAIN, config, progress=False)
     else:
-        finetune(pmc, [QA(question, "answer") for question in QUESTIONS], config, progress=False)
+        finetune(pmc, [QA(question, "answer") for question in QUESTIONS], config, progress=False, **options)
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_model_trains_in_training_mode_and_gets_its_own_back(mode, what, rng_seed):
+    pmc = Recorder()
+    pmc.lm.model.train(mode)
+    train(pmc, what, make_config(rng_seed))
+    assert all(pmc.modes) and pmc.lm.model.training == mode
+
+
+@pytest.mark.parametrize(("what", "longest"), [("unlearn", None), ("finetune", None), ("finetune", 0.4)])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 2.0])
+def test_weights_move_by_adamw_after_a_warm_up_and_a_decay(what, longest, warmup_epochs, rng_seed):
+    """Gradients of a step are summed when unlearning, as published; averaged when fine-tuning, and then cut to a longest norm."""
+    pmc, config = Recorder(), make_config(rng_seed, warmup_epochs=warmup_epochs)
+    train(pmc, what, config, **({"max_grad_norm": longest} if longest else {}))
     weight, first, second = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
     windows = [pmc.batches[begin : begin + 2] for epoch in range(3) for begin in (5 * epoch, 5 * epoch + 2)]
     windows = [w for e in range(3) for w in (*windows[2 * e : 2 * e + 2], pmc.batches[5 * e + 4 : 5 * e + 5])]
     steps, warm = len(windows), round(3 * warmup_epochs)
     for step, window in enumerate(windows, 1):
         total = sum(gradient(batch) for batch in window) / (1 if what == "unlearn" else len(window))
+        total = total * min(1, (longest or math.inf) / np.linalg.norm(total))
         rate = 0.1 * (step / warm if step <= warm else (steps - step + 1) / (steps - warm))
         first, second = 0.9 * first + 0.1 * total, 0.999 * second + 0.001 * total**2
         moved = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)

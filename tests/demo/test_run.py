@@ -1,4 +1,4 @@
-"""The demo as a command, at a size that takes seconds: what it writes, and that it resumes."""
+"""The demo as a command: what it writes and that it resumes, at a size that takes seconds; what it ends with, at its own."""
 
 import json
 
@@ -68,3 +68,13 @@ def test_interrupted_and_resumed(small, tmp_path, monkeypatch, capsys, stop):
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("whole", "resumed")]
     assert all(reports[0][key] == reports[1][key] for key in ("before", "after", "examples"))
+
+
+def test_the_whole_demo_forgets_what_it_is_to_forget_and_no_more(tmp_path):
+    """With its default seed; half a minute on a core."""
+    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    before, after = report["before"], report["after"]
+    assert before["forget_rouge_l"] > 0.9  # else there would be nothing to forget
+    assert after["forget_rouge_l"] < 0.15
+    assert before["utility"] - after["utility"] < 5

@@ -27,6 +27,10 @@ OPTIONS = [
     {"top_k": 5},
     {"top_p": 0.7},
     {"min_p": 0.1},
+    {"top_p": 0.9, "min_p": 0.3},  # either keeps less than the other
+    {"top_p": 0.5, "min_p": 0.02},
+    {"top_k": 20, "min_p": 0.3},
+    {"top_k": 4, "min_p": 0.02},
     {"temperature": 0.9, "top_k": 12, "top_p": 0.9},
     {"temperature": 1.4, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
     {"top_p": 1e-6},
@@ -68,6 +72,17 @@ def test_draws_follow_the_exact_distribution(options, impl, rng_seed):
     want = expected[0].log()[drawn.token].float()
     torch.testing.assert_close(drawn.sampling_logprob, want, rtol=1e-4, atol=1e-4 + float(rounding))
     torch.testing.assert_close(drawn.logprob, logits[0].log_softmax(-1)[drawn.token], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn.kept_mass, mass.float().expand(draws), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 12, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_linear_draws_follow_the_exact_distribution(options, impl, rng_seed):
+    hidden, weight, bias, draws = torch.randn(3, 19), torch.randn(37, 19) * 0.3, torch.randn(37), 6000
+    expected, mass = exact(hidden[1:2] @ weight.T + bias, **options)
+    row = torch.ones(draws, dtype=torch.int64)
+    drawn = linear_sample(hidden, weight, bias=bias, hidden_row=row, seed=rng_seed, impl=impl, **options)
+    assert_follows(drawn.token.bincount(minlength=37), expected[0])
     torch.testing.assert_close(drawn.kept_mass, mass.float().expand(draws), rtol=1e-4, atol=1e-5)
 
 
