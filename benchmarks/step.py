@@ -294,9 +294,8 @@ class PmcFast:
         from pmc_fast.flops import FORMULAS
 
         ledger = self._pmc.state_dict()["ledger"]
-        picked = {
-            index: {**entry, "score": 0.0} for index, entry in ledger["entries"].items()
-        }  # final: nothing is sampled
+        # Final, so that nothing is sampled.
+        picked = {index: {**entry, "score": 0.0} for index, entry in ledger["entries"].items()}
         self._pmc.load_state_dict({**self._start, "ledger": {**ledger, "entries": picked}})
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             self._pmc.loss(self._indices, self._task.retain).backward()

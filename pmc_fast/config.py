@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from pmc_fast.errors import UserError
+from pmc_fast.errors import TEMPERATURE, UserError, is_temperature
 from pmc_fast.prompts import STYLES
 
 
@@ -74,10 +74,11 @@ class PMCConfig:
             require(name, _is_one_of(getattr(self, name), types), wanted)
         for name in ("num_samples", "epochs", "batch_size", "accumulation"):
             require(name, getattr(self, name) >= 1, "an integer of at least 1")
+        taken = self.temperature == 0 or is_temperature(self.temperature)
+        require("temperature", taken, f"{TEMPERATURE}, or 0 for greedy")
         for name in ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs", "min_words"):
             value = getattr(self, name)
             require(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")
-        require("temperature", self.temperature == 0 or _TINY <= self.temperature <= _HUGE, _TEMPERATURE)
         require("top_k", self.top_k is None or self.top_k >= 1, "None or an integer of at least 1")
         require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
         require("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]")
@@ -89,11 +90,6 @@ class PMCConfig:
             value = getattr(self, name)
             require(name, value is None or value >= 1, "None or an integer of at least 1")
         require("max_new_tokens", self.max_new_tokens is not None or self.max_length is not None, "it or max_length")
-
-
-# The range of float32, in which the ops divide by the temperature.
-_TINY, _HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-_TEMPERATURE = f"a number in [{_TINY:.4g}, {_HUGE:.4g}] (float32's range), or 0 for greedy"
 
 
 def _plain(value: object) -> object:

@@ -18,6 +18,14 @@ def described(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
+# What a temperature is to be: a normal number of float32, in which logits are divided by it.
+TEMPERATURE = "a number in [1.175e-38, 3.403e+38] (float32's range)"
+
+
+def is_temperature(value: float) -> bool:
+    return 2.0**-126 <= value <= (2 - 2.0**-23) * 2.0**127
+
+
 # What is wrong with a row of logits that an op refuses, and what it wants.
 NO_DISTRIBUTION = (
     "hold NaN or +inf, or nothing but -inf, or overflow when divided by the temperature; expected finite numbers (-inf is "

@@ -12,25 +12,13 @@ from pmc_fast import ops as _ops  # noqa: F401  registers the ops that are count
 Shape = Sequence[int]
 
 
-def _product(hidden: Shape, weight: Shape) -> int:
+def _product(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
     return 2 * hidden[0] * weight[0] * weight[1]
 
 
-def _collapse_loss(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
+def _with_gradients(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
     *_, needs, _impl = args
-    return _product(hidden, weight) * (1 + sum(needs[:2]))
-
-
-def _linear_logprob(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
-    return _product(hidden, weight)
-
-
-def _linear_logprob_backward(upstream: Shape, hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
-    return _collapse_loss(hidden, weight, *args, out_shape=out_shape)
-
-
-def _linear_sample(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) -> int:
-    return _product(hidden, weight)
+    return _product(hidden, weight, out_shape=out_shape) * (1 + sum(needs[:2]))
 
 
 def _decode_attention(query: Shape, key: Shape, *args: Any, out_shape: Any) -> int:
@@ -40,10 +28,12 @@ def _decode_attention(query: Shape, key: Shape, *args: Any, out_shape: Any) -> i
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.pmc_fast.collapse_loss: _collapse_loss,
-    torch.ops.pmc_fast.linear_logprob: _linear_logprob,
-    torch.ops.pmc_fast.linear_logprob_backward: _linear_logprob_backward,
-    torch.ops.pmc_fast.linear_sample: _linear_sample,
+    torch.ops.pmc_fast.collapse_loss: _with_gradients,
+    torch.ops.pmc_fast.linear_logprob: _product,
+    torch.ops.pmc_fast.linear_logprob_backward: lambda upstream, *args, out_shape: _with_gradients(
+        *args, out_shape=out_shape
+    ),
+    torch.ops.pmc_fast.linear_sample: _product,
     torch.ops.pmc_fast.decode_attention: _decode_attention,
 }
 """Operations of each op's products, a multiplication and an addition counted as two, from its shapes.

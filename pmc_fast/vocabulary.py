@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -14,12 +14,12 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return getattr(model.get_input_embeddings(), "num_embeddings", None)
 
 
-def check_tokens(name: str, tokens: Iterable[int], size: int | None) -> None:
+def check_tokens(name: str, tokens: Sequence[int], size: int | None) -> None:
     """Raise UserError, of what `name` says, if one of these tokens is none of the model's."""
-    outside = None if size is None else next((token for token in tokens if not 0 <= token < size), None)
-    if outside is not None:
+    largest = max(tokens, default=-1)
+    if size is not None and largest >= size:
         raise UserError(
-            f"{name}: the tokenizer makes token {outside} of it, expected ids in [0, {size}), the model's vocabulary; take the "
+            f"{name}: the tokenizer makes token {largest} of it, expected ids in [0, {size}), the model's vocabulary; take the "
             "model's own tokenizer, or resize_token_embeddings before training"
         )
 

@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer
 
-from pmc_fast import PMCConfig, UserError, cli, commands
+from pmc_fast import cli, commands
 from pmc_fast.data import QA, read_jsonl, write_jsonl
 
 
@@ -84,128 +83,6 @@ def test_unlearn_writes_model_metrics_and_report(files, tmp_path, capsys):
     changes = zip(model.parameters(), original.parameters(), strict=True)
     assert any(not torch.equal(new, old) for new, old in changes)
     assert "unlearn quality" in capsys.readouterr().out
-
-
-# For every hyperparameter an option and a value that is neither preset's.
-OPTIONS = {
-    "retain_weight": 0.7,
-    "num_samples": 3,
-    "temperature": 0.6,
-    "top_k": 11,
-    "top_p": 0.7,
-    "min_p": 0.2,
-    "min_words": 2,
-    "max_length": 77,
-    "max_new_tokens": 9,
-    "selection": "bradley_terry",
-    "tau": 0.3,
-    "keep_truncated": False,
-    "prune": False,
-    "reencode": False,
-    "epochs": 4,
-    "batch_size": 6,
-    "accumulation": 3,
-    "learning_rate": 2e-3,
-    "weight_decay": 0.2,
-    "warmup_epochs": 0.5,
-    "seed": 8,
-}
-
-
-def config_of(files, monkeypatch, *more, command="unlearn"):
-    """The configuration that a command would run with."""
-
-    def stop(options, config):
-        raise UserError(json.dumps(asdict(config)))
-
-    monkeypatch.setattr(commands, "_prepare", stop)
-    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
-    rows = ["--data", str(files / "retain.jsonl")] if command == "finetune" else sets
-    options = cli.make_parser().parse_args([command, "--model", "m", *rows, "--out", str(files / "none"), *more])
-    with pytest.raises(UserError) as stopped:
-        getattr(commands, command)(options)
-    return json.loads(str(stopped.value))
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_hyperparameter_is_an_option(files, monkeypatch, name):
-    value, option = OPTIONS[name], "--" + name.replace("_", "-")
-    words = [option.replace("--", "--no-", 1)] if value is False else [option, str(value)]
-    more = ["--selection", "bradley_terry"] if name == "tau" else []
-    presets = [asdict(PMCConfig.published(preset)) for preset in ("llama-3.2-3b", "phi-1.5")]
-    assert all(preset[name] != value for preset in presets)
-    found = config_of(files, monkeypatch, *words, *more)
-    assert found[name] == value
-    changed = {key for key in found if found[key] != presets[0][key]}
-    assert changed <= {name, "selection"} | ({"max_length"} if name == "max_new_tokens" else set())
-
-
-def test_no_hyperparameter_is_left_out():
-    assert OPTIONS.keys() | {"prompt_style", "system_prompt"} == asdict(PMCConfig()).keys()
-
-
-@pytest.mark.parametrize("preset", ["llama-3.2-3b", "phi-1.5"])
-def test_presets(files, monkeypatch, preset):
-    assert config_of(files, monkeypatch, "--preset", preset) == asdict(PMCConfig.published(preset))
-
-
-@pytest.mark.parametrize("command", ["finetune", "unlearn"])
-def test_options_that_differ_in_name_or_value(files, monkeypatch, command):
-    found = config_of(files, monkeypatch, "--prompt", "plain", "--system", "Be brief.", command=command)
-    assert (found["prompt_style"], found["system_prompt"]) == ("plain", "Be brief.")
-    if command == "unlearn":
-        assert config_of(files, monkeypatch, "--top-k", "0")["top_k"] is None
-        names = {"lambda": "retain_weight", "min-len": "min_words", "lr": "learning_rate"}
-        assert all(config_of(files, monkeypatch, f"--{name}", "3")[field] == 3 for name, field in names.items())
-
-
-def test_finetune_has_defaults_of_its_own(files, monkeypatch):
-    """METHOD: 5 epochs; the rest of the loop as when unlearning."""
-    want = asdict(PMCConfig(epochs=5, batch_size=16, accumulation=1))
-    assert config_of(files, monkeypatch, command="finetune") == want
-    loop = ("epochs", "batch_size", "accumulation", "learning_rate", "weight_decay", "warmup_epochs", "seed")
-    words = [word for name in loop for word in ("--" + name.replace("_", "-"), str(OPTIONS[name]))]
-    found = config_of(files, monkeypatch, *words, command="finetune")
-    assert found == {**want, **{name: OPTIONS[name] for name in loop}}
-
-
-@pytest.mark.parametrize("command", ["finetune", "unlearn"])
-def test_the_configuration_reaches_the_training(files, tmp_path, monkeypatch, command):
-    seen = []
-
-    def stop(pmc, rows, config, **options):
-        seen.extend([pmc.config, config])
-        raise UserError("seen")
-
-    monkeypatch.setattr(f"pmc_fast.training.{command}", stop)
-    words = unlearn(files, tmp_path / "out", "--preset", "phi-1.5", "--weight-decay", "0.2")
-    given = {"epochs": 2, "batch_size": 2, "weight_decay": 0.2}
-    want = PMCConfig.published("phi-1.5", num_samples=3, max_new_tokens=5, **given)
-    if command == "finetune":
-        loop = "--epochs 2 --batch-size 2 --weight-decay 0.2 --evaluation-tokens 4 --device cpu".split()
-        sets = ["--data", str(files / "retain.jsonl"), "--out", str(tmp_path / "out")]
-        words, want = ["finetune", "--model", str(files / "model"), *sets, *loop], PMCConfig(accumulation=1, **given)
-    assert cli.main(words) == 2
-    assert seen == [want, want]
-
-
-@pytest.mark.parametrize("command", ["finetune", "unlearn", "evaluate"])
-def test_what_a_model_is_loaded_with(files, tmp_path, monkeypatch, command):
-    def load(*given):
-        raise UserError(repr(given))
-
-    monkeypatch.setattr(commands, "load_model", load)
-    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
-    rows = ["--data", str(files / "retain.jsonl")] if command == "finetune" else sets
-    out = [] if command == "evaluate" else ["--out", str(tmp_path / "out")]
-    for more, expected in (
-        ([], ("m", "auto", "float32", False)),
-        (["--device", "cpu", "--dtype", "bfloat16", "--trust-remote-code"], ("m", "cpu", "bfloat16", True)),
-    ):
-        options = cli.make_parser().parse_args([command, "--model", "m", *rows, *out, *more])
-        with pytest.raises(UserError) as stopped:
-            getattr(commands, command)(options)
-        assert str(stopped.value) == repr(expected)
 
 
 def test_finetune_learns(files, tmp_path):

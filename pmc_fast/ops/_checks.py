@@ -11,7 +11,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from pmc_fast.errors import described
+from pmc_fast.errors import TEMPERATURE, described, is_temperature
 
 INTEGERS = (int, Integral, torch.SymInt)
 NUMBERS = (float, *INTEGERS, Real, torch.SymFloat)  # the usual first; what NumPy makes, what torch traces
@@ -85,11 +85,9 @@ def ignored(index: int | None) -> None:
 
 
 def temperature(value: float, *, allow_zero: bool) -> None:
-    single = torch.finfo(torch.float32)
     number("temperature", value, "a number")
-    if not (single.tiny <= value <= single.max or (allow_zero and value == 0)):
-        wanted = f"a number in [{single.tiny:.4g}, {single.max:.4g}] (float32's range)"
-        raise ValueError(f"temperature: got {value}, expected {wanted}{', or 0 for greedy' if allow_zero else ''}")
+    if not (is_temperature(value) or (allow_zero and value == 0)):
+        raise ValueError(f"temperature: got {value}, expected {TEMPERATURE}{', or 0 for greedy' if allow_zero else ''}")
 
 
 def sampling(temperature_: float, top_k: int | None, top_p: float, min_p: float, seed: int) -> None:
