@@ -87,13 +87,15 @@ class LinearParts:
 
 @dataclass(frozen=True)
 class Embedding:
-    """scale * weight[token] in float32."""
+    """scale * weight[token] in float32; the row of `padding` gets no gradient."""
 
     weight: Tensor
     scale: float
+    padding: int | None
 
     def __call__(self, token: Tensor) -> Tensor:
-        return nn.functional.embedding(token, self.weight).float() * self.scale
+        rows = nn.functional.embedding(token, self.weight, self.padding).float()
+        return rows if self.scale == 1 else rows * self.scale
 
 
 @dataclass(frozen=True)
@@ -221,11 +223,11 @@ def _only_asks_for_gradients(hook: Callable) -> bool:
 def _embedding(backbone: nn.Module, unit: float) -> Embedding:
     embed, scaled = backbone.embed_tokens, kind(backbone.layers[0]).__name__.startswith("Gemma")
     known = kind(embed).__name__.endswith("TextScaledWordEmbedding") if scaled else kind(embed) is nn.Embedding
-    if not known or embed.max_norm is not None:
+    if not known or embed.max_norm is not None or embed.scale_grad_by_freq or embed.sparse:
         raise Unknown
-    weight = embed.weight.detach()
+    weight = embed.weight
     scale = embed.embed_scale.to(weight.dtype).item() if scaled else getattr(backbone, "embedding_multiplier", 1.0)
-    return Embedding(weight, scale / unit)
+    return Embedding(weight, scale / unit, embed.padding_idx)
 
 
 def _in_units(norm: NormParts | None, unit: float) -> NormParts | None:
@@ -289,9 +291,9 @@ def _gate_up_down(mlp: nn.Module) -> tuple[LinearParts | None, LinearParts, Line
 
 
 def _norm(module: nn.Module) -> NormParts:
-    weight, name = module.weight.detach(), kind(module).__name__
+    weight, name = module.weight, kind(module).__name__
     if kind(module) is nn.LayerNorm:
-        return NormParts(weight, None if module.bias is None else module.bias.detach(), module.eps, True, 0.0)
+        return NormParts(weight, module.bias, module.eps, True, 0.0)
     if not name.endswith("RMSNorm"):
         raise Unknown
     if name.startswith("Gemma"):
@@ -301,8 +303,7 @@ def _norm(module: nn.Module) -> NormParts:
 
 def _linear(module: nn.Module) -> LinearParts:
     if kind(module) is nn.Linear:
-        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-        return LinearParts(weight, bias, (), weight)
+        return LinearParts(module.weight, module.bias, (), module.weight)
     if (kind(module).__module__, kind(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
         raise Unknown
     if kind(module.base_layer) is not nn.Linear or module.fan_in_fan_out or (module.merged and module.disable_adapters):
@@ -320,4 +321,4 @@ def _adapter(module: nn.Module, name: str) -> Adapter:
     down, up = module.lora_A[name], module.lora_B[name]
     if any(kind(part) is not nn.Linear or part.bias is not None for part in (down, up)):
         raise Unknown
-    return Adapter(down.weight.detach(), up.weight.detach(), module.scaling[name])
+    return Adapter(down.weight, up.weight, module.scaling[name])

@@ -115,7 +115,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         for module in model.modules()
         if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
     ]
-    copies = _Copies(int(free_bytes(torch.device("cpu")) * PACKED_SHARE)) if _has_library() else None
+    copies = _Copies(int(free_bytes(torch.device("cpu")) * PACKED_SHARE)) if has_library() else None
     token = _copies.set(copies)
     try:
         for layer in layers:
@@ -156,7 +156,7 @@ def _identity(weight: Tensor) -> tuple:
     return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
-def _has_library() -> bool:
+def has_library() -> bool:
     """Whether this library's own product is here."""
     try:
         library()

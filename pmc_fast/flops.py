@@ -36,6 +36,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.pmc_fast.linear_sample: _product,
     torch.ops.pmc_fast.decode_attention: _decode_attention,
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN's product, which torch leaves out
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product
 """Operations of each op's products, a multiplication and an addition counted as two, from its shapes.
 
 ``with torch.utils.flop_counter.FlopCounterMode(custom_mapping=pmc_fast.flops.FORMULAS) as counter`` counts them beside

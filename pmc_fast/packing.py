@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pmc_fast import attention
+from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache
 from pmc_fast.models import LanguageModel
 from pmc_fast.vocabulary import check_ids, vocabulary_size
@@ -53,6 +53,10 @@ class Packed:
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
         check_ids(self.input_ids, vocabulary_size(lm.model))
         attention.install(lm.model)
+        if cache is None:
+            hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows)
+            if hidden is not None:
+                return hidden
         with attention.packed(self.lengths):
             hidden = lm.hidden(
                 self.input_ids,

@@ -1,0 +1,167 @@
+"""What a decoder layer is made of, on a CPU in float32, with gradients: products, norms, rotary embedding, activation.
+
+Between a layer's products a training step is bound by memory, so each of these is one pass over it, forward and backward, where
+eager modules make several and keep what lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pmc_fast.decoder_layers import LinearParts, NormParts
+from pmc_fast.fast_linear import linear
+from pmc_fast.native import elementwise
+from pmc_fast.ops._autograd import once
+
+
+def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
+    """[x @ part.weight.T + part.bias, and what its adapters add, for each part]; x [N, D] float32.
+
+    Weights of 16 bits are widened, one at a time, and their gradients are rounded to their dtype.
+    """
+    wholes = list({id(part.whole): part.whole for part in parts}.values())
+    index = {id(whole): i for i, whole in enumerate(wholes)}
+    places = tuple((index[id(part.whole)], part.begin, part.begin + len(part.weight)) for part in parts)
+    results = []
+    for y, part in zip(_Products.apply(x, places, *wholes), parts, strict=True):
+        if part.bias is not None:
+            y = y + part.bias.float()
+        for down, up, scale in part.adapters:
+            y = torch.addmm(y, x @ down.float().T, up.float().T, alpha=scale)
+        results.append(y)
+    return results
+
+
+def normalize(x: Tensor, parts: NormParts) -> Tensor:
+    """The norm of rows [N, size] float32."""
+    return _Normalize.apply(x, *_affine(parts), parts.epsilon, parts.centered)
+
+
+def add_and_normalize(x: Tensor, added: Tensor, parts: NormParts) -> tuple[Tensor, Tensor]:
+    """x + added, and the norm of that."""
+    return _AddAndNormalize.apply(x, added, *_affine(parts), parts.epsilon, parts.centered)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rows [N, H, D] turned by angles [N, R]: element i of a head is paired with element i + R / 2."""
+    return _Rotate.apply(x, cosine, sine)
+
+
+def activate(gate: Tensor, activation: str, up: Tensor | None = None) -> Tensor:
+    """activation(gate) * up; without `up`, activation(gate)."""
+    return _Activate.apply(gate, activation, up)
+
+
+def _affine(parts: NormParts) -> tuple[Tensor, Tensor | None]:
+    weight = parts.weight.float()
+    return weight + parts.offset if parts.offset else weight, None if parts.bias is None else parts.bias.float()
+
+
+def _once(backward: Callable) -> Callable:
+    """A backward pass that cannot be differentiated."""
+
+    @wraps(backward)
+    def without_graph(ctx, *grads):
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        return once("the hidden states of a packed batch", gradients)
+
+    return without_graph
+
+
+class _Products(Function):
+    @staticmethod
+    def forward(ctx, x, places, *wholes):
+        ctx.save_for_backward(x, *wholes)
+        ctx.places = places
+        return tuple(linear(x, wholes[index][begin:end].float()) for index, begin, end in places)
+
+    @staticmethod
+    @_once
+    def backward(ctx, *grads):
+        x, *wholes = ctx.saved_tensors
+        to_x, to_wholes = None, [None] * len(wholes)
+        for (index, begin, end), grad in zip(ctx.places, grads, strict=True):
+            whole = wholes[index]
+            if ctx.needs_input_grad[2 + index]:
+                if to_wholes[index] is None:
+                    complete = end - begin == len(whole)
+                    to_wholes[index] = torch.empty_like(whole) if complete else torch.zeros_like(whole)
+                _write_product(grad.T, x, to_wholes[index][begin:end])
+            if ctx.needs_input_grad[0]:
+                weight = whole[begin:end].float()
+                to_x = grad @ weight if to_x is None else to_x.addmm_(grad, weight)
+        return to_x, None, *to_wholes
+
+
+def _write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+class _Normalize(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, epsilon, centered):
+        y, stats = elementwise.normalize(x, weight, bias, epsilon, centered)
+        ctx.save_for_backward(x, stats, weight)
+        return y
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad):
+        x, stats, weight = ctx.saved_tensors
+        needs = {"need_weight": ctx.needs_input_grad[1], "need_bias": ctx.needs_input_grad[2]}
+        return *elementwise.normalize_backward(grad, x, stats, weight, **needs), None, None
+
+
+class _AddAndNormalize(Function):
+    @staticmethod
+    def forward(ctx, x, added, weight, bias, epsilon, centered):
+        ctx.set_materialize_grads(False)
+        total = x + added
+        y, stats = elementwise.normalize(total, weight, bias, epsilon, centered)
+        ctx.save_for_backward(total, stats, weight)
+        return total, y
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad_total, grad):
+        total, stats, weight = ctx.saved_tensors
+        needs = {"need_weight": ctx.needs_input_grad[2], "need_bias": ctx.needs_input_grad[3]}
+        # Nobody reads the sum's gradient any more: whatever else needed it lies behind what gave `grad`.
+        gradients = elementwise.normalize_backward(grad, total, stats, weight, **needs, out=grad_total)
+        return gradients[0], *gradients, None, None
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx, x, cosine, sine):
+        ctx.save_for_backward(cosine, sine)
+        return elementwise.rotate(x, cosine, sine)
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad):
+        return elementwise.rotate_backward(grad, *ctx.saved_tensors), None, None
+
+
+class _Activate(Function):
+    @staticmethod
+    def forward(ctx, gate, activation, up):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return elementwise.activate(gate, activation, up)
+
+    @staticmethod
+    @_once
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = elementwise.activate_backward(grad, gate, ctx.activation, up)
+        return grad_gate, None, grad_up

@@ -1,0 +1,282 @@
+"""A packed batch through layers as this library runs them gives what the model's modules give, or is left to them."""
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, KNOWN, make_model
+
+from pmc_fast import packed_layers
+from pmc_fast.errors import BackendUnavailable
+from pmc_fast.models import LanguageModel
+from pmc_fast.native import library
+from pmc_fast.packing import pack
+
+# A GPT-2's layers are unknown; what is known is known with and without windows.
+ALL = {**{f"{family}*": (family, changes) for family, changes in KNOWN.items()}}
+ALL |= {family: (family, {}) for family in FAMILIES if family in KNOWN}
+
+
+@pytest.fixture(params=library().instruction_sets())
+def isa(request):
+    before = library().instruction_set()
+    library().use_instruction_set(request.param)
+    yield request.param
+    library().use_instruction_set(before)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """For each call of `hidden_of`, whether it ran the layers itself."""
+    calls, inner = [], packed_layers.hidden_of
+
+    def watched(*args):
+        calls.append((hidden := inner(*args)) is not None)
+        return hidden
+
+    monkeypatch.setattr(packed_layers, "hidden_of", watched)
+    return calls
+
+
+@pytest.fixture
+def by_modules(monkeypatch):
+    """Hidden states by the model's modules alone."""
+
+    def hidden(lm, packed):
+        with monkeypatch.context() as patch:
+            patch.setattr(packed_layers, "hidden_of", lambda *args: None)
+            return packed.hidden(lm)
+
+    return hidden
+
+
+def batch(shared=0, count=4):
+    begin = torch.randint(0, 256, (shared,)).tolist()
+    prompts = [
+        [*begin, number, *torch.randint(0, 256, (int(torch.randint(1, 9, ())),)).tolist()] for number in range(count)
+    ]
+    answers = [torch.randint(0, 256, (int(torch.randint(1, 12, ())),)).tolist() for _ in range(count)]
+    return pack(prompts, answers)
+
+
+def gradients(model, hidden, upstream):
+    """Of sum(hidden * upstream), by name; the others' are None."""
+    model.zero_grad()
+    hidden.backward(upstream)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def relative_error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("case", ALL)
+def test_equals_the_modules(case, shared, isa, used, by_modules, monkeypatch, rng_seed):
+    monkeypatch.setattr("pmc_fast.packing.LEAST_SHARED", 3)
+    family, changes = ALL[case]
+    model = make_model(family, seed=rng_seed, **changes).train()
+    lm, packed = LanguageModel(model), batch(shared)
+    assert packed.lengths.shared == shared
+    hidden, want = packed.hidden(lm), by_modules(lm, packed)
+    assert used == [True]
+    torch.testing.assert_close(hidden, want, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(want)
+    got, want = gradients(model, hidden, upstream), gradients(model, want, upstream)
+    for name, gradient in want.items():
+        if gradient is None:
+            assert got[name] is None, name
+        else:
+            assert relative_error(got[name], gradient) < 1e-3, name
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_bfloat16_is_nearer_to_the_exact_values_than_the_modules(family, used, by_modules, monkeypatch, rng_seed):
+    """Weights are widened, all between them is float32."""
+    monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
+    model = make_model(family, seed=rng_seed, **KNOWN[family]).bfloat16()
+    lm, packed = LanguageModel(model), batch()
+    hidden, theirs = packed.hidden(lm), by_modules(lm, packed)
+    assert used == [True] and hidden.dtype == torch.bfloat16
+    wide = copy.deepcopy(model).double()
+    exact = by_modules(LanguageModel(wide), packed)
+    assert relative_error(hidden, exact) < min(0.02, relative_error(theirs, exact))
+    upstream = torch.randn_like(hidden)
+    got = gradients(model, hidden, upstream)
+    theirs = gradients(model, theirs, upstream)
+    exact = gradients(wide, exact, upstream.double())
+    errors = {
+        name: (relative_error(got[name], want), relative_error(theirs[name], want))
+        for name, want in exact.items()
+        if want is not None
+    }
+    assert all(got[name].dtype == torch.bfloat16 for name in errors)
+    mine, modules = (sum(column) for column in zip(*errors.values(), strict=True))
+    assert mine < modules, errors
+
+
+def test_without_gradients_and_with_weights_that_change(used, by_modules, rng_seed):
+    model = make_model("qwen3", seed=rng_seed)
+    lm, packed = LanguageModel(model), batch()
+    with torch.no_grad():
+        first = packed.hidden(lm)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        second, want = packed.hidden(lm), by_modules(lm, packed)
+    assert used == [True, True] and not first.requires_grad
+    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, second, rtol=1e-2, atol=1e-2)
+
+
+def test_frozen_parameters_get_no_gradients(used, by_modules, rng_seed):
+    model = make_model("phi3", seed=rng_seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(part in name for part in ("1.self_attn.qkv_proj", "0.mlp.down_proj", "0.input"))
+    lm, packed = LanguageModel(model), batch()
+    hidden, want = packed.hidden(lm), by_modules(lm, packed)
+    upstream = torch.randn_like(want)
+    got, want = gradients(model, hidden, upstream), gradients(model, want, upstream)
+    assert used == [True] and sum(g is not None for g in got.values()) == 3
+    for name, gradient in want.items():
+        assert (got[name] is None) == (gradient is None)
+        if gradient is not None:
+            assert relative_error(got[name], gradient) < 1e-3, name
+
+
+def test_the_padding_tokens_row_gets_no_gradient(used, by_modules, rng_seed):
+    model = make_model("llama", seed=rng_seed, pad_token_id=7)
+    lm, packed = LanguageModel(model), pack([[5, 7, 7], [7, 3]], [[1, 2], [7, 4]])
+    hidden = packed.hidden(lm)
+    upstream = torch.randn_like(hidden)
+    got = gradients(model, hidden, upstream)["model.embed_tokens.weight"]
+    want = gradients(model, by_modules(lm, packed), upstream)["model.embed_tokens.weight"]
+    assert used == [True] and not got[7].any() and got[5].any()
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_second_derivatives_are_refused(rng_seed):
+    model = make_model("llama", seed=rng_seed)
+    hidden = batch().hidden(LanguageModel(model))
+    parameters = [model.model.layers[1].mlp.down_proj.weight, model.model.norm.weight]
+    for parameter in parameters:  # behind no attention
+        (gradient,) = torch.autograd.grad(hidden.sum(), parameter, create_graph=True)
+        with pytest.raises(RuntimeError, match="its gradients have no derivatives"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+def _unchanged(module, *args):
+    return None
+
+
+def _dropout(model):
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+
+
+def _resid_dropout(model):
+    model.model.layers[0].resid_dropout.p = 0.1
+
+
+LEFT = {
+    "forward hook": lambda model: model.model.layers[0].mlp.register_forward_hook(_unchanged),
+    "forward pre-hook": lambda model: model.model.layers[0].register_forward_pre_hook(_unchanged),
+    "backward hook": lambda model: model.model.layers[1].register_full_backward_hook(_unchanged),
+    "backward pre-hook": lambda model: model.model.norm.register_full_backward_pre_hook(_unchanged),
+    "replaced forward": lambda model: setattr(model.model.norm, "forward", model.model.norm.forward),
+    "gradient checkpointing": lambda model: model.gradient_checkpointing_enable(),
+    "dropout of attention": _dropout,
+    "float16": lambda model: model.half(),
+}
+
+
+@pytest.mark.parametrize("reason", LEFT)
+def test_left_to_the_modules(reason, used, rng_seed):
+    """Whatever was seen of the model before."""
+    model = make_model("llama", seed=rng_seed).train()
+    lm, packed = LanguageModel(model), batch()
+    packed.hidden(lm)
+    LEFT[reason](model)
+    packed.hidden(lm)
+    assert used == [True, False]
+
+
+@pytest.mark.parametrize("reason", ["gradient checkpointing", "dropout of attention"])
+def test_what_only_training_does_is_no_matter_in_evaluation(reason, used, rng_seed):
+    model = make_model("llama", seed=rng_seed).eval()
+    LEFT[reason](model)
+    batch().hidden(LanguageModel(model))
+    assert used == [True]
+
+
+def test_dropout_of_a_module(used, rng_seed):
+    model = make_model("phi", seed=rng_seed).train()
+    lm, packed = LanguageModel(model), batch()
+    packed.hidden(lm)
+    _resid_dropout(model)
+    packed.hidden(lm)
+    packed.hidden(LanguageModel(model.eval()))
+    assert used == [True, False, True]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(KNOWN)))
+def test_unknown_layers(family, used, rng_seed):
+    batch().hidden(LanguageModel(make_model(family, seed=rng_seed)))
+    assert used == [False]
+
+
+def test_bfloat16_where_it_is_fast_autocast_and_transforms(used, monkeypatch, rng_seed):
+    lm, packed = LanguageModel(make_model("llama", seed=rng_seed)), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        packed.hidden(lm)
+    torch.func.grad(lambda x: (x * packed.hidden(lm).detach()).sum())(torch.tensor(1.0))
+    torch.compile(lambda: packed.hidden(lm), backend="eager")()
+    packed.hidden(lm)
+    monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: True)
+    packed.hidden(lm)
+    packed.hidden(LanguageModel(make_model("llama", seed=rng_seed).bfloat16()))
+    assert used == [False, False, False, True, True, False]
+
+
+def test_modules_that_compute_something_else(used, monkeypatch, rng_seed):
+    """A class that was changed as a whole shows in the values."""
+    model = make_model("llama", seed=rng_seed)
+    mlp = type(model.model.layers[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: 1.1 * forward(self, x))
+    batch().hidden(LanguageModel(model))
+    assert used == [False]
+
+
+def test_without_the_compiled_module(used, monkeypatch, rng_seed):
+    def missing():
+        raise BackendUnavailable("not built")
+
+    monkeypatch.setattr("pmc_fast.fast_linear.library", missing)
+    batch().hidden(LanguageModel(make_model("llama", seed=rng_seed)))
+    assert used == [False]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_lora_adapters(disabled, used, by_modules, rng_seed):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model("phi3", seed=rng_seed), config).train()
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter += 0.1 * torch.randn_like(parameter)
+    lm, packed = LanguageModel(model), batch()
+    if disabled:  # as a reference model is
+        with model.disable_adapter():
+            hidden, want = packed.hidden(lm), by_modules(lm, packed)
+        torch.testing.assert_close(hidden, want, rtol=1e-4, atol=1e-4)
+        assert used == [True] and not hidden.requires_grad
+        return
+    hidden, want = packed.hidden(lm), by_modules(lm, packed)
+    torch.testing.assert_close(hidden, want, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(want)
+    got, want = gradients(model, hidden, upstream), gradients(model, want, upstream)
+    assert used == [True]
+    for name, gradient in want.items():
+        assert (got[name] is None) == (gradient is None) == ("lora_" not in name)
+        if gradient is not None:
+            assert relative_error(got[name], gradient) < 1e-3, name
