@@ -229,6 +229,58 @@ PYBIND11_MODULE(_C, m) {
         },
         release());
 
+    m.def(
+        "normalize",
+        [](uintptr_t x, int64_t rows, int64_t size, int64_t x_stride, uintptr_t weight, uintptr_t bias, float epsilon,
+           bool centered, uintptr_t y, int64_t y_stride, uintptr_t stats, int threads) {
+            pmc::kernels().normalize({pointer<const float>(x), rows, size, x_stride, pointer<const float>(weight),
+                                      pointer<const float>(bias), epsilon, centered, pointer<float>(y), y_stride, false,
+                                      threads, pointer<float>(stats)});
+        },
+        release());
+    m.def("normalize_gradient_workspace_floats", &pmc::normalize_gradient_workspace_floats, py::arg("rows"),
+          py::arg("size"));
+    m.def(
+        "normalize_gradient",
+        [](uintptr_t grad, uintptr_t x, int64_t rows, int64_t size, int64_t grad_stride, int64_t x_stride,
+           uintptr_t stats, uintptr_t weight, bool centered, uintptr_t grad_x, int64_t grad_x_stride, bool accumulate,
+           uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t workspace, int threads) {
+            pmc::kernels().normalize_gradient({pointer<const float>(grad), pointer<const float>(x), rows, size,
+                                               grad_stride, x_stride, pointer<const float>(stats),
+                                               pointer<const float>(weight), centered, pointer<float>(grad_x),
+                                               grad_x_stride, accumulate, pointer<float>(grad_weight),
+                                               pointer<float>(grad_bias), pointer<float>(workspace), threads});
+        },
+        release());
+    m.def(
+        "activate",
+        [](uintptr_t x, uintptr_t up, int64_t rows, int64_t size, int64_t x_stride, int64_t up_stride,
+           const std::string& name, uintptr_t y, int64_t y_stride, int threads) {
+            pmc::kernels().activate({pointer<const float>(x), pointer<const float>(up), rows, size, x_stride, up_stride,
+                                     activation(name), pointer<float>(y), y_stride, threads});
+        },
+        release());
+    m.def(
+        "activate_gradient",
+        [](uintptr_t grad, uintptr_t gate, uintptr_t up, int64_t rows, int64_t size, int64_t grad_stride,
+           int64_t gate_stride, int64_t up_stride, const std::string& name, uintptr_t grad_gate, uintptr_t grad_up,
+           int threads) {
+            pmc::kernels().activate_gradient({pointer<const float>(grad), pointer<const float>(gate),
+                                              pointer<const float>(up), rows, size, grad_stride, gate_stride, up_stride,
+                                              activation(name), pointer<float>(grad_gate), pointer<float>(grad_up),
+                                              threads});
+        },
+        release());
+    m.def(
+        "rotate",
+        [](uintptr_t x, int64_t rows, int64_t heads, int64_t dim, int64_t x_stride, uintptr_t cosine, uintptr_t sine,
+           int64_t rotated, uintptr_t y, int threads, bool transposed) {
+            pmc::kernels().rotate({pointer<const float>(x), rows, heads, dim, x_stride, pointer<const float>(cosine),
+                                   pointer<const float>(sine), rotated, pointer<void>(y), heads * dim, dim,
+                                   pmc::Dtype::kFloat32, threads, transposed});
+        },
+        release());
+
     py::class_<pmc::Decoder>(m, "Decoder")
         .def(py::init([](const std::vector<py::dict>& layers, const Norm& final_norm, int64_t head_dim) {
             std::vector<pmc::DecoderLayer> read;

@@ -134,10 +134,12 @@ int64_t Decoder::step(const DecoderStep& step) {
         if (layer.gate) {
             const Rows gate = rows_of(gate_, layer.gate->out_features, kPadding);
             multiply(*layer.gate, x, gate, false);
-            kernels().activate({gate.at, up.at, rows_, gate.size, gate.stride, layer.activation, threads_});
+            kernels().activate({gate.at, up.at, rows_, gate.size, gate.stride, up.stride, layer.activation, gate.at,
+                                gate.stride, threads_});
             add(layer.down, layer.down_norm, gate, hidden);
         } else {
-            kernels().activate({up.at, nullptr, rows_, up.size, up.stride, layer.activation, threads_});
+            kernels().activate(
+                {up.at, nullptr, rows_, up.size, up.stride, 0, layer.activation, up.at, up.stride, threads_});
             add(layer.down, layer.down_norm, up, hidden);
         }
     }

@@ -148,15 +148,46 @@ struct NormalizeArgs {
     int64_t y_stride;
     bool accumulate;  // the result is added to what y holds
     int threads;
+    float* stats = nullptr;  // [rows, 2] or null: the mean that is subtracted, and 1 / sqrt(variance + epsilon)
+};
+
+struct NormalizeGradientArgs {
+    const float* grad;  // [rows, size], of y, grad_stride elements apart
+    const float* x;     // [rows, size], x_stride elements apart
+    int64_t rows, size, grad_stride, x_stride;
+    const float* stats;   // [rows, 2], which normalize wrote
+    const float* weight;  // [size]
+    bool centered;
+    float* grad_x;  // [rows, size], grad_x_stride elements apart
+    int64_t grad_x_stride;
+    bool accumulate;     // the gradient is added to what grad_x holds
+    float* grad_weight;  // [size] or null
+    float* grad_bias;    // [size] or null
+    float* workspace;    // normalize_gradient_workspace_floats(rows, size) for each of the two that is not null
+    int threads;
 };
 
 enum class Activation { kSilu = 0, kGeluTanh = 1 };
 
+// y = activation(x) * up.
 struct ActivateArgs {
-    float* x;                    // [rows, size], overwritten with activation(x) * up
-    const float* up;             // [rows, size] or null, which is 1
-    int64_t rows, size, stride;  // rows of x and of up are so far apart
+    const float* x;   // [rows, size], x_stride elements apart
+    const float* up;  // [rows, size], up_stride elements apart; or null, which is 1
+    int64_t rows, size, x_stride, up_stride;
     Activation activation;
+    float* y;  // [rows, size], y_stride elements apart; may be x
+    int64_t y_stride;
+    int threads;
+};
+
+struct ActivateGradientArgs {
+    const float* grad;  // [rows, size], of y, grad_stride elements apart
+    const float* gate;  // [rows, size], gate_stride elements apart: ActivateArgs' x
+    const float* up;    // [rows, size], up_stride elements apart; or null
+    int64_t rows, size, grad_stride, gate_stride, up_stride;
+    Activation activation;
+    float* grad_gate;  // [rows, size]
+    float* grad_up;    // [rows, size]; null if up is
     int threads;
 };
 
@@ -171,6 +202,7 @@ struct RotateArgs {
     int64_t y_row_stride, y_head_stride;
     Dtype dtype;  // of y
     int threads;
+    bool transposed = false;  // the gradient of this map: by the transposes of the pairs' matrices; y is float32
 };
 
 struct Kernels {
@@ -185,7 +217,9 @@ struct Kernels {
     void (*pack_weight)(const PackWeightArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
     void (*normalize)(const NormalizeArgs&);
+    void (*normalize_gradient)(const NormalizeGradientArgs&);
     void (*activate)(const ActivateArgs&);
+    void (*activate_gradient)(const ActivateGradientArgs&);
     void (*rotate)(const RotateArgs&);
 };
 
@@ -197,6 +231,15 @@ inline int64_t head_workspace_bytes(int64_t tokens) { return (tokens + kWorkspac
 // Of the few heads that are taken at once: a score for each position, and the query.
 inline int64_t decode_attention_workspace_floats(int64_t length, int64_t dim) {
     return 4 * (length + dim) + kWorkspaceSlack;
+}
+
+// Sums over rows are taken over so many of them and then over those sums: the same for any number of threads.
+constexpr int64_t kNormalizeGradientRows = 32;
+inline int64_t normalize_gradient_chunks(int64_t rows) {
+    return (rows + kNormalizeGradientRows - 1) / kNormalizeGradientRows;
+}
+inline int64_t normalize_gradient_workspace_floats(int64_t rows, int64_t size) {
+    return normalize_gradient_chunks(rows) * size;
 }
 
 }  // namespace pmc

@@ -16,12 +16,26 @@ int64_t packed_weight_elements(int64_t out_features, int64_t in_features);
 void pack_weight(const PackWeightArgs& args);
 void packed_linear(const PackedLinearArgs& args);
 void normalize(const NormalizeArgs& args);
+void normalize_gradient(const NormalizeGradientArgs& args);
 void activate(const ActivateArgs& args);
+void activate_gradient(const ActivateGradientArgs& args);
 void rotate(const RotateArgs& args);
 
 extern const Kernels kernels;
-const Kernels kernels = {
-    PMC_STRING(PMC_ISA),    sample,      cross_entropy, score_slice, slice_gradient, gumbel, decode_attention,
-    packed_weight_elements, pack_weight, packed_linear, normalize,   activate,       rotate};
+const Kernels kernels = {PMC_STRING(PMC_ISA),
+                         sample,
+                         cross_entropy,
+                         score_slice,
+                         slice_gradient,
+                         gumbel,
+                         decode_attention,
+                         packed_weight_elements,
+                         pack_weight,
+                         packed_linear,
+                         normalize,
+                         normalize_gradient,
+                         activate,
+                         activate_gradient,
+                         rotate};
 
 }  // namespace pmc::PMC_ISA
