@@ -111,13 +111,14 @@ class _Normalize(Function):
     def forward(ctx, x, weight, bias, epsilon, centered):
         y, stats = elementwise.normalize(x, weight, bias, epsilon, centered)
         ctx.save_for_backward(x, stats, weight)
+        ctx.centered = centered
         return y
 
     @staticmethod
     @_once
     def backward(ctx, grad):
         x, stats, weight = ctx.saved_tensors
-        needs = {"need_weight": ctx.needs_input_grad[1], "need_bias": ctx.needs_input_grad[2]}
+        needs = {"need_weight": ctx.needs_input_grad[1], "need_bias": ctx.needs_input_grad[2], "centered": ctx.centered}
         return *elementwise.normalize_backward(grad, x, stats, weight, **needs), None, None
 
 
@@ -128,13 +129,14 @@ class _AddAndNormalize(Function):
         total = x + added
         y, stats = elementwise.normalize(total, weight, bias, epsilon, centered)
         ctx.save_for_backward(total, stats, weight)
+        ctx.centered = centered
         return total, y
 
     @staticmethod
     @_once
     def backward(ctx, grad_total, grad):
         total, stats, weight = ctx.saved_tensors
-        needs = {"need_weight": ctx.needs_input_grad[2], "need_bias": ctx.needs_input_grad[3]}
+        needs = {"need_weight": ctx.needs_input_grad[2], "need_bias": ctx.needs_input_grad[3], "centered": ctx.centered}
         # Nobody reads the sum's gradient any more: whatever else needed it lies behind what gave `grad`.
         gradients = elementwise.normalize_backward(grad, total, stats, weight, **needs, out=grad_total)
         return gradients[0], *gradients, None, None

@@ -67,10 +67,11 @@ def _observed(lm: LanguageModel) -> list[AttentionCall] | None:
     windows = {call.window for call in watched.calls} - {None}
     if hidden is None or windows != watched.windows or watched.other_masks:
         return None
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05
+    # 16-bit modules round too much to tell: half of what they return was seen.
+    exact = expected.dtype == torch.float32
     expected = expected[0, rows]
-    same = (hidden - expected).abs().max() <= tolerance * expected.abs().max()
-    return watched.calls if same else None
+    differ = exact and (hidden - expected).abs().max() > 1e-3 * expected.abs().max()
+    return None if differ else watched.calls
 
 
 def _read(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormParts, LinearParts]:
