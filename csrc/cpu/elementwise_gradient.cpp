@@ -87,8 +87,8 @@ void normalize_gradient(const NormalizeGradientArgs& args) {
         for (int64_t row = chunk * kNormalizeGradientRows; row < end; ++row)
             normalize_gradient_row(args, row, weight_sum, bias_sum);
     });
-    if (weight_sums) add_up(weight_sums, chunks, size, args.grad_weight, args.threads);
-    if (bias_sums) add_up(bias_sums, chunks, size, args.grad_bias, args.threads);
+    if (args.grad_weight) add_up(weight_sums, chunks, size, args.grad_weight, args.threads);
+    if (args.grad_bias) add_up(bias_sums, chunks, size, args.grad_bias, args.threads);
 }
 
 void activate_gradient(const ActivateGradientArgs& args) {
