@@ -32,6 +32,14 @@ pmc::CachedPositions positions(const Positions& from) {
     return {pointer<const void>(key), pointer<const void>(value), strides(key_stride), strides(value_stride), length};
 }
 
+// Addresses of [tokens, heads, dim] and how far apart tokens and heads lie.
+using Tokens = std::tuple<uintptr_t, int64_t, int64_t>;
+
+pmc::TokenHeads tokens(const Tokens& from) {
+    const auto& [at, token_stride, head_stride] = from;
+    return {pointer<const void>(at), token_stride, head_stride};
+}
+
 // A decoder's weights, as native/decoder.py hands them over.
 using Norm = std::tuple<uintptr_t, uintptr_t, int64_t, float, bool>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, int64_t>;
@@ -204,6 +212,54 @@ PYBIND11_MODULE(_C, m) {
                                                     pointer<void>(workspace), threads});
         },
         release());
+
+    py::class_<pmc::PackedAttentionArgs>(m, "PackedAttention")
+        .def(py::init([](const Tokens& query, const Tokens& key, const Tokens& value, int dtype, int64_t heads,
+                         int64_t kv_heads, int64_t dim, uintptr_t lengths, int64_t sequences, int64_t window,
+                         float scale, float softcap, uintptr_t out, uintptr_t log_mass, int threads) {
+            return pmc::PackedAttentionArgs{tokens(query),
+                                            tokens(key),
+                                            tokens(value),
+                                            static_cast<pmc::Dtype>(dtype),
+                                            heads,
+                                            kv_heads,
+                                            dim,
+                                            pointer<const int64_t>(lengths),
+                                            sequences,
+                                            window,
+                                            scale,
+                                            softcap,
+                                            pointer<void>(out),
+                                            pointer<float>(log_mass),
+                                            nullptr,
+                                            threads};
+        }))
+        .def_property_readonly("workspace_floats",
+                               [](const pmc::PackedAttentionArgs& args) {
+                                   return pmc::packed_attention_workspace_floats(args.sequences, args.dim,
+                                                                                 args.threads);
+                               })
+        .def_property_readonly("backward_workspace_floats",
+                               [](const pmc::PackedAttentionArgs& args) {
+                                   return pmc::packed_attention_backward_workspace_floats(
+                                       args.lengths, args.sequences, args.heads, args.kv_heads, args.dim, args.threads);
+                               })
+        .def(
+            "forward",
+            [](pmc::PackedAttentionArgs args, uintptr_t workspace) {
+                args.workspace = pointer<void>(workspace);
+                pmc::kernels().packed_attention(args);
+            },
+            release())
+        .def(
+            "backward",
+            [](pmc::PackedAttentionArgs args, const Tokens& upstream, uintptr_t d_query, uintptr_t d_key,
+               uintptr_t d_value, uintptr_t workspace) {
+                args.workspace = pointer<void>(workspace);
+                pmc::kernels().packed_attention_backward(
+                    {args, tokens(upstream), pointer<void>(d_query), pointer<void>(d_key), pointer<void>(d_value)});
+            },
+            release());
 
     m.def(
         "packed_weight_elements",

@@ -21,6 +21,7 @@ _HOME = {
     "evaluate": "pmc_fast.evaluation",
     "linear_logprob": "pmc_fast.ops",
     "linear_sample": "pmc_fast.ops",
+    "packed_attention": "pmc_fast.ops",
     "rouge_l_recall": "pmc_fast.ops",
     "sample": "pmc_fast.ops",
 }

@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pmc_fast import varlen
+from pmc_fast import backend, varlen
 from pmc_fast.cache import SampleCache
 from pmc_fast.errors import UserError
-from pmc_fast.ops import decode_attention
+from pmc_fast.ops import decode_attention, packed_attention
 
 NAME = "pmc_fast"
 
@@ -253,6 +253,11 @@ def _forward(
         sliding_window = _window_of(attention_mask) if sliding_window is None else sliding_window
         if not packed_lengths.shared and varlen.takes(query, softcap, dropout):
             return varlen.attend(query, key, value, packed_lengths.own, sliding_window, scaling, softcap), None
+        if _has_kernel(query, key, value, dropout):
+            tokens = (x[0].transpose(0, 1) for x in (query, key, value))
+            lengths = (packed_lengths.shared, *packed_lengths.own)
+            out = packed_attention(*tokens, lengths, scale=scaling, softcap=softcap, window=sliding_window)
+            return out[None], None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -267,6 +272,16 @@ def _forward(
         pieces.append((q, torch.cat([begin[1], k], dim=2), torch.cat([begin[2], v], dim=2)) if shared else (q, k, v))
     pieces = [_attend(*piece, None, True, sliding_window, softcap, dropout, scaling) for piece in pieces]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether a packed batch is attended to in one call of `packed_attention`; if not, its sequences are one by one."""
+    return (
+        dropout == 0
+        and key.shape == value.shape
+        and query.dtype == key.dtype == value.dtype  # autocast leaves others
+        and backend.why_not("packed_attention", "native", query.device.type, query.dtype) is None
+    )
 
 
 def _attend(

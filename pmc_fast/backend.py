@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     "decode_attention": ("native", "triton", "reference"),
     "linear_logprob": ("native", "triton", "reference"),
     "linear_sample": ("native", "triton", "cuda", "reference"),
+    "packed_attention": ("native", "reference"),
     "rouge_l_recall": ("native", "reference"),
     "sample": ("native", "triton", "cuda", "reference"),
 }

@@ -27,6 +27,20 @@ def _decode_attention(query: Shape, key: Shape, *args: Any, out_shape: Any) -> i
     return 4 * rows * heads * dim * (key[2] + (prefix[2] if prefix is not None else 0))
 
 
+def _packed_attention(
+    query: Shape, key: Shape, value: Shape, lengths: Sequence[int], *args: Any, out_shape: Any
+) -> int:
+    shared, *own = lengths
+    scores = shared * shared + sum(length * (shared + length) for length in own)
+    return 4 * query[1] * query[2] * scores
+
+
+def _packed_attention_backward(
+    upstream: Shape, query: Shape, key: Shape, value: Shape, out: Shape, log_mass: Shape, *args: Any, out_shape: Any
+) -> int:
+    return _packed_attention(query, key, value, *args, out_shape=out_shape) * 5 // 2
+
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.pmc_fast.collapse_loss: _with_gradients,
     torch.ops.pmc_fast.linear_logprob: _product,
@@ -35,6 +49,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     ),
     torch.ops.pmc_fast.linear_sample: _product,
     torch.ops.pmc_fast.decode_attention: _decode_attention,
+    torch.ops.pmc_fast.packed_attention: _packed_attention,
+    torch.ops.pmc_fast.packed_attention_backward: _packed_attention_backward,
 }
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN's product, which torch leaves out
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product
@@ -42,5 +58,5 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN's product, which to
 
 ``with torch.utils.flop_counter.FlopCounterMode(custom_mapping=pmc_fast.flops.FORMULAS) as counter`` counts them beside
 torch's own. All rows count, those with an ignored target or a weight of 0 and positions beyond a row's length, too, since shapes
-do not tell; what is decoded outside of torch's dispatcher, as by the sampler on a CPU, is not seen.
+do not tell; so do scores that causality or a window leave out, as of torch's own attention; what is decoded outside of torch's dispatcher, as by the sampler on a CPU, is not seen.
 """

@@ -57,6 +57,25 @@ def test_linear_sample_takes_one_product(head):
     assert count(lambda: pmc_fast.linear_sample(hidden, weight, hidden_row=rows)) == count(lambda: F.linear(*head[:2]))
 
 
+def test_packed_attention_takes_what_torchs_takes_for_each_sequence():
+    def count_both(call):
+        out = []
+        return count(lambda: out.append(call())), count(lambda: out[0].sum().backward())
+
+    lengths, dim = [0, 7, 5], 8
+    query, key, value = (torch.randn(12, 4, dim, requires_grad=True) for _ in range(3))
+
+    def torchs():
+        parts = zip(*(x.transpose(0, 1)[None].split([7, 5], 2) for x in (query, key, value)), strict=True)
+        return torch.cat([(q @ k.mT) @ v for q, k, v in parts], 2)
+
+    forward, backward = count_both(torchs)
+    ours = count_both(lambda: pmc_fast.packed_attention(query, key, value, lengths))
+    assert ours == (forward, backward + forward // 2)  # the scores are computed again
+    shared = count(lambda: pmc_fast.packed_attention(query, key, value, [4, 3, 5]))
+    assert shared == 4 * 4 * dim * (4 * 4 + 3 * 7 + 5 * 9)
+
+
 @pytest.mark.parametrize("prefix", [0, 5])
 def test_decode_attention_takes_what_products_over_all_positions_take(prefix):
     rows, kv_heads, group, positions, dim = 3, 2, 3, 7, 8

@@ -114,6 +114,35 @@ struct DecodeAttentionArgs {
     int threads;
 };
 
+// [tokens, heads, dim], strides in elements; the dimensions of a head are next to one another.
+struct TokenHeads {
+    const void* at;
+    int64_t token_stride, head_stride;
+};
+
+struct PackedAttentionArgs {
+    TokenHeads query, key, value;
+    Dtype dtype;                   // of these and out
+    int64_t heads, kv_heads, dim;  // kv_heads divides heads
+    const int64_t* lengths;        // [sequences]: tokens of the shared beginning, then of each sequence beyond it
+    int64_t sequences;             // at least 1, the shared beginning
+    int64_t window;                // positions that a token sees at most, at least 1
+    float scale;                   // scores = scale * query . key, then
+    float softcap;                 // softcap * tanh(scores / softcap); 0 leaves them
+    void* out;                     // [tokens, heads, dim]
+    float* log_mass;               // [tokens, heads], log(sum(exp(scores)))
+    void* workspace;               // packed_attention_workspace_floats(), or those of the backward pass, at 64 bytes
+    int threads;
+};
+
+// The gradients of sum(upstream * out), `out` and `log_mass` being what the forward pass wrote.
+struct PackedAttentionBackwardArgs {
+    PackedAttentionArgs forward;
+    TokenHeads upstream;
+    void* d_query;          // [tokens, heads, dim]
+    void *d_key, *d_value;  // [tokens, kv_heads, dim]
+};
+
 // A weight in the layout that packed_linear reads: packed_weight_elements() of its own dtype.
 struct PackWeightArgs {
     const void* weight;  // [out_features, in_features], row_stride elements apart
@@ -213,6 +242,8 @@ struct Kernels {
     void (*slice_gradient)(const SliceGradientArgs&);
     void (*gumbel)(const GumbelArgs&);
     int64_t (*decode_attention)(const DecodeAttentionArgs&);
+    void (*packed_attention)(const PackedAttentionArgs&);
+    void (*packed_attention_backward)(const PackedAttentionBackwardArgs&);
     int64_t (*packed_weight_elements)(int64_t out_features, int64_t in_features);
     void (*pack_weight)(const PackWeightArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
@@ -240,6 +271,52 @@ inline int64_t normalize_gradient_chunks(int64_t rows) {
 }
 inline int64_t normalize_gradient_workspace_floats(int64_t rows, int64_t size) {
     return normalize_gradient_chunks(rows) * size;
+}
+
+// packed_attention takes at most so many rows (queries of a token and head) and keys at a time, and of these a panel of
+// rows.
+constexpr int64_t kPackedAttentionPanel = 32, kPackedAttentionRows = 256, kPackedAttentionKeys = 128;
+constexpr int64_t kPackedSequenceBytes = 5 * sizeof(int64_t);
+// Beyond so many positions the backward pass takes the heads that share keys one by one, so that threads have work.
+constexpr int64_t kPackedAttentionTogether = 512;
+
+inline int64_t packed_attention_padded(int64_t dim) { return (dim + 15) / 16 * 16; }  // to whole vectors
+
+// Of the sequences and one more; keeps what follows at a multiple of 64 bytes.
+inline int64_t packed_sequences_floats(int64_t sequences) {
+    return ((sequences + 1) * kPackedSequenceBytes + 63) / 64 * 16;
+}
+
+inline int64_t packed_attention_thread_floats(int64_t dim) {
+    const int64_t padded = packed_attention_padded(dim);
+    return (kPackedAttentionPanel + 2 * kPackedAttentionRows + 2 * kPackedAttentionKeys) * padded +
+           2 * kPackedAttentionRows + kPackedAttentionPanel + kPackedAttentionKeys * kPackedAttentionPanel;
+}
+
+inline int64_t packed_attention_backward_thread_floats(int64_t dim) {
+    return (5 * kPackedAttentionRows + 2 * kPackedAttentionKeys) * packed_attention_padded(dim) +
+           2 * kPackedAttentionRows + 2 * kPackedAttentionKeys * kPackedAttentionPanel;
+}
+
+inline int64_t packed_attention_workspace_floats(int64_t sequences, int64_t dim, int threads) {
+    return packed_sequences_floats(sequences) + threads * packed_attention_thread_floats(dim);
+}
+
+// Into how many tasks the backward pass of a key head and its group of heads is divided.
+inline int64_t packed_attention_backward_parts(int64_t positions, int64_t group) {
+    return positions > kPackedAttentionTogether ? group : 1;
+}
+
+// Each task has gradients of its own of all keys and values that it sees.
+inline int64_t packed_attention_backward_workspace_floats(const int64_t* lengths, int64_t sequences, int64_t heads,
+                                                          int64_t kv_heads, int64_t dim, int threads) {
+    int64_t slots = 0;
+    for (int64_t s = 0; s < sequences; ++s) {
+        const int64_t positions = lengths[s] + (s > 0 ? lengths[0] : 0);
+        slots += positions * kv_heads * packed_attention_backward_parts(positions, heads / kv_heads);
+    }
+    return packed_sequences_floats(sequences) + threads * packed_attention_backward_thread_floats(dim) +
+           2 * slots * packed_attention_padded(dim);
 }
 
 }  // namespace pmc

@@ -12,6 +12,8 @@ void score_slice(const ScoreSliceArgs& args);
 void slice_gradient(const SliceGradientArgs& args);
 void gumbel(const GumbelArgs& args);
 int64_t decode_attention(const DecodeAttentionArgs& args);
+void packed_attention(const PackedAttentionArgs& args);
+void packed_attention_backward(const PackedAttentionBackwardArgs& args);
 int64_t packed_weight_elements(int64_t out_features, int64_t in_features);
 void pack_weight(const PackWeightArgs& args);
 void packed_linear(const PackedLinearArgs& args);
@@ -29,6 +31,8 @@ const Kernels kernels = {PMC_STRING(PMC_ISA),
                          slice_gradient,
                          gumbel,
                          decode_attention,
+                         packed_attention,
+                         packed_attention_backward,
                          packed_weight_elements,
                          pack_weight,
                          packed_linear,

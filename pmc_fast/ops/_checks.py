@@ -79,6 +79,14 @@ def soft_cap(value: float | None) -> None:
         raise ValueError(f"softcap: got {value}, expected {wanted}")
 
 
+def scale(value: float) -> None:
+    """Of attention's scores, None being already what it stands for."""
+    wanted = "None or a finite number"
+    number("scale", value, wanted)
+    if not -inf < value < inf:
+        raise ValueError(f"scale: got {value}, expected {wanted}")
+
+
 def ignored(index: int | None) -> None:
     if index is not None:
         number("ignore_index", index, "None or an integer", INTEGERS)

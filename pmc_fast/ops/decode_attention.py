@@ -1,7 +1,5 @@
 """`decode_attention`: one query token per row over the row's cached keys and values."""
 
-from math import inf
-
 import torch
 from torch import Tensor
 
@@ -85,9 +83,7 @@ def decode_attention(
     if length is not None:
         _checks.vector("length", length, rows, torch.int64, query)
     scale = dim**-0.5 if scale is None else scale
-    _checks.number("scale", scale, "None or a finite number")
-    if not -inf < scale < inf:
-        raise ValueError(f"scale: got {scale}, expected None or a finite number")
+    _checks.scale(scale)
     _checks.soft_cap(softcap)
     if torch.is_grad_enabled():
         _refuse_gradients(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)

@@ -5,7 +5,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, parallel_head, sample
+from pmc_fast import (
+    collapse_loss,
+    decode_attention,
+    linear_logprob,
+    linear_sample,
+    packed_attention,
+    parallel_head,
+    sample,
+)
 from pmc_fast.parallel_head import VocabShards
 
 HIDDEN, WEIGHT, BIAS = torch.randn(5, 8), torch.randn(13, 8), torch.randn(13)
@@ -30,9 +38,29 @@ ARGUMENTS = {
         "prefix_row": ROW,
         "length": ROW + 2,
     },
+    packed_attention: {
+        "query": torch.randn(5, 4, 8),
+        "key": torch.randn(5, 2, 8),
+        "value": torch.randn(5, 2, 8),
+        "lengths": [2, 3],
+        "scale": 0.3,
+        "softcap": 4.0,
+        "window": 2,
+    },
 }
 SHARED = {getattr(parallel_head, op.__name__): ARGUMENTS[op] for op in (collapse_loss, linear_logprob, linear_sample)}
-OPTIONAL = ("bias", "softcap", "ignore_index", "top_k", "sequence", "position", "hidden_row", "scale", "length")
+OPTIONAL = (
+    "bias",
+    "softcap",
+    "ignore_index",
+    "top_k",
+    "sequence",
+    "position",
+    "hidden_row",
+    "scale",
+    "length",
+    "window",
+)
 
 
 def refuses_other_types(op, arguments):

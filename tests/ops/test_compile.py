@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, sample
+from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, packed_attention, sample
 
 
 def losses(rows, x, weight):
@@ -25,15 +25,21 @@ def attention(rows, x, weight):
     return decode_attention(*arguments, scale=x, softcap=5 * x).sum() + decode_attention(*arguments).sum()
 
 
+def training_attention(rows, x, weight):
+    query, key, value = (weight[:heads] * torch.randn(rows, heads, 8) for heads in (6, 2, 2))
+    return packed_attention(query, key, value, [2, rows - 2], scale=x, softcap=5 * x, window=rows - 1).square().sum()
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("function", [losses, draws, attention])
+@pytest.mark.parametrize("function", [losses, draws, attention, training_attention])
 def test_numbers_that_change(function, dynamic, rng_seed):
-    weight = torch.randn(13, 8, requires_grad=function is losses)
+    differentiable = function in (losses, training_attention)
+    weight = torch.randn(13, 8, requires_grad=differentiable)
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows, x in ((3, 0.5), (5, 0.7), (7, 0.9)):
         results = []
         for f in (compiled, function):
             torch.manual_seed(rng_seed)
             result = f(rows, x, weight)
-            results.append((result.detach(), *(torch.autograd.grad(result, weight) if function is losses else ())))
+            results.append((result.detach(), *(torch.autograd.grad(result, weight) if differentiable else ())))
         torch.testing.assert_close(*results)

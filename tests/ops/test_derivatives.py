@@ -1,4 +1,4 @@
-"""Derivatives of the losses against plain torch: the first ones everywhere, all others refused; no other op has any."""
+"""Derivatives of the losses and of `packed_attention` against plain torch: the first ones everywhere, all others refused."""
 
 import warnings
 from functools import partial
@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
-from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, sample
+from pmc_fast import collapse_loss, decode_attention, linear_logprob, linear_sample, packed_attention, sample
 from pmc_fast.parallel_head import VocabShards
 from pmc_fast.parallel_head import collapse_loss as shared_collapse_loss
 from pmc_fast.parallel_head import linear_logprob as shared_linear_logprob
@@ -36,13 +36,30 @@ def logprob(hidden, weight, target, token_weight, impl):
     return -(token_weight * linear_logprob(hidden, weight, target, impl=impl)).sum()
 
 
-@pytest.fixture(
-    params=[(f, impl) for f in (collapse, logprob) for impl in IMPLS], ids=lambda p: f"{p[0].__name__}-{p[1]}"
-)
+def plain_attention(hidden, weight, target, token_weight):
+    scores = (hidden @ hidden.T) * 8**-0.5
+    out = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1) @ (hidden + weight[:5])
+    return (token_weight * out.square().sum(1)).sum()
+
+
+def attention(hidden, weight, target, token_weight, impl):
+    query, key, value = hidden[:, None], hidden[:, None], (hidden + weight[:5])[:, None]
+    return (token_weight * packed_attention(query, key, value, [2, 3], impl=impl).square().sum((1, 2))).sum()
+
+
+PLAIN = {collapse: plain, logprob: plain, attention: plain_attention}
+
+
+@pytest.fixture(params=[(f, impl) for f in PLAIN for impl in IMPLS], ids=lambda p: f"{p[0].__name__}-{p[1]}")
 def loss(request):
-    """One of the losses, as a function of hidden, weight, target and token_weight."""
+    """One of the losses, or one made of attention, as a function of hidden, weight, target and token_weight."""
     function, impl = request.param
     return partial(function, impl=impl)
+
+
+@pytest.fixture
+def in_torch(loss):
+    return PLAIN[loss.func]
 
 
 @pytest.fixture
@@ -82,33 +99,33 @@ def test_a_second_backward_pass_is_refused_with_a_shared_head(loss, inputs, one_
     refuse_second_derivatives(loss, *inputs)
 
 
-def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, inputs):
+def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, in_torch, inputs):
     hidden, *others = inputs
     hidden.requires_grad_()
     (gradient,) = torch.autograd.grad(3 * loss(hidden, *others), hidden, create_graph=True)
-    torch.testing.assert_close(gradient, 3 * grad(plain)(*inputs))
+    torch.testing.assert_close(gradient, 3 * grad(in_torch)(*inputs))
 
 
-def test_transforms(loss, inputs):
+def test_transforms(loss, in_torch, inputs):
     hidden, weight, target, token_weight = inputs
     for of in ((0, 1), (1, 3)):
-        for got, want in zip(grad(loss, of)(*inputs), grad(plain, of)(*inputs), strict=True):
+        for got, want in zip(grad(loss, of)(*inputs), grad(in_torch, of)(*inputs), strict=True):
             torch.testing.assert_close(got, want)
-    torch.testing.assert_close(jacrev(loss, 1)(*inputs), grad(plain, 1)(*inputs))
+    torch.testing.assert_close(jacrev(loss, 1)(*inputs), grad(in_torch, 1)(*inputs))
     pull = vjp(lambda x: loss(x, *inputs[1:]), hidden)[1]
-    torch.testing.assert_close(pull(torch.tensor(3.0))[0], 3 * grad(plain)(*inputs))
+    torch.testing.assert_close(pull(torch.tensor(3.0))[0], 3 * grad(in_torch)(*inputs))
     hiddens, weights = torch.randn(3, *hidden.shape), torch.randn(*weight.shape, 3)
     both = {"in_dims": (0, 2, None, None)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(
             vmap(loss, **both)(hiddens, weights, target, token_weight),
-            vmap(plain, **both)(hiddens, weights, target, token_weight),
+            vmap(in_torch, **both)(hiddens, weights, target, token_weight),
         )
-        per_sample = [vmap(grad(f, (0, 1)), **both)(hiddens, weights, target, token_weight) for f in (loss, plain)]
+        per_sample = [vmap(grad(f, (0, 1)), **both)(hiddens, weights, target, token_weight) for f in (loss, in_torch)]
     torch.testing.assert_close(*per_sample)
     sums = [
-        grad(lambda x, f=f: vmap(f, **both)(x, weights, target, token_weight).sum())(hiddens) for f in (loss, plain)
+        grad(lambda x, f=f: vmap(f, **both)(x, weights, target, token_weight).sum())(hiddens) for f in (loss, in_torch)
     ]
     torch.testing.assert_close(*sums)
 
@@ -129,7 +146,7 @@ def test_second_derivatives_in_transforms_are_refused(loss, inputs):
             second()
 
 
-def test_forward_mode_is_refused(loss, inputs):
+def test_forward_mode_is_refused(loss, in_torch, inputs):
     hidden, *others = inputs
 
     def f(x):
@@ -152,13 +169,13 @@ def test_forward_mode_is_refused(loss, inputs):
         with pytest.raises(NotImplementedError, match="has no forward-mode derivatives"):
             derivative()
     value, tangent = jvp(lambda scale: scale * f(hidden), (torch.tensor(2.0),), (torch.tensor(1.0),))  # not of the op
-    torch.testing.assert_close(value, 2 * plain(*inputs))
-    torch.testing.assert_close(tangent, plain(*inputs))
+    torch.testing.assert_close(value, 2 * in_torch(*inputs))
+    torch.testing.assert_close(tangent, in_torch(*inputs))
 
 
-def test_a_transform_that_is_compiled_runs_as_it_is(loss, inputs):
+def test_a_transform_that_is_compiled_runs_as_it_is(loss, in_torch, inputs):
     compiled = torch.compile(grad(loss, (0, 1)), backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), grad(plain, (0, 1))(*inputs))
+    torch.testing.assert_close(compiled(*inputs), grad(in_torch, (0, 1))(*inputs))
 
 
 def draw(hidden, weight):
