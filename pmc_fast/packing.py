@@ -46,7 +46,7 @@ class Packed:
             cache: an empty one of T positions, which then holds the keys and values of all tokens.
 
         Raises:
-            UserError: the model has a table of positions, in which a sequence does not fit.
+            UserError: a sequence does not fit in the model's table of positions, or in a chunk of its attention.
             ValueError: a token is none of the model's (on a CPU alone: a GPU would have to be waited for).
         """
         for number, own in enumerate(self.lengths.own):

@@ -328,13 +328,14 @@ class PMC:
         return self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens)
 
     def _check_trained(self, question: int, entry: Entry) -> None:
-        """That the model has positions for it: encoded again, a text may have more tokens than were drawn."""
+        """That the model can train on it: encoded again, a text may have more tokens than were drawn, and others."""
+        what, hint = f"the answer picked for question {question}", ""
         if self.config.reencode:
-            prompt, answer = self.prompts.prompt_ids(self.ledger.questions[question]), self._trained(entry)
-            what = f"reencode: the answer picked for question {question}, encoded again,"
+            what = f"reencode: {what}, encoded again,"
             hint = "; give reencode=False, which trains on the tokens as drawn, or a lower max_length or max_new_tokens"
-            self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
-            check_tokens(what, answer, vocabulary_size(self.lm.model))
+        prompt, answer = self.prompts.prompt_ids(self.ledger.questions[question]), self._trained(entry)
+        self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
+        check_tokens(what, answer, vocabulary_size(self.lm.model))
 
     def _limits(self, batches: Sequence[Sequence[int]]) -> Tensor:
         """Tokens per answer at most, for each question; max_length counts the prompts of a batch as padded together."""
