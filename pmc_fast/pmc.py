@@ -206,7 +206,8 @@ class PMC:
             entries = [ledger.entries[question] for question in forget]
             answers = [self._trained(entry) for entry in entries]
             prompts = [self.prompts.prompt_ids(ledger.questions[question]) for question in forget]
-            loss = self._packed_loss([*zip(prompts, answers, strict=True), *kept], collapse=len(forget))
+            loss, parts = self._packed_loss([*zip(prompts, answers, strict=True), *kept], collapse=len(forget))
+        self.stats.update(zip(("collapse_loss", "retain_loss"), parts, strict=True))
         scores = [entry.score for entry in entries]
         self.stats["score"] = float(np.mean(scores)) if scores else 0.0
         self.stats["empty_picks"] = sum(
@@ -218,16 +219,16 @@ class PMC:
         """The mean negative log-likelihood of the rows' answer tokens: ordinary fine-tuning, packed.
 
         Returns:
-            float32 scalar, nats per token.
+            float32 scalar, nats per token. ``stats`` then holds trained_tokens and seconds (train).
 
         Raises:
             UserError: there is no row, or one without question and answer, longer than the model has positions or of tokens
                 that it has not.
         """
-        self.stats = _no_samples()
+        self.stats = {"seconds": {"train": 0.0}}
         with self._timed("train"):
             encoded = inputs.some("rows", self._encoded("rows", rows))
-            return self._packed_loss(encoded, collapse=len(encoded))
+            return self._packed_loss(encoded, collapse=len(encoded))[0]
 
     def state_dict(self) -> dict:
         """The ledger, as JSON-able values: a run that loads it continues as if it had never stopped."""
@@ -369,8 +370,10 @@ class PMC:
         noise = gumbel(self.config.seed, streams, torch.zeros_like(streams), scores.shape[1], SELECTION_STREAM)
         return (-scores / self.config.tau + noise.numpy()).argmax(1)
 
-    def _packed_loss(self, sequences: list[tuple[list[int], list[int]]], collapse: int) -> Tensor:
-        """CE over the first `collapse` sequences + retain_weight * CE over the others, in one forward pass."""
+    def _packed_loss(
+        self, sequences: list[tuple[list[int], list[int]]], collapse: int
+    ) -> tuple[Tensor, tuple[float, float]]:
+        """CE over the first `collapse` sequences + retain_weight * CE over the others, in one forward pass; and either CE."""
         prompts, answers = zip(*sequences, strict=True)
         with phase("pack"):
             packed = pack(prompts, answers, self.lm.device)
@@ -385,10 +388,8 @@ class PMC:
         with phase("loss"):
             loss, token_nll = self.lm.head.collapse_loss(hidden, packed.target, token_weight, ignore_index=None)
         totals = torch.stack([(token_nll * part).sum() for part in (is_collapse, ~is_collapse)]).tolist()
-        for name, total, count in zip(("collapse_loss", "retain_loss"), totals, counts, strict=True):
-            self.stats[name] = total / max(1, count)
         self.stats["trained_tokens"] = packed.input_ids.numel()
-        return loss
+        return loss, tuple(total / max(1, count) for total, count in zip(totals, counts, strict=True))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -85,6 +85,7 @@ def test_the_report(runs):
     assert all(f"`{name}`" in keys["examples"] for example in reports[2]["examples"] for name in example)
     assert all(f"`{name}`" in keys["config"] for name in reports[2]["config"] if name != "command")
     assert table("seconds").keys() == set().union(*(one["timing"] for one in reports))
+    assert reports[0]["timing"].keys() == {"train", "checkpoint", "evaluate", "last_process"}
     measured = [one[when] for one in reports for when in ("before", "after")]
     measured.append(json.loads((runs / "evaluate.json").read_text()))
     assert table("figure").keys() == set().union(*measured)
@@ -94,10 +95,12 @@ def test_the_metrics(runs):
     fields = table("field")
     unlearnt, learnt = (records(runs / command / "metrics.jsonl") for command in ("unlearn", "finetune"))
     assert unlearnt and learnt
-    for record in [*unlearnt, *learnt]:
-        assert all(f"`{name}`" in fields["seconds"] for name in record["seconds"])
+    of_finetune = {name for name, line in fields.items() if "°" in line.split(" | ")[0]}
     assert all(record.keys() == fields.keys() for record in unlearnt)
-    assert all(record.keys() == fields.keys() - {"score", "empty_picks"} for record in learnt)
+    assert all(record.keys() == of_finetune for record in learnt)
+    marks = dict(re.findall(r"`(\w+)`( °)?", fields["seconds"].split(" | ")[1]))
+    assert all(record["seconds"].keys() == marks.keys() for record in unlearnt)
+    assert all(record["seconds"].keys() == {name for name in marks if marks[name]} for record in learnt)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
