@@ -235,11 +235,21 @@ class PMC:
         return {"ledger": None if self.ledger is None else self.ledger.state_dict(), "prepared": sorted(self._prepared)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from what ``state_dict`` returned, also under another ``reencode`` than its answers were picked with.
+
+        Raises:
+            ValueError: it is none of these.
+            UserError: an answer in it, as it would be trained on now, is longer than the model has positions or of tokens that it
+                has not. What was held before stays.
+        """
         if not isinstance(state, dict) or not {"ledger", "prepared"} <= state.keys():
             raise ValueError(
                 f"state: got {_keys(state)}, expected what PMC.state_dict() returned, with ledger and prepared"
             )
-        self.ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
+        ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
+        for question, entry in ledger.entries.items() if ledger else ():
+            self._check_trained(ledger, question, entry)
+        self.ledger = ledger
         self._prepared = set(state["prepared"])
         self.prepared_batches = 0
 
@@ -312,7 +322,7 @@ class PMC:
                 ended = ids if whole else [*ids, self.prompts.end_ids[0]]
                 entry = Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))
                 if ledger.takes(question, entry):
-                    self._check_trained(question, entry)
+                    self._check_trained(ledger, question, entry)
                     picked.append((question, entry, whole))
         self.stats["sampled_tokens"] += samples.count
         self.stats["decoded_tokens"] += samples.count if samples.decoded is None else samples.decoded
@@ -328,13 +338,13 @@ class PMC:
         """The tokens that an answer is trained on as."""
         return self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens)
 
-    def _check_trained(self, question: int, entry: Entry) -> None:
+    def _check_trained(self, ledger: Ledger, question: int, entry: Entry) -> None:
         """That the model can train on it: encoded again, a text may have more tokens than were drawn, and others."""
         what, hint = f"the answer picked for question {question}", ""
         if self.config.reencode:
             what = f"reencode: {what}, encoded again,"
             hint = "; give reencode=False, which trains on the tokens as drawn, or a lower max_length or max_new_tokens"
-        prompt, answer = self.prompts.prompt_ids(self.ledger.questions[question]), self._trained(entry)
+        prompt, answer = self.prompts.prompt_ids(ledger.questions[question]), self._trained(entry)
         self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
         check_tokens(what, answer, vocabulary_size(self.lm.model))
 
