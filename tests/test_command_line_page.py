@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 from pmc_fast import cli
@@ -16,9 +18,7 @@ COMMANDS = cli.make_parser()._subparsers._group_actions[0].choices
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, module_seed):
-    """A folder that holds a run of each command, and evaluate's figures."""
-    print(f"PMC_FAST_TEST_SEED={module_seed}")
+def folder(tmp_path_factory, module_seed):
     folder = tmp_path_factory.mktemp("runs")
     make_model(seed=module_seed).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
@@ -40,6 +40,19 @@ def runs(tmp_path_factory, module_seed):
         ):
             assert cli.main(command.split()) == 0
     return folder
+
+
+@pytest.fixture
+def runs(folder, module_seed):
+    """A folder that holds a run of each command, and evaluate's figures, the same for all tests here."""
+    print(f"PMC_FAST_TEST_SEED={module_seed}")
+    return folder
+
+
+def test_a_failure_shows_what_made_the_model(capsys, runs):
+    seed = int(capsys.readouterr().out.splitlines()[-1].removeprefix("PMC_FAST_TEST_SEED="))
+    made = make_model(seed=seed).state_dict()
+    assert all(torch.equal(made[name], held) for name, held in load_file(runs / "model" / "model.safetensors").items())
 
 
 def table(title):
