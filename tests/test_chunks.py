@@ -102,6 +102,11 @@ def test_sampling_is_the_models_own(padded, rng_seed):
         torch.testing.assert_close(picked, logits.amax(1), rtol=1e-4, atol=1e-4)
 
 
+def test_a_base_model_that_leads_nowhere_is_refused():
+    with pytest.raises(UserError, match="^model: got Llama4ForCausalLM, whose base_model does not lead to its layers"):
+        LanguageModel(Llama4ForCausalLM(make_chunked().config))
+
+
 def test_which_models_have_chunks():
     assert Positions.of(make_chunked()).chunk == CHUNK
     assert Positions.of(make_model("mistral")).chunk is None
