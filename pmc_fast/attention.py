@@ -185,7 +185,7 @@ def _mask(*args, **kwargs) -> Tensor | None:
         # Of chunks, the window is their size; vmap is for masks that somebody brings.
         watched.windows |= {kwargs["local_size"]} if kwargs.get("local_size") is not None else set()
         watched.other_masks |= kwargs.get("use_vmap", False) or "allow_is_bidirectional_skip" in kwargs
-    if (packing := _packing.get()) is not None:
+    if (packing := _packing.get()) is not None:  # no sequence of which is longer than a chunk (`Positions.chunk`)
         return _as_mask(packing.lengths, kwargs.get("local_size"))
     return None if _decoding.get() is not None else sdpa_mask(*args, **kwargs)
 

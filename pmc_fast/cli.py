@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from pmc_fast.errors import UserError
 from pmc_fast.runs import holds_run
+from pmc_fast.warning import LibraryWarning
 
 _DESCRIPTION = """\
 Make a language model forget: Partial Model Collapse (arXiv 2507.04219) trains it on its own,
@@ -52,7 +55,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         _check(options)
         # Imported here, so that --help and mistyped options need no torch.
-        return getattr(import_module(_COMMANDS[options.command]), options.command)(options) or 0
+        command = getattr(import_module(_COMMANDS[options.command]), options.command)
+        with _warning(options.command):
+            return command(options) or 0
     except UserError as error:
         print(f"pmc-fast {options.command}: {error}", file=sys.stderr)
         return 2
@@ -62,6 +67,23 @@ def _run(arguments: Sequence[str] | None) -> int:
             again = "again" if options.resume else "with --resume"
             print(f"To go on, give the same command {again} (the run is in {options.out}).", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _warning(command: str) -> Iterator[None]:
+    """This library's warnings as errors are shown, above a progress bar that is there; others' as they are."""
+
+    def show(message: Warning, category: type[Warning], *where: object) -> None:
+        if not issubclass(category, LibraryWarning):
+            others(message, category, *where)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(f"pmc-fast {command}: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        others, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def finetune(options: argparse.Namespace) -> int:
     model = run.save_model("model", pmc.lm.model, tokenizer)
     after, seconds = timed(recall, "after")
     timing = {**phases, "evaluate": beginning["seconds"] + seconds, "last_process": time.perf_counter() - started}
-    report = _report(run, options, beginning["before"], after, timing)
+    report = _report(run, options, pmc, beginning["before"], after, timing)
     run.finish(report)
     _finetune_table(report)
     print(f"model: {model}\nreport: {run.folder / 'report.json'}")
@@ -125,7 +126,7 @@ def unlearn(options: argparse.Namespace) -> int:
     after, seconds = timed(measured, "after")
     evaluate_seconds = beginning["seconds"]["evaluate"] + seconds
     timing = {**phases, "initialise": beginning["seconds"]["initialise"], "evaluate": evaluate_seconds}
-    report = _report(run, options, beginning["before"], after, timing)
+    report = _report(run, options, pmc, beginning["before"], after, timing)
     report["timing"]["last_process"] = time.perf_counter() - started
     run.finish(report)
     print_comparison(report)
@@ -173,8 +174,6 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def method(options: argparse.Namespace, defaults: PMCConfig) -> PMCConfig:
     """The hyperparameters: the defaults with what was given on the command line."""
-    from dataclasses import replace
-
     given = {name: getattr(options, name, None) for name in _METHOD}
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("top_k") == 0:
@@ -345,14 +344,26 @@ def _ops_errors(title: str):
         raise UserError(f"{title}: {error}{advice}") from error
 
 
-def _report(run: Run, options: argparse.Namespace, before: dict, after: dict, timing: dict) -> dict:
+def _report(run: Run, options: argparse.Namespace, pmc: PMC, before: dict, after: dict, timing: dict) -> dict:
     return {
-        "config": run.config,
+        "config": _in_force(run.config, pmc),
         "environment": environment(choose_device(options.device)),
         "before": before,
         "after": after,
         "timing": timing,
     }
+
+
+def _in_force(options: dict, pmc: PMC) -> dict:
+    """The run's options with the values that it had; null is an option without a default, or of no effect beside the others."""
+    held = {**asdict(pmc.config), "prompt": pmc.prompts.style, "system": pmc.config.system_prompt}
+    unused = {
+        "system": pmc.prompts.style != "chat",
+        "max_length": pmc.config.max_new_tokens is not None,
+        "tau": pmc.config.selection == "best",
+        "prune": pmc.config.selection != "best",
+    }
+    return {name: None if unused.get(name) else held.get(name, value) for name, value in options.items()}
 
 
 def _already_finished(run: Run, show: Callable[[dict], None]) -> int:

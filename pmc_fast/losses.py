@@ -39,7 +39,7 @@ def sequence_logprob(lm: LanguageModel, batch: Packed) -> Tensor:
         float32 [B], nats.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        ValueError, TypeError, UserError: as for `npo`.
     """
     _check_kinds(lm, batch)
     with evaluating(lm.model):
@@ -65,7 +65,9 @@ def npo(
         float32 scalar; backward() reaches every parameter that requires a gradient.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong type, shape or range.
+        ValueError, TypeError: an argument of the wrong type, shape, range or device, or a token outside of the vocabulary (that
+            on a CPU alone: a GPU, which would have to be waited for, ends in a device-side assertion).
+        UserError: a sequence is longer than the model has positions.
 
     Source: Zhang et al., arXiv 2404.05868, equation 3.
     """
@@ -269,6 +271,8 @@ def _check_kinds(lm: LanguageModel, batch: Packed) -> None:
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name}: got {described(value)}, expected a {kind.__name__}: pmc_fast.{made}")
+    if batch.input_ids.device != lm.device:
+        raise ValueError(f"batch: got device {batch.input_ids.device}, expected {lm.device}, that of the model")
 
 
 def _check_reference(reference: Tensor, count: int, lm: LanguageModel) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmc_fast import ops
-from pmc_fast.errors import BackendUnavailable, UserError
+from pmc_fast.errors import BackendUnavailable, UserError, described
 from pmc_fast.positions import Positions
 from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
 
@@ -86,6 +86,11 @@ class LanguageModel:
     """
 
     def __init__(self, model: nn.Module, check: bool = True) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"model: got {described(model)}, expected a transformers causal language model, as "
+                "AutoModelForCausalLM.from_pretrained returns"
+            )
         self.model = model
         # Where weights are shared out among processes, the module that holds all of them: a wrapper may put itself here.
         self.root = model
@@ -144,6 +149,11 @@ class LanguageModel:
     def head_module(self) -> nn.Linear:
         """The head, looked up each time: an adapter put on it later must not go unnoticed."""
         found = getattr(self._causal_lm, "get_output_embeddings", lambda: None)()
+        if self.backbone is None and type(found) is nn.Linear:
+            raise UserError(
+                f"model: got {type(self.model).__name__}, whose base_model does not lead to its layers without the head; this "
+                "version knows no other way to their hidden states"
+            )
         if self.backbone is None or type(found) is not nn.Linear:
             raise UserError(
                 f"model: got {type(self.model).__name__} with output head {type(found).__name__}, expected a "

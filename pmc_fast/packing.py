@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache
+from pmc_fast.errors import described
 from pmc_fast.models import LanguageModel
 from pmc_fast.vocabulary import check_ids, vocabulary_size
 
@@ -46,7 +49,7 @@ class Packed:
             cache: an empty one of T positions, which then holds the keys and values of all tokens.
 
         Raises:
-            UserError: the model has a table of positions, in which a sequence does not fit.
+            UserError: a sequence does not fit in the model's table of positions, or in a chunk of its attention.
             ValueError: a token is none of the model's (on a CPU alone: a GPU would have to be waited for).
         """
         for number, own in enumerate(self.lengths.own):
@@ -79,7 +82,10 @@ def pack(
 
     Raises:
         ValueError: the numbers of prompts and answers differ, or one is empty.
+        TypeError: either is no list of lists of integers.
     """
+    for name, rows in (("prompts", prompts), ("answers", answers)):
+        _check_tokens(name, rows)
     if len(prompts) != len(answers):
         raise ValueError(f"answers: got {len(answers)}, expected {len(prompts)}, as many as prompts")
     shared = _common(prompts) if torch.device(device).type == "cpu" else 0
@@ -109,6 +115,24 @@ def pack(
         tensor(target),
         tensor(sequence),
     )
+
+
+def _check_tokens(name: str, rows: Sequence[Sequence[int]]) -> None:
+    if not _is_list(rows):
+        raise TypeError(f"{name}: got {described(rows)}, expected a list of lists of token ids")
+    for number, row in enumerate(rows):
+        if not _is_list(row):
+            raise TypeError(
+                f"{name}: row {number} is {described(row)}, expected a list of token ids (of a tensor, its tolist())"
+            )
+        try:
+            list(map(operator.index, row))
+        except TypeError:
+            raise TypeError(f"{name}: row {number} is {reprlib.repr(row)}, expected integers") from None
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

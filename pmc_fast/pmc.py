@@ -206,7 +206,8 @@ class PMC:
             entries = [ledger.entries[question] for question in forget]
             answers = [self._trained(entry) for entry in entries]
             prompts = [self.prompts.prompt_ids(ledger.questions[question]) for question in forget]
-            loss = self._packed_loss([*zip(prompts, answers, strict=True), *kept], collapse=len(forget))
+            loss, parts = self._packed_loss([*zip(prompts, answers, strict=True), *kept], collapse=len(forget))
+        self.stats.update(zip(("collapse_loss", "retain_loss"), parts, strict=True))
         scores = [entry.score for entry in entries]
         self.stats["score"] = float(np.mean(scores)) if scores else 0.0
         self.stats["empty_picks"] = sum(
@@ -218,27 +219,37 @@ class PMC:
         """The mean negative log-likelihood of the rows' answer tokens: ordinary fine-tuning, packed.
 
         Returns:
-            float32 scalar, nats per token.
+            float32 scalar, nats per token. ``stats`` then holds trained_tokens and seconds (train).
 
         Raises:
             UserError: there is no row, or one without question and answer, longer than the model has positions or of tokens
                 that it has not.
         """
-        self.stats = _no_samples()
+        self.stats = {"seconds": {"train": 0.0}}
         with self._timed("train"):
             encoded = inputs.some("rows", self._encoded("rows", rows))
-            return self._packed_loss(encoded, collapse=len(encoded))
+            return self._packed_loss(encoded, collapse=len(encoded))[0]
 
     def state_dict(self) -> dict:
         """The ledger, as JSON-able values: a run that loads it continues as if it had never stopped."""
         return {"ledger": None if self.ledger is None else self.ledger.state_dict(), "prepared": sorted(self._prepared)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from what ``state_dict`` returned, also under another ``reencode`` than its answers were picked with.
+
+        Raises:
+            ValueError: it is none of these.
+            UserError: an answer in it, as it would be trained on now, is longer than the model has positions or of tokens that it
+                has not. What was held before stays.
+        """
         if not isinstance(state, dict) or not {"ledger", "prepared"} <= state.keys():
             raise ValueError(
                 f"state: got {_keys(state)}, expected what PMC.state_dict() returned, with ledger and prepared"
             )
-        self.ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
+        ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
+        for question, entry in ledger.entries.items() if ledger else ():
+            self._check_trained(ledger, question, entry)
+        self.ledger = ledger
         self._prepared = set(state["prepared"])
         self.prepared_batches = 0
 
@@ -311,7 +322,7 @@ class PMC:
                 ended = ids if whole else [*ids, self.prompts.end_ids[0]]
                 entry = Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))
                 if ledger.takes(question, entry):
-                    self._check_trained(question, entry)
+                    self._check_trained(ledger, question, entry)
                     picked.append((question, entry, whole))
         self.stats["sampled_tokens"] += samples.count
         self.stats["decoded_tokens"] += samples.count if samples.decoded is None else samples.decoded
@@ -327,14 +338,15 @@ class PMC:
         """The tokens that an answer is trained on as."""
         return self.prompts.answer_ids(entry.text) if self.config.reencode else list(entry.tokens)
 
-    def _check_trained(self, question: int, entry: Entry) -> None:
-        """That the model has positions for it: encoded again, a text may have more tokens than were drawn."""
+    def _check_trained(self, ledger: Ledger, question: int, entry: Entry) -> None:
+        """That the model can train on it: encoded again, a text may have more tokens than were drawn, and others."""
+        what, hint = f"the answer picked for question {question}", ""
         if self.config.reencode:
-            prompt, answer = self.prompts.prompt_ids(self.ledger.questions[question]), self._trained(entry)
-            what = f"reencode: the answer picked for question {question}, encoded again,"
+            what = f"reencode: {what}, encoded again,"
             hint = "; give reencode=False, which trains on the tokens as drawn, or a lower max_length or max_new_tokens"
-            self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
-            check_tokens(what, answer, vocabulary_size(self.lm.model))
+        prompt, answer = self.prompts.prompt_ids(ledger.questions[question]), self._trained(entry)
+        self.lm.positions.check_sequence(what, len(prompt) + len(answer) - 1, hint)
+        check_tokens(what, answer, vocabulary_size(self.lm.model))
 
     def _limits(self, batches: Sequence[Sequence[int]]) -> Tensor:
         """Tokens per answer at most, for each question; max_length counts the prompts of a batch as padded together."""
@@ -368,8 +380,10 @@ class PMC:
         noise = gumbel(self.config.seed, streams, torch.zeros_like(streams), scores.shape[1], SELECTION_STREAM)
         return (-scores / self.config.tau + noise.numpy()).argmax(1)
 
-    def _packed_loss(self, sequences: list[tuple[list[int], list[int]]], collapse: int) -> Tensor:
-        """CE over the first `collapse` sequences + retain_weight * CE over the others, in one forward pass."""
+    def _packed_loss(
+        self, sequences: list[tuple[list[int], list[int]]], collapse: int
+    ) -> tuple[Tensor, tuple[float, float]]:
+        """CE over the first `collapse` sequences + retain_weight * CE over the others, in one forward pass; and either CE."""
         prompts, answers = zip(*sequences, strict=True)
         with phase("pack"):
             packed = pack(prompts, answers, self.lm.device)
@@ -384,10 +398,8 @@ class PMC:
         with phase("loss"):
             loss, token_nll = self.lm.head.collapse_loss(hidden, packed.target, token_weight, ignore_index=None)
         totals = torch.stack([(token_nll * part).sum() for part in (is_collapse, ~is_collapse)]).tolist()
-        for name, total, count in zip(("collapse_loss", "retain_loss"), totals, counts, strict=True):
-            self.stats[name] = total / max(1, count)
         self.stats["trained_tokens"] = packed.input_ids.numel()
-        return loss
+        return loss, tuple(total / max(1, count) for total, count in zip(totals, counts, strict=True))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

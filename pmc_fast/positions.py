@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,10 +19,13 @@ class Positions:
     """most: the tokens of a prompt and its answer that the model was made for; None if it says nothing.
 
     fixed: whether there is no position beyond, since they come from a table. Otherwise (rotary embeddings) it can go on.
+    chunk: tokens of a chunk, see `chunk_of`. model: its class's name.
     """
 
     most: int | None
     fixed: bool
+    chunk: int | None = None
+    model: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Positions:
@@ -29,9 +33,9 @@ class Positions:
         config = model.config.get_text_config()
         if config.model_type == "mpt":  # its attention bias ends there
             return cls(config.max_seq_len, True)
-        most = getattr(config, "max_position_embeddings", None)
+        most, chunk, name = getattr(config, "max_position_embeddings", None), chunk_of(config), type(model).__name__
         if most is None:
-            return cls(None, False)
+            return cls(None, False, chunk, name)
         words = model.get_input_embeddings()
         # Some tables begin with rows that no position has: OPT's with two.
         learned = any(
@@ -41,7 +45,7 @@ class Positions:
         computed = any(
             name.rpartition(".")[2] in _FIXED_TABLES and len(table) == most for name, table in model.named_buffers()
         )
-        return cls(most, learned or computed)
+        return cls(most, learned or computed, chunk, name)
 
     def check_answers(self, prompts: Tensor, limits: Tensor, max_length: int | None, more: int = 0) -> None:
         """That prompts have room for their answers, whose last token the model is not asked to go on from.
@@ -77,3 +81,17 @@ class Positions:
                 f"{name} has {length} tokens, prompt and answer together, expected at most {self.most}: the model has no "
                 f"more positions{hint}"
             )
+        if self.chunk is not None and length > self.chunk:
+            raise UserError(
+                f"{name} has {length} tokens, prompt and answer together, expected at most {self.chunk}: {self.model} attends in "
+                f"chunks of {self.chunk} tokens (attention_chunk_size), beyond which this version cannot train"
+            )
+
+
+def chunk_of(config: Any) -> int | None:
+    """Tokens of a chunk, before which some layers of a model with this configuration see nothing (Llama 4); None if none do.
+
+    transformers' masks of chunks have their size where those of sliding windows have the window.
+    """
+    types = getattr(config, "layer_types", None)
+    return getattr(config, "attention_chunk_size", None) if types is None or "chunked_attention" in types else None

@@ -67,6 +67,8 @@ def _packed(
     model, device = lm.model, input_ids.device
     if device.type != "cpu" or model.config._attn_implementation != attention.NAME or bool((mask.diff() < 0).any()):
         return None
+    if lm.positions.chunk is not None:  # only its masks know of chunks
+        return None
     prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     packed = pack(prompts, [[0]] * len(prompts))
     if not (shared := packed.lengths.shared):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
-from pmc_fast.errors import UserError
+from pmc_fast.errors import NO_DISTRIBUTION, NO_SCORES, UserError
 from pmc_fast.phases import phase
 from pmc_fast.pmc import PMC
 from pmc_fast.runs import Run, is_out_of_memory
@@ -192,7 +192,9 @@ class _Loop:
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"step {self.step + 1}: {error}") from error
+            trained = self.step and any(what in str(error) for what in (NO_DISTRIBUTION, NO_SCORES))
+            advice = "; try a lower learning rate" if trained else ""
+            raise UserError(f"step {self.step + 1}: {error}{advice}") from error
 
     @contextmanager
     def _dropout_seed(self, step: int, batch: int) -> Iterator[None]:

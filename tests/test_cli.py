@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -103,6 +104,20 @@ def test_evaluate_writes_json(files, tmp_path, capsys):
     results = json.loads((tmp_path / "out.json").read_text())
     assert 0 <= results["leakage"] <= 1
     assert f"{results['utility']:.2f}" in capsys.readouterr().out
+
+
+def test_warnings_are_shown_as_errors_are(files, capsys):
+    """Of this library: by their message alone. Others' keep their place."""
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl"), "--evaluation-rows", "1"]
+    command = ["evaluate", "--model", str(files / "model"), *sets, "--device", "cpu", "--evaluation-tokens", "200"]
+    show = warnings.showwarning
+    assert cli.main(command) == 0 and warnings.showwarning is show
+    told = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    (warned,) = [line for line in told if "more than 128 tokens" in line]
+    assert warned.startswith("pmc-fast evaluate: warning: max_new_tokens or max_length: prompt and answer may have")
+    with pytest.warns(DeprecationWarning, match="^old$") as others, cli._warning("evaluate"):
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert [one.filename for one in others] == [__file__] and not capsys.readouterr().err
 
 
 def test_evaluate_looks_at_the_first_rows_alone(files, monkeypatch):

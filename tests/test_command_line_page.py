@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 from pmc_fast import cli
@@ -16,9 +18,7 @@ COMMANDS = cli.make_parser()._subparsers._group_actions[0].choices
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, module_seed):
-    """A folder that holds a run of each command, and evaluate's figures."""
-    print(f"PMC_FAST_TEST_SEED={module_seed}")
+def folder(tmp_path_factory, module_seed):
     folder = tmp_path_factory.mktemp("runs")
     make_model(seed=module_seed).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
@@ -40,6 +40,19 @@ def runs(tmp_path_factory, module_seed):
         ):
             assert cli.main(command.split()) == 0
     return folder
+
+
+@pytest.fixture
+def runs(folder, module_seed):
+    """A folder that holds a run of each command, and evaluate's figures, the same for all tests here."""
+    print(f"PMC_FAST_TEST_SEED={module_seed}")
+    return folder
+
+
+def test_a_failure_shows_what_made_the_model(capsys, runs):
+    seed = int(capsys.readouterr().out.splitlines()[-1].removeprefix("PMC_FAST_TEST_SEED="))
+    made = make_model(seed=seed).state_dict()
+    assert all(torch.equal(made[name], held) for name, held in load_file(runs / "model" / "model.safetensors").items())
 
 
 def table(title):
@@ -85,6 +98,7 @@ def test_the_report(runs):
     assert all(f"`{name}`" in keys["examples"] for example in reports[2]["examples"] for name in example)
     assert all(f"`{name}`" in keys["config"] for name in reports[2]["config"] if name != "command")
     assert table("seconds").keys() == set().union(*(one["timing"] for one in reports))
+    assert reports[0]["timing"].keys() == {"train", "checkpoint", "evaluate", "last_process"}
     measured = [one[when] for one in reports for when in ("before", "after")]
     measured.append(json.loads((runs / "evaluate.json").read_text()))
     assert table("figure").keys() == set().union(*measured)
@@ -94,10 +108,12 @@ def test_the_metrics(runs):
     fields = table("field")
     unlearnt, learnt = (records(runs / command / "metrics.jsonl") for command in ("unlearn", "finetune"))
     assert unlearnt and learnt
-    for record in [*unlearnt, *learnt]:
-        assert all(f"`{name}`" in fields["seconds"] for name in record["seconds"])
+    of_finetune = {name for name, line in fields.items() if "°" in line.split(" | ")[0]}
     assert all(record.keys() == fields.keys() for record in unlearnt)
-    assert all(record.keys() == fields.keys() - {"score", "empty_picks"} for record in learnt)
+    assert all(record.keys() == of_finetune for record in learnt)
+    marks = dict(re.findall(r"`(\w+)`( °)?", fields["seconds"].split(" | ")[1]))
+    assert all(record["seconds"].keys() == marks.keys() for record in unlearnt)
+    assert all(record["seconds"].keys() == {name for name in marks if marks[name]} for record in learnt)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

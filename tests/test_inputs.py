@@ -188,7 +188,7 @@ def test_a_reward_takes_lists():
             {"tokenizer": torch.nn.Linear(2, 2)},
             "tokenizer: got a value of type Linear, expected a transformers tokenizer",
         ),
-        ({"model": None}, "model: got NoneType .*expected a transformers causal language model"),
+        ({"model": None}, "model: got None, expected a transformers causal language model"),
         ({"config": "llama-3.2-3b"}, "config: got 'llama-3.2-3b', expected a PMCConfig, such as PMCConfig.published"),
         ({"config": {"num_samples": 3}}, "config: got a value of type dict, expected a PMCConfig"),
         ({"config": PMCConfig}, "config: got a value of type type, expected a PMCConfig"),

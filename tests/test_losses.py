@@ -146,18 +146,40 @@ def test_bad_input():
         losses.idk(lm, batch, 1, retain_weight=-0.5)
 
 
+EVERY = [
+    losses.sequence_logprob,
+    lambda lm, batch: losses.npo(lm, batch, 1, torch.zeros(1)),
+    lambda lm, batch: losses.dpo(lm, batch, 1, torch.zeros(2)),
+    *(partial(one, forget=1) for one in (losses.simnpo, losses.grad_diff, losses.wga, losses.satimp)),
+    partial(losses.idk, refusals=1),
+]
+
+
+def test_a_batch_elsewhere_is_refused_before_the_model_runs(monkeypatch):
+    lm, batch = LanguageModel(make_model()), pack([[1, 2], [4]], [[3], [5, 6]], "meta")
+    monkeypatch.setattr(type(lm.backbone), "forward", lambda *_, **__: pytest.fail("the model ran"))
+    for call in EVERY:
+        with pytest.raises(ValueError, match="^batch: got device meta, expected cpu, that of the model"):
+            call(lm, batch)
+    with pytest.raises(ValueError, match="^reference: got device meta, expected cpu, that of the model"):
+        losses.npo(lm, pack([[1, 2]], [[3]]), 1, torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize("tokens", [([1, 999], [3]), ([1, 2], [3, 999]), ([1, -1], [3]), ([1, 2], [-100])])
+def test_tokens_outside_of_the_vocabulary(tokens):
+    """As inputs and as the labels that are none; on a GPU an assertion of the device."""
+    lm = LanguageModel(make_model())
+    batch = pack(*([[4], one] if one is tokens[0] else [[5, 6], one] for one in tokens))
+    for call in EVERY:
+        with pytest.raises(ValueError, match=r"^(input_ids|target\b).*: .* expected .*\[0, 259\)"):
+            call(lm, batch)
+
+
 def test_wrong_objects():
     lm, rows = LanguageModel(make_model()), [([1, 2], [3]), ([4], [5, 6])]
     batch = pack([prompt for prompt, _ in rows], [answer for _, answer in rows])
     reference = torch.zeros(1)
-    every = [
-        losses.sequence_logprob,
-        lambda lm, batch: losses.npo(lm, batch, 1, reference),
-        lambda lm, batch: losses.dpo(lm, batch, 1, torch.zeros(2)),
-        *(partial(one, forget=1) for one in (losses.simnpo, losses.grad_diff, losses.wga, losses.satimp)),
-        partial(losses.idk, refusals=1),
-    ]
-    for call in every:
+    for call in EVERY:
         with pytest.raises(
             TypeError, match="^lm: got a value of type LlamaForCausalLM, expected a LanguageModel: pmc_fast.models.Lang"
         ):

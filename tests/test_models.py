@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, make_model
+from tiny import FAMILIES, VOCAB, make_model, make_tokenizer
 from torch import nn
 
 from pmc_fast.errors import UserError
@@ -65,6 +65,11 @@ def test_unknown_logits_are_refused():
 def test_a_model_without_a_linear_head_is_refused():
     with pytest.raises(UserError, match="model: got Linear"):
         LanguageModel(nn.Linear(VOCAB, 3))
+    for wrong, got in (("llama", "'llama'"), (None, "None"), (make_tokenizer(), "a value of type ")):
+        with pytest.raises(
+            UserError, match=f"^model: got {got}.*, expected a transformers causal language model, as Auto"
+        ):
+            LanguageModel(wrong)
 
 
 def test_evaluating_restores_each_modules_mode():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from tiny import make_model, make_tokenizer
@@ -124,6 +125,39 @@ def test_the_configuration_reaches_the_training(files, monkeypatch, command):
         want = PMCConfig.published("phi-1.5", num_samples=3, max_new_tokens=5, **given)
     assert cli.main([command, "--model", str(files / "model"), *inputs(files, command), *words]) == 2
     assert seen == [want, want]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("command", ["finetune", "unlearn"])
+def test_the_report_says_what_was_in_force(files, monkeypatch, command, chat):
+    """By default and by option; null where something has no effect."""
+    held = []
+    monkeypatch.setattr(f"pmc_fast.training.{command}", lambda pmc, *_, **__: held.append(pmc.config) or {})
+    make_model().save_pretrained(files / "model")
+    make_tokenizer(chat).save_pretrained(files / "model")
+    method = {
+        "finetune": [],
+        "unlearn": ["--preset", "phi-1.5", "--num-samples", "3", "--max-length", "90", "--selection", "bradley_terry"],
+    }[command]
+    words = ["--lr", "2e-3", "--evaluation-tokens", "4", "--device", "cpu", *method]
+    words += ["--prompt", "chat", "--system", ""] if chat else []
+    assert cli.main([command, "--model", str(files / "model"), *inputs(files, command), *words]) == 0
+    found, (config,) = json.loads((files / "out" / "report.json").read_text())["config"], held
+    assert found["evaluation_rows"] == 400 and found["dtype"] == "float32" and found["learning_rate"] == 2e-3
+    assert (found["prompt"], found["system"]) == (("chat", "") if chat else ("tags", None))
+    options = json.loads((files / "out" / "config.json").read_text())["options"]
+    assert found.keys() == options.keys() and options["epochs"] is None
+    without_effect = {"max_new_tokens", "prune"}
+    for name in found.keys() & asdict(config).keys():
+        assert found[name] == (None if name in without_effect else getattr(config, name)), name
+    assert {name for name, value in found.items() if value is None} <= without_effect | {"system", "paraphrased"}
+
+
+def test_max_new_tokens_and_the_best_leave_max_length_and_tau_without_effect():
+    pmc = SimpleNamespace(config=PMCConfig(max_new_tokens=5, tau=0.4), prompts=SimpleNamespace(style="plain"))
+    options = dict.fromkeys(("max_length", "max_new_tokens", "tau", "prune", "prompt", "system"))
+    found = commands._in_force(options, pmc)
+    assert [*found.values()] == [None, 5, None, True, "plain", None]
 
 
 @pytest.mark.parametrize("command", ["finetune", "unlearn", "evaluate"])

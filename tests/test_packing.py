@@ -103,3 +103,20 @@ def test_bad_input():
         pack([[1]], [])
     with pytest.raises(ValueError, match="sequence 1 is empty"):
         pack([[1], []], [[2], [3]])
+    one, wanted = [[1]], "expected a list of lists of token ids"
+    for wrong, message in (
+        (torch.tensor([[1, 2]]), f"got a value of type Tensor, {wanted}"),
+        ("ab", f"got 'ab', {wanted}"),
+        ((ids for ids in one), f"got a value of type generator, {wanted}"),
+        (
+            [torch.tensor([1, 2])],
+            r"row 0 is a value of type Tensor, expected a list of token ids \(of a tensor, its tolist",
+        ),
+        ([1], "row 0 is 1, expected a list of token ids"),
+        (["ab"], "row 0 is 'ab', expected a list of token ids"),
+        ([[0, 1.5]], r"row 0 is \[0, 1.5\], expected integers"),
+    ):
+        with pytest.raises(TypeError, match=f"^prompts: {message}"):
+            pack(wrong, one)
+        with pytest.raises(TypeError, match=f"^answers: {message}"):
+            pack(one, wrong)

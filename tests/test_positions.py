@@ -206,3 +206,35 @@ def test_answers_that_encode_too_long_are_refused_before_they_are_stored(prune, 
     drawn = PMC(model, pmc.prompts, replace(config, reencode=False), sampler=Endless(model))
     drawn.load_state_dict(before)
     assert drawn.loss([1], []).isfinite()
+
+
+def test_a_state_is_checked_as_fresh_answers_are(rng_seed):
+    """Answers picked as drawn fit into the table; encoded again they may not."""
+    config = PMCConfig(num_samples=2, max_new_tokens=70, prune=False, reencode=False)
+    model, prompts = make_model("gpt2", seed=rng_seed), Doubled(make_tokenizer())
+    drawn = PMC(model, prompts, config, sampler=Endless(model))
+    drawn.initialise(["Who?", "Where was Bo born?"], answers=["one", "two"])
+    drawn.loss([1], [])
+    encoding = PMC(model, prompts, replace(config, reencode=True), sampler=Endless(model))
+    encoding.initialise(["When?"], answers=["three"])
+    before = encoding.state_dict()
+    with pytest.raises(
+        UserError, match="^reencode: the answer picked for question 1, encoded again, has .*reencode=False"
+    ):
+        encoding.load_state_dict(drawn.state_dict())
+    assert encoding.state_dict() == before
+    again = PMC(model, prompts, config)
+    again.load_state_dict(drawn.state_dict())
+    assert again.state_dict() == drawn.state_dict()
+
+
+@pytest.mark.parametrize("reencode", [False, True])
+def test_a_state_of_answers_that_fit_goes_on_under_either_setting(reencode, rng_seed):
+    config = PMCConfig(num_samples=2, max_new_tokens=5, reencode=not reencode)
+    model, tokenizer = make_model("gpt2", seed=rng_seed), make_tokenizer()
+    pmc = PMC(model, tokenizer, config)
+    pmc.initialise(["Who?"], answers=["one"])
+    pmc.loss([0], [])
+    other = PMC(model, tokenizer, replace(config, reencode=reencode))
+    other.load_state_dict(pmc.state_dict())
+    assert other.loss([0], []).isfinite()

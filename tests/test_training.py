@@ -10,6 +10,7 @@ from torch import nn
 
 from pmc_fast import PMCConfig
 from pmc_fast.data import QA
+from pmc_fast.errors import UserError, not_finite, scores_not_finite
 from pmc_fast.training import finetune, unlearn
 
 QUESTIONS = [f"question {number}" for number in range(9)]
@@ -27,6 +28,7 @@ class Recorder:
         self.ledger = SimpleNamespace(questions=QUESTIONS)
         self.prepared, self.batches, self.retained, self.modes = [], [], [], []
         self.stats = {"seconds": {}, "score": 0.0, "collapse_loss": 0.0, "retain_loss": 0.0}
+        self.fails = {}  # by the number of the call
 
     def prepare(self, batches):
         self.prepared.append(batches)
@@ -35,6 +37,8 @@ class Recorder:
         self.batches.append(indices)
         self.retained.append([row.question for row in retain])
         self.modes.append(self.lm.model.training)
+        if len(self.batches) in self.fails:
+            raise self.fails[len(self.batches)]
         return (self.lm.model.weight[0] * torch.tensor(gradient(indices), dtype=torch.float32)).sum()
 
     def supervised_loss(self, rows):
@@ -81,6 +85,20 @@ def train(pmc, what, config, **options):
         unlearn(pmc, RETAIN, config, progress=False)
     else:
         finetune(pmc, [QA(question, "answer") for question in QUESTIONS], config, progress=False, **options)
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+def test_logits_that_training_ruined_name_the_step_and_what_to_try(what, rng_seed):
+    """At the first step nothing was trained yet; other errors keep their own words."""
+    advice = "; try a lower learning rate"
+    for error in (not_finite("collapse_loss", 3), scores_not_finite(2), ValueError("score: got nan")):
+        for step in (1, 2):
+            pmc = Recorder()
+            pmc.fails = {2 * step - 1: error}  # two micro-batches each
+            with pytest.raises(UserError) as raised:
+                train(pmc, what, make_config(rng_seed))
+            is_theirs = step > 1 and "score: got" not in str(error)
+            assert str(raised.value) == f"step {step}: {error}{advice * is_theirs}"
 
 
 @pytest.mark.parametrize("what", ["unlearn", "finetune"])

@@ -1,6 +1,7 @@
 """PMCTrainer: a Trainer whose loss is PMC's, with all that Trainers do around it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,14 @@ def test_a_step_is_the_mean_gradient_of_its_micro_batches(tmp_path, rng_seed):
     assert trainer.pmc.state_dict() == pmc.state_dict()
     for name, weight in weights(by_hand).items():
         torch.testing.assert_close(weights(model)[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_warnings_name_the_line_that_trains(tmp_path, rng_seed):
+    """Not one of transformers, which calls PMC."""
+    trainer = make_trainer(tmp_path, seed=rng_seed, pmc_config=replace(CONFIG, max_new_tokens=130), max_steps=1)
+    with pytest.warns(UserWarning, match="more than 128 tokens together") as warned:
+        trainer.train()
+    assert {one.filename for one in warned if "more than 128 tokens" in str(one.message)} == {__file__}
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
