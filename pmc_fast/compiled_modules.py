@@ -54,8 +54,13 @@ class CompiledModules(Modules):
         try:
             with attention.implemented_by(NAME, self._lm.model):
                 return super().hidden(token, position, rows, held)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            name, (reason, *_) = type(self._lm.backbone).__name__, str(error).splitlines() or [""]
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise UserError(
+                "compile_modules: got a model that has changed more often than torch compiles one function anew "
+                "(torch._dynamo.config.recompile_limit); expected a new Sampler for it"
+            ) from error
+        except torch._dynamo.exc.TorchDynamoException as error:
+            name, reason = type(self._lm.backbone).__name__, " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise UserError(
                 f"compile_modules: got {name}, which torch cannot compile ({reason}); expected compile_modules=False for it"
             ) from error
