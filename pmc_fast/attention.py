@@ -84,7 +84,7 @@ class Decoding(Protocol):
         scale: float | None,
         softcap: float | None,
     ) -> Tensor:
-        """[N, H, D] of one query [N, H, D] each, over what the layer's cache returned."""
+        """[N, H, D] of one query [N, H, D] each, over the layer's keys and values, which those [N, K, D] of the token join."""
         ...
 
 
@@ -101,6 +101,7 @@ class SharedPrompts:
 
     def attend(self, layer, query, key, value, *, window, scale, softcap) -> Tensor:
         held = self.cache.layers[layer]
+        key, value = held.update(key[:, :, None], value[:, :, None])
         prefix = {"prefix_key": held.prefix_keys, "prefix_value": held.prefix_values, "prefix_row": self.prefix_row}
         first = held.first_seen(self.first, window)
         return decode_attention(query, key, value, first, scale=scale, softcap=softcap, **prefix)
@@ -111,12 +112,16 @@ def install(model: nn.Module) -> None:
 
     Stays in place, since gradient checkpointing runs attention again in the backward pass.
     """
+    _register()
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+
+
+def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _forward)
     AttentionMaskInterface.register(NAME, _mask)
-    if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
 
 
 class LengthsLost(UserError):
@@ -147,11 +152,19 @@ def packed(lengths: PackedLengths) -> Iterator[None]:
 @contextmanager
 def replacing_sdpa(model: nn.Module) -> Iterator[None]:
     """Within a with block, this module's attention in place of torch's; a model with any other is left as it is."""
-    theirs = model.config._attn_implementation
-    if theirs != "sdpa":
+    if model.config._attn_implementation != "sdpa":
         yield
         return
-    install(model)
+    _register()
+    with implemented_by(NAME, model):
+        yield
+
+
+@contextmanager
+def implemented_by(name: str, model: nn.Module) -> Iterator[None]:
+    """Within a with block, the attention registered by this name in place of the model's own."""
+    theirs = model.config._attn_implementation
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -176,6 +189,11 @@ def decoding(rows: Decoding) -> Iterator[None]:
         yield
     finally:
         _decoding.reset(token)
+
+
+def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    """As the rows do that are decoded: see `Decoding.attend`."""
+    return _decoding.get().attend(layer, query, key, value, **options)
 
 
 def _mask(*args, **kwargs) -> Tensor | None:
@@ -238,9 +256,10 @@ def _forward(
                 sliding_window,
             )
         )
-    if (rows := _decoding.get()) is not None:
+    if _decoding.get() is not None:
+        token = (states[:, :, 0] for states in (query, key, value))
         options = {"window": sliding_window, "scale": scaling, "softcap": softcap}
-        return rows.attend(module.layer_idx, query[:, :, 0], key, value, **options)[:, None], None
+        return attend(module.layer_idx, *token, **options)[:, None], None
     if packed_lengths is None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

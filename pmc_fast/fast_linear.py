@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +120,8 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     token = _copies.set(copies)
     try:
         for layer in layers:
-            if not _gains(layer.weight):
-                continue
-            if copies and (weight := copies.make(layer.weight)):
-                layer.forward = partial(_forward, layer, partial(packed_linear, weight=weight))
-            elif _has_onednn():
-                layer.forward = partial(_forward, layer, partial(_widened, weight=layer.weight))
+            if _gains(layer.weight) and ((copies and copies.make(layer.weight)) or _has_onednn()):
+                layer.forward = MethodType(_forward, layer)
         if copies and head is not None and _gains(head):
             copies.make(head)
         yield
@@ -136,8 +133,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
 
 def is_fast(layer: nn.Module) -> bool:
     """Whether a `fast_linear` block around replaces the layer's forward."""
-    forward = vars(layer).get("forward")
-    return isinstance(forward, partial) and forward.func is _forward
+    return getattr(vars(layer).get("forward"), "__func__", None) is _forward
 
 
 def packed(weight: Tensor) -> PackedWeight | None:
@@ -170,17 +166,28 @@ def _gains(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.numel() > 0 and (weight.dtype == torch.float32 or slow)
 
 
-def _forward(layer: nn.Linear, multiply: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     changed = kind(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
     if changed or x.dtype != layer.weight.dtype or not x.numel():
         return nn.functional.linear(x, layer.weight, layer.bias)
-    bias = None if layer.bias is None else layer.bias.float()
-    return multiply(x.float(), bias=bias).to(x.dtype)
+    multiply = _multiply_unseen if torch.compiler.is_compiling() else _multiply
+    return multiply(x, layer.weight, layer.bias)
 
 
-def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In float32, from the weight as it is."""
-    return _onednn(x, weight.float(), bias)
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32, from the copy of the weight, if there is one, or from the weight as it is."""
+    wide, bias, copy = x.float(), None if bias is None else bias.float(), packed(weight)
+    product = _onednn(wide, weight.float(), bias) if copy is None else packed_linear(wide, copy, bias)
+    return product.to(x.dtype)
+
+
+# For a compiler, since copies are those of a call, and what is compiled serves many.
+_multiply_unseen = torch.library.custom_op("pmc_fast::fast_linear", _multiply, mutates_args=())
+
+
+@_multiply_unseen.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

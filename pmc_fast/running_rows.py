@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from pmc_fast import attention, backend
 from pmc_fast.fused_decoder import FusedDecoder, fused_decoder
 from pmc_fast.models import LanguageModel
+from pmc_fast.modules import Modules
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill
 
@@ -26,34 +25,40 @@ class RunningRows:
         filled: a pass over the prompts, whose cache becomes the rows'.
         num_samples: n; answer b * n + i is sample i of prompt b.
         steps: tokens per answer at most.
+        modules: what decodes where this library's own CPU kernels do not.
 
     Attributes:
         hidden: [R, D], the rows' last hidden states.
         slot: int64 [A], the answers that are not done.
         row: int64 [A], the row of each.
         decoded: how many tokens went through the model so far.
+        name: see `Sampler.decoder`.
+
+    Raises:
+        UserError: the modules are to be compiled, and cannot be.
     """
 
-    def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int) -> None:
+    def __init__(self, lm: LanguageModel, filled: Prefill, num_samples: int, steps: int, modules: Modules) -> None:
         prompts, device = len(filled.hidden), filled.hidden.device
-        self._lm, self._filled, self._cache = lm, filled, filled.cache
+        self._lm, self._filled, self._cache, self._modules = lm, filled, filled.cache, modules
         self.hidden = filled.hidden
         self.slot = torch.arange(prompts * num_samples, device=device)
         self.row = self.slot // num_samples
         self._prompt = torch.arange(prompts, device=device)  # of each row
         self._generated = self.decoded = 0
-        self._shares = filled.suits_decode_attention and self._attends_natively()
+        self._shares = filled.suits_decode_attention and (modules.compiled or self._attends_natively())
         self._decoder: FusedDecoder | None = None
         if self._shares:
             self._cache.share(len(self.slot), steps)
             self._decoder = fused_decoder(lm, filled.calls, self._cache)
         else:
             self._cache.grow(len(self.slot), steps)
+        if self._decoder is None:
+            modules.check(filled)
 
     @property
-    def native(self) -> bool:
-        """Whether this library's own CPU kernels decode."""
-        return self._decoder is not None
+    def name(self) -> str:
+        return self._modules.name if self._decoder is None else "native"
 
     def _attends_natively(self) -> bool:
         return backend.choose("decode_attention", None, self.hidden.device.type, self.hidden.dtype) == "native"
@@ -90,23 +95,19 @@ class RunningRows:
     def _hidden(self, token: Tensor) -> Tensor:
         """The last hidden states after one more token per row."""
         position = self._filled.position[self._prompt] + self._generated
-        first = self._filled.padding[self._prompt] if self._shares else None
-        if self._decoder is not None:
-            return self._decoder.step(token, position, first, self._prompt)
-        attending, options = nullcontext(), {}
         if self._shares:
-            attending = attention.decoding(attention.SharedPrompts(self._cache, first, self._prompt))
-        elif self._filled.padded:
+            first = self._filled.padding[self._prompt]
+            if self._decoder is not None:
+                return self._decoder.step(token, position, first, self._prompt)
+            rows = attention.SharedPrompts(self._cache, first, self._prompt)
+            return self._modules.hidden(token, position, rows, self._cache.get_seq_length())
+        options = {}
+        if self._filled.padded:
             mask = self._filled.mask[self._prompt]
             options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), self._generated)], dim=1)
-        with attending:
-            hidden = self._lm.hidden(
-                token[:, None],
-                position_ids=position[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-                **options,
-            )
+        hidden = self._lm.hidden(
+            token[:, None], position_ids=position[:, None], past_key_values=self._cache, use_cache=True, **options
+        )
         return hidden[:, -1]
 
 

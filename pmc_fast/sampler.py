@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmc_fast import attention
+from pmc_fast.compiled_modules import CompiledModules
 from pmc_fast.fast_linear import fast_linear
 from pmc_fast.memory import cache_bytes_per_row, free_bytes
 from pmc_fast.models import LanguageModel, evaluating
+from pmc_fast.modules import Modules
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
@@ -77,21 +79,28 @@ class Sampler:
         model: the model, or a ``LanguageModel`` around it.
         keep_graphs: on a GPU, whether the memory and the CUDA graphs of a call stay for the next one: of the same rows,
             options and weights' addresses, and of about the same lengths. Otherwise nothing stays allocated.
+        compile_modules: whether the model's own modules are compiled by torch where they decode: see ``decoder``; this library's
+            kernels are what they are. Takes from ten seconds to a minute or more at the first token, again where the first
+            single row comes up, and whenever the model has changed in more than its weights' values.
 
     Attributes:
         decoder: what decoded in the last call: "cuda graph" (this library's GPU kernels), "native" (its CPU kernels),
             "cuda graph of modules" (the model's own, where a part of it is of no known kind), "launches" (either of them, where
             torch could not capture a step, which it warns of) or "modules" (the model's own, launch by launch: on a CPU, or
-            where somebody watches or replaces them, they need the host or are tensor-parallel).
+            where somebody watches or replaces them, they need the host or are tensor-parallel). With ``compile_modules``,
+            "compiled modules" instead of "modules".
 
     Raises:
         UserError: the model has no head this library knows.
     """
 
-    def __init__(self, model: nn.Module | LanguageModel, keep_graphs: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module | LanguageModel, keep_graphs: bool = False, compile_modules: bool = False
+    ) -> None:
         self.lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
         self.decoder: str | None = None
         self._kept = KeptDecoders() if keep_graphs else None
+        self._modules = CompiledModules(self.lm) if compile_modules else Modules(self.lm)
 
     def cache_bytes(self, rows: int, positions: int) -> int:
         """Bytes of keys and values for that many rows of that many tokens each, prompt and answer together.
@@ -150,7 +159,9 @@ class Sampler:
             ValueError, TypeError: an argument of the wrong type, shape, dtype or range (token ids outside of the vocabulary
                 on a CPU alone: a GPU would have to be waited for), or a ``cache_budget`` too small for the answers to one
                 prompt.
-            UserError: the model cannot be sampled from, or it has a table of positions which ends before an answer may.
+            UserError: the model cannot be sampled from, it has a table of positions which ends before an answer may, or
+                its modules are to be compiled and cannot be: they have hooks or replaced forwards, are tensor-parallel, have
+                attention that is not torch's SDPA, or do what torch cannot compile.
 
         Source: arXiv 2507.04219, section 4 (x_1..x_n ~ p_theta(.|q)).
         """
@@ -205,13 +216,14 @@ class Sampler:
         steps = int(limit.max()) if len(limit) else 1
         sizes = Sizes(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
         sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)).flatten()
-        if len(limit) and (decoder := static_decoder(self.lm, filled, sizes, ends, draw, self._kept)) is not None:
+        decoder = static_decoder(self.lm, filled, sizes, ends, draw, self._kept, self._modules) if len(limit) else None
+        if decoder is not None:
             with torch.cuda.device_of(limit):  # where its kernels are launched
                 wave = decoder.sample(filled, sequence, limit, prune, progress)
             self.decoder = decoder.name
             return wave
-        rows = RunningRows(self.lm, filled, num_samples, steps)
-        self.decoder = "native" if rows.native else "modules"
+        rows = RunningRows(self.lm, filled, num_samples, steps, self._modules)
+        self.decoder = rows.name
         return _run(self.lm, rows, sequence, limit, ends, draw, prune, progress)
 
     def _prompts_at_once(self, input_ids: Tensor, limits: Tensor, num_samples: int, cache_budget: int | None) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pmc_fast import backend
 from pmc_fast.decoder_layers import Unknown
 from pmc_fast.models import LanguageModel
+from pmc_fast.modules import Modules
 from pmc_fast.ops.sample import preferred
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill
@@ -38,6 +39,7 @@ def static_decoder(
     ends: Tensor,
     draw: dict[str, Any],
     kept: KeptDecoders | None,
+    modules: Modules,
 ) -> StaticDecoder | None:
     """A decoder for this model, or None where its kernels do not run or the model's modules cannot be captured.
 
@@ -48,6 +50,7 @@ def static_decoder(
         ends: int64 [E], the tokens that end an answer.
         draw: the options of `linear_sample` but for sequence and position.
         kept: holds decoders of an earlier call, of which one that fits serves again; None: this call has its own.
+        modules: run a step of layers that are of no known kind.
     """
     device, dtype = filled.hidden.device.type, filled.hidden.dtype
     if lm.shards is not None:  # its ranks exchange between the head and the draw
@@ -58,7 +61,7 @@ def static_decoder(
     if (impl := backend.choose("linear_sample", draw["impl"], device, dtype, prefer)) not in ("triton", "cuda"):
         return None
     try:
-        reads, layers = _read(lm, filled)
+        reads, layers = _read(lm, filled, modules)
     except Unknown:
         return None
     draw, keeps = {**draw, "impl": impl}, kept is not None
@@ -77,13 +80,15 @@ def static_decoder(
     return kept.get((sizes, tuple(ends.tolist()), *draw.items(), *head, *reads), make)
 
 
-def _read(lm: LanguageModel, filled: Prefill) -> tuple[Iterator[Hashable], Callable[..., StaticLayers | StaticModules]]:
+def _read(
+    lm: LanguageModel, filled: Prefill, modules: Modules
+) -> tuple[Iterator[Hashable], Callable[..., StaticLayers | StaticModules]]:
     """What a step reads, and what makes the layers that do it, of filled, sizes and keeps. May raise Unknown."""
     try:
         layers = read_static_layers(lm, filled)
     except Unknown:
         check_modules(lm, filled)
-        return read_by_modules(lm, filled), partial(StaticModules, lm)
+        return read_by_modules(lm, filled), partial(StaticModules, lm, modules)
     return read_in_place(layers), partial(StaticLayers, layers)
 
 

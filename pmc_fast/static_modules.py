@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from pmc_fast import attention
 from pmc_fast.decoder_layers import Unknown, is_hooked
 from pmc_fast.host_values import HostValue, RefusingHostValues
 from pmc_fast.models import LanguageModel
+from pmc_fast.modules import Modules
 from pmc_fast.prefill import Prefill
 from pmc_fast.sharding import is_tensor_parallel, kind
 from pmc_fast.static_cache import StaticCache, StepAttention
@@ -74,15 +71,13 @@ class StaticModules(StaticCache):
         Unknown: a step of the modules gives the host a value.
     """
 
-    name = "cuda graph of modules"
-
-    def __init__(self, lm: LanguageModel, filled: Prefill, sizes: Sizes, keeps: bool) -> None:
+    def __init__(self, lm: LanguageModel, modules: Modules, filled: Prefill, sizes: Sizes, keeps: bool) -> None:
         super().__init__(filled, sizes, keeps)
-        self._lm = lm
+        self.name, self._modules = f"cuda graph of {modules.name}", modules
         self._prefix_length = torch.zeros((), dtype=torch.int64, device=filled.hidden.device)
-        self._try(filled)
+        self._try(Modules(lm), filled)
 
-    def _try(self, filled: Prefill) -> None:
+    def _try(self, modules: Modules, filled: Prefill) -> None:
         """Run a step of one row per prompt, whose answers have not begun."""
         rows, padding = len(filled.hidden), filled.padding
         step = SimpleNamespace(
@@ -96,7 +91,7 @@ class StaticModules(StaticCache):
         self.begin(filled)
         try:
             with torch.cuda.device_of(padding), RefusingHostValues(padding.device.type):
-                self.hidden(step, rows)
+                self._hidden(modules, step, rows)
         except HostValue as error:
             raise Unknown from error
 
@@ -106,70 +101,28 @@ class StaticModules(StaticCache):
 
     def hidden(self, of: StaticRows, rows: int) -> Tensor:
         """The last hidden states [rows, D] of one more token for each of the first rows."""
+        return self._hidden(self._modules, of, rows)
+
+    def _hidden(self, modules: Modules, of: StaticRows, rows: int) -> Tensor:
         length = of.step[:rows]
-        held = self._prefix_length + length[0] - 1
-        most = self._sizes.width + self._sizes.steps
         # Rows without a text count on, perhaps beyond the positions that the model has learned.
         position = of.position[:rows] * (torch.arange(rows, device=length.device) < of.texts)
-        cache = Cache(layers=[_Layer(own, length, held, most) for own in self.own[:, :, :rows]])
-        with attention.decoding(_Rows(self.attention(of, rows))), _not_warning(self._lm.backbone):
-            hidden = self._lm.hidden(
-                of.token[:rows, None], position_ids=position[:, None], past_key_values=cache, use_cache=True
-            )
-        return hidden[:, -1]
+        appending = Appending(self.own[:, :, :rows], length, self.attention(of, rows))
+        return modules.hidden(of.token[:rows], position, appending, self._prefix_length + length[0] - 1)
 
 
-@contextmanager
-def _not_warning(backbone: nn.Module) -> Iterator[None]:
-    """Within a with block, GPT-2 and its like do not look at tokens to warn of padding that comes without a mask."""
-    backbone.warn_if_padding_and_no_attention_mask = lambda *args: None
-    try:
-        yield
-    finally:
-        del backbone.warn_if_padding_and_no_attention_mask
-
-
-class _Rows:
-    """See `attention.Decoding`."""
-
-    def __init__(self, attends: StepAttention) -> None:
-        self._attends = attends
-
-    def attend(self, layer, query, key, value, **options) -> Tensor:
-        return self._attends(layer, query, **options)  # keys and values are where the layer's cache put them
-
-
-class _Layer(CacheLayerMixin):
-    """The rows' own keys and values of one layer, to which a step appends; nothing in it knows how many there are.
+class Appending:
+    """Rows that keep a token's keys and values, and then attend. See `attention.Decoding`.
 
     Args:
-        own: [2, rows, kv_heads, steps, head_dim].
+        own: [layers, 2, rows, kv_heads, steps, head_dim].
         length: int64 [rows], positions that each row holds, the one that is to be appended included.
-        held: int64 [], positions before that one, the prompts' included; at most `most`.
     """
 
-    is_sliding = False  # whole length kept; attention applies a window where the model has one
+    def __init__(self, own: Tensor, length: Tensor, attends: StepAttention) -> None:
+        self._own, self._place, self._attends = own, (length - 1)[:, None, None, None], attends
 
-    def __init__(self, own: Tensor, length: Tensor, held: Tensor, most: int) -> None:
-        super().__init__()
-        self.keys, self.values = own
-        self.is_initialized = True
-        self._place, self._held, self._most, self._appended = (length - 1)[:, None, None, None], held, most, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+        for held, new in zip(self._own[layer], (key[:, :, None], value[:, :, None]), strict=True):
             held.scatter_(2, self._place.expand_as(new), new)
-        self._appended = 1
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._most, 0
-
-    def get_seq_length(self) -> Tensor:
-        return self._held + self._appended
-
-    def get_max_length(self) -> int:
-        return self._most
+        return self._attends(layer, query, **options)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pmc_fast import fast_linear as the_module
-from pmc_fast.fast_linear import add_linear, fast_linear, linear, packed
+from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, linear, packed
 from pmc_fast.native.packed_linear import packed_bytes
 
 
@@ -130,3 +130,13 @@ def test_weights_are_packed_again_in_the_next_block(rng_seed):
             layer.weight.copy_(torch.randn(5, 9))
             with fast_linear(layer):
                 torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_compiler_sees_what_comes_out(dtype, bias, rng_seed):
+    layer = nn.Linear(7, 13, bias=bias, dtype=dtype).requires_grad_(False)
+    with torch.no_grad(), fast_linear(layer):
+        arguments = (torch.randn(2, 5, 7, dtype=dtype), layer.weight, layer.bias)
+        torch.library.opcheck(_multiply_unseen, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert torch.equal(_multiply_unseen(*arguments), layer(arguments[0]))

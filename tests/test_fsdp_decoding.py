@@ -1,6 +1,7 @@
 """Sampling from a model sharded by FSDP2 decodes as with whole weights, and leaves nothing of them behind."""
 
 import weakref
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -39,6 +40,7 @@ def test_two_ranks_decode_as_one_process(rng_seed, tmp_path):
         _parts_by_themselves,
         _changed_weights,
         _fixed_memory,
+        _compiled,
         _other_peoples_changes,
         _nothing_stays,
     ]
@@ -196,6 +198,26 @@ def _other_peoples_changes(rank, ranks, seed):
         assert before.tokens.shape != got.tokens.shape or not torch.equal(before.tokens, got.tokens), change
         undo()
         assert torch.equal(_sample(sampler, seed).tokens, before.tokens), change
+
+
+def _compiled(rank, ranks, seed):
+    """Modules that are compiled once take the weights of each call, and let go of them."""
+    traced = partial(torch.compile, backend="eager")
+    with patch.object(torch, "compile", traced):
+        sampler = Sampler(_shard(make_model("cohere", seed)), compile_modules=True)
+    whole, storages = Sampler(make_model("cohere", seed)), []
+    for _ in range(3):
+        got = _sample(sampler, seed, progress=lambda rows: storages.extend(_storages(sampler.lm.model)))
+        assert torch.equal(got.tokens, _sample(whole, seed).tokens) and sampler.decoder == "compiled modules"
+        assert storages and not any(storage.size() for storage in storages)
+        with torch.no_grad():
+            for parameter in chain(whole.lm.model.parameters(), sampler.lm.model.parameters()):
+                parameter *= 1.2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def _storages(model):
+    return [parameter.untyped_storage() for parameter in model.parameters()]
 
 
 def _nothing_stays(rank, ranks, seed):

@@ -18,9 +18,10 @@ from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sam
 
 from pmc_fast import attention, static_decoder
 from pmc_fast.decoder_layers import Unknown
+from pmc_fast.modules import PassingLayer
 from pmc_fast.running_rows import RunningRows
 from pmc_fast.sampler import Sampler
-from pmc_fast.static_modules import StaticModules, _Layer
+from pmc_fast.static_modules import Appending, StaticModules
 
 VARIANTS = {
     **{name: (name, {}) for name in FAMILIES},
@@ -192,29 +193,29 @@ def test_modules_that_somebody_watches_replaces_or_compiles_run_by_themselves(ch
     assert built == [None]
 
 
-def test_keys_and_values_are_appended_and_counted_as_in_any_cache(rng_seed):
-    prompts, own = torch.randn(2, 3, 2, 5, 4), torch.full((2, 3, 2, 6, 4), torch.nan)
-    theirs = DynamicCache()
-    theirs.update(*prompts, 0)
-    for step in range(1, 7):
-        layer = _Layer(own, torch.full((3,), step), torch.tensor(5 + step - 1), 11)
-        assert layer.get_seq_length() == theirs.get_seq_length()
-        new = torch.randn(2, 3, 2, 1, 4)
+def test_a_token_is_kept_before_it_attends(rng_seed):
+    own = torch.full((2, 2, 3, 2, 6, 4), torch.nan)  # of the second of two layers
+    query, new, length = torch.randn(3, 4, 4), torch.randn(2, 3, 2, 4), torch.tensor([4, 1, 6])
+
+    def attends(layer, got, window):
+        assert layer == 1 and got is query and window == 5
+        for row, place in enumerate((length - 1).tolist()):
+            torch.testing.assert_close(own[1, :, row, :, place], new[:, row], rtol=0, atol=0)
+        assert own.isnan().sum() == own.numel() - new.numel()
+        return "attended"
+
+    assert Appending(own, length, attends).attend(1, query, *new, window=5) == "attended"
+
+
+@pytest.mark.parametrize("held", [5, torch.tensor(5)], ids=["number", "tensor"])
+def test_the_cache_of_a_token_counts_as_any_cache(held, rng_seed):
+    theirs, new = DynamicCache(), torch.randn(2, 3, 2, 1, 4)
+    theirs.update(*torch.randn(2, 3, 2, 5, 4), 0)
+    mine = PassingLayer(held)
+    assert mine.get_mask_sizes(1) == theirs.get_mask_sizes(1, 0)
+    for _ in range(2):
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        assert [states.data_ptr() for states in mine.update(*new)] == [states.data_ptr() for states in new]
         theirs.update(*new, 0)
-        for held, got, want in zip(
-            own, layer.update(*new), (theirs.layers[0].keys, theirs.layers[0].values), strict=True
-        ):
-            assert got.data_ptr() == held.data_ptr()
-            torch.testing.assert_close(got[:, :, :step], want[:, :, 5:], rtol=0, atol=0)
-            assert got[:, :, step:].isnan().all()
-        assert layer.get_seq_length() == theirs.get_seq_length()
-    assert layer.get_mask_sizes(1) == (11, 0) and layer.get_max_length() == 11
-
-
-def test_rows_that_hold_more_than_others(rng_seed):
-    own = torch.full((2, 3, 2, 6, 4), torch.nan)
-    new, length = torch.randn(2, 3, 2, 1, 4), torch.tensor([4, 1, 6])
-    _Layer(own, length, torch.tensor(0), 6).update(*new)
-    for row, place in enumerate((length - 1).tolist()):
-        torch.testing.assert_close(own[:, row, :, place], new[:, row, :, 0], rtol=0, atol=0)
-    assert own.isnan().sum() == own.numel() - new.numel()
+    assert held == 5 and mine.get_seq_length() == theirs.get_seq_length()
+    assert mine.get_max_length() == theirs.layers[0].get_max_length()
