@@ -6,6 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from benchmarks.bench_decode_attention_by_prefix import DecodeAttentionByPrefixBench
+from benchmarks.shapes import AttentionHeads
 from pmc_fast.gpu.checks import no_bad_row
 from pmc_fast.kernels import decode_attention, prefix_attention
 from pmc_fast.kernels.prefix_attention import sharers_if_faster, sharers_of
@@ -239,3 +241,13 @@ def test_the_op_reads_at_once_what_is_chosen(impl, monkeypatch, rng_seed):
 )
 def test_splits_are_for_few_prefixes_and_many_positions(rows, prefixes, positions, splits):
     assert prefix_attention.splits_for(rows, prefixes, 21, 8, positions, 132) == splits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_benchmark_finds_both_ways_right(dtype, rng_seed):
+    bench = DecodeAttentionByPrefixBench(43, AttentionHeads(6, 2, 40), 43, dtype, prefix=33)
+    inputs = bench.make_inputs(rng_seed, torch.get_default_device())
+    assert (inputs.sharers >= 0).sum(1).tolist() == [21, 1, 21, 0]
+    oracle, runs = bench.oracle(inputs), bench.contestants()
+    for name in ("pmc_fast, each row", "pmc_fast, at once"):
+        assert bench.judge(runs[name], runs[name](inputs), inputs, oracle, None).right
