@@ -204,8 +204,7 @@ def decode_attention(
     sharers: Tensor | None = None,
     bad: Tensor | None = None,
 ) -> Tensor:
-    """One launch, or a second where positions are split, or three with sharers. They depend on shapes alone: a CUDA graph can
-    hold them.
+    """One launch, two where positions are split, three with sharers, which depends on shapes alone: a CUDA graph can hold them.
 
     sharers: `prefix_attention.sharers_of` prefix_row: read each prefix once for its rows; None: each row reads it.
     bad: int32 [1], lowered to the number of a row whose scores are no numbers; None: nobody looks.
@@ -300,16 +299,18 @@ def _within_heads(x: Tensor) -> Tensor:
 
 
 def variants(capability: int) -> list[Variant]:
-    """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two."""
+    """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two; of the
+    rows' own positions alone, where the prefix is read at once."""
     llama = ATTENTIONS[-1]
     listed = [_attend_variant(shape, "bf16") for shape in ATTENTIONS]
     listed += [_attend_variant(llama, "fp16"), _attend_variant(llama, "fp32"), _attend_variant(llama, "bf16", splits=8)]
     listed.append(_attend_variant(llama, "bf16", plain=True))
+    listed.append(_attend_variant(llama, "bf16", alone=True))
     listed.append(_join_variant(llama, "bf16", splits=8))
     return listed
 
 
-def _attend_variant(shape: Attention, dtype: str, splits: int = 1, plain: bool = False) -> Variant:
+def _attend_variant(shape: Attention, dtype: str, splits: int = 1, plain: bool = False, alone: bool = False) -> Variant:
     tiles = tiles_for(shape.heads // shape.kv_heads, shape.dim, 4 if dtype == "fp32" else 2)
     tensors = ("query", "key", "value", "prefix_key", "prefix_value")
     strides = ["query_row_stride", "query_head_stride"]
@@ -319,12 +320,16 @@ def _attend_variant(shape: Attention, dtype: str, splits: int = 1, plain: bool =
     signature |= dict.fromkeys(("positions", "prefix_positions", "heads", "parts"), "i32") | {"scale": "fp32"}
     constants = {"GROUP": shape.heads // shape.kv_heads, "DIM": shape.dim, "SPLITS": splits, "PRECISION": "ieee"}
     constants |= {"POSITIONS": tiles.POSITIONS, "HEADS": tiles.HEADS, "DEPTH": tiles.DEPTH}
-    signature["out"] = "*" + dtype if splits == 1 else "*fp32"
-    optional = dict.fromkeys(("tops", "masses"), "*fp32" if splits > 1 else None)
+    in_parts = splits > 1 or alone
+    signature["out"] = "*fp32" if in_parts else "*" + dtype
+    optional = dict.fromkeys(("tops", "masses"), "*fp32" if in_parts else None)
     optional |= {"bad": "*i32", "softcap": "fp32"} if plain else dict.fromkeys(("bad", "softcap"))
+    if plain or alone:
+        optional |= dict.fromkeys(("prefix_key", "prefix_value", "prefix_row"))
     if plain:
-        optional |= dict.fromkeys(("prefix_key", "prefix_value", "prefix_row", "length"))
-    name = f"{shape.model}, {dtype}" + (f", {splits} splits" if splits > 1 else "") + (", soft-capped" if plain else "")
+        optional |= {"length": None}
+    name = f"{shape.model}, {dtype}" + (f", {splits} splits" if splits > 1 else "")
+    name += ", soft-capped" * plain + ", beside a prefix" * alone
     return Variant(
         name=name,
         kernel=attend_kernel,

@@ -224,9 +224,16 @@ def attend_prefix(
         totals: float32, contiguous [N, H, parts, D]; become sums of values, times exp(score - top).
         tops, masses: float32, contiguous [N, H, parts]; become the highest score and the sum of exp(score - top). Of a part
             in which a row sees nothing these are -inf and 0.
+
+    Raises:
+        ValueError: sharers of other numbers of rows, prefixes or heads.
     """
-    heads, dim = query.shape[1:]
-    kv_heads, (count, tile_rows) = prefix_key.shape[1], sharers.shape
+    (rows, heads, dim), (prefixes, kv_heads) = query.shape, prefix_key.shape[:2]
+    group = heads // kv_heads
+    tile_rows = QUERIES // group
+    count = rows // tile_rows + prefixes
+    if sharers.shape != (count, tile_rows):
+        raise ValueError(f"sharers: got shape {list(sharers.shape)}, expected {[count, tile_rows]}, from sharers_of")
     attend_prefix_kernel[(count * splits * kv_heads,)](
         query,
         *query.stride()[:2],
@@ -247,7 +254,7 @@ def attend_prefix(
         masses,
         tops.shape[2],
         TILE_ROWS=tile_rows,
-        GROUP=heads // kv_heads,
+        GROUP=group,
         DIM=dim,
         SPLITS=splits,
         QUERIES=QUERIES,

@@ -114,6 +114,13 @@ def test_no_rows(rng_seed):
     assert attend({name: x if name in shared else x[:0] for name, x in case.items()}).shape == (0, 6, 24)
 
 
+def test_sharers_of_other_rows_are_refused(rng_seed):
+    case = make(torch.arange(11) % 5)  # and a prefix without rows
+    for sharers in (sharers_of(case["prefix_row"], 6, 1), sharers_of(case["prefix_row"], 7, 3)):
+        with pytest.raises(ValueError, match=r"sharers: got shape .*, expected \[6, 21\], from sharers_of"):
+            decode_attention.decode_attention(**case, scale=1.0, softcap=None, sharers=sharers)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group, kv_heads, dim", [(1, 3, 16), (3, 2, 24), (4, 1, 5), (7, 2, 40), (17, 1, 16)])
 def test_heads_and_dimensions_that_need_padding(group, kv_heads, dim, dtype, rng_seed):
