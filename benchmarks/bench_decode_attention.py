@@ -24,7 +24,7 @@ class CacheInputs(NamedTuple):
     """query [N, H, D], key and value [N, K, T, D], which are views into a longer cache, first [N].
 
     `held` is what pmc_fast gets in place of key and value: them, or a prefix that rows share, and a cache that the rows
-    are still filling.
+    are still filling. `sharers` is what `bench_decode_attention_by_prefix` adds.
     """
 
     query: torch.Tensor
@@ -32,6 +32,7 @@ class CacheInputs(NamedTuple):
     value: torch.Tensor
     first: torch.Tensor
     held: dict[str, torch.Tensor]
+    sharers: torch.Tensor | None = None
 
 
 def ours(x: CacheInputs, impl: str | None = None) -> torch.Tensor:
@@ -96,6 +97,7 @@ class DecodeAttentionBench(Bench):
             return CacheInputs(query.to(self.dtype), key, value, first, {"key": key, "value": value})
         prompt = torch.arange(self.rows, device=device) * self.prompts // self.rows
         prompt_first_row = torch.searchsorted(prompt, torch.arange(self.prompts, device=device))
+        first = first[prompt_first_row][prompt]  # a prompt's padding
         shared = cache[:, prompt_first_row, :, : self.prefix]
         cache[..., : self.prefix, :] = shared[:, prompt]
         own = cache[..., self.prefix :, :].clone()

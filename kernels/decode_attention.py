@@ -3,6 +3,7 @@
 A program has one row and one head of keys. It takes scores as [positions, heads], since a matrix product wants its first
 side long, and the positions are many where the heads are few. For P positions, K heads of keys, D dimensions and elements
 of s bytes a row takes 2 P K D s bytes; neighbouring rows are neighbouring programs, so L2 serves a prefix that they share.
+Where it is to be read once for all of them, `prefix_attention` does that, and the rows' own positions alone are done here.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmc_fast.kernels import prefix_attention
 from pmc_fast.kernels.device import device_of, dot_precision
 from pmc_fast.kernels.interpreted import dot, rounded
 from pmc_fast.kernels.logits import INFINITY, tanh
-from pmc_fast.kernels.variant import Variant, absent, present
+from pmc_fast.kernels.variant import ATTENTIONS, Attention, Variant, absent, present
 
 LEAST_POSITIONS = 256  # of a split: fewer are read before a second kernel has started
 MOST_SPLITS = 32
 PROGRAMS_AT_ONCE = 4  # of a multiprocessor, so that memory is kept busy
 
 
-@triton.jit(do_not_specialize=["positions", "prefix_positions"])
+@triton.jit(do_not_specialize=["positions", "prefix_positions", "parts"])
 def attend_kernel(
     query,  # [N, H, dim]
     query_row_stride,
@@ -46,7 +48,7 @@ def attend_kernel(
     prefix_value_row_stride,
     prefix_value_head_stride,
     prefix_value_stride,
-    prefix_row,  # int64 [N] or None
+    prefix_row,  # int64 [N] or None: positions of a prefix are left out
     first,  # int64 [N]
     length,  # int64 [N] or None
     positions,
@@ -54,10 +56,11 @@ def attend_kernel(
     heads,  # of keys
     scale,
     softcap,
-    out,  # [N, H, dim], or with SPLITS > 1 float32 [N, H, SPLITS, dim]: sums that are still to be divided by masses
-    tops,  # float32 [N, H, SPLITS] if SPLITS > 1
+    out,  # [N, H, dim], or with tops float32 [N, H, parts, dim]: sums that are still to be divided by masses
+    tops,  # float32 [N, H, parts] or None; of parts those from here on are filled
     masses,
     bad,  # int32 [1] or None
+    parts,
     GROUP: tl.constexpr,  # heads of queries to a head of keys
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -83,6 +86,8 @@ def attend_kernel(
         prefix_value += its_prefix * prefix_value_row_stride + kv_head * prefix_value_head_stride
 
     begin = tl.load(first + row).to(tl.int32)
+    if prefix_row is None:
+        begin = tl.maximum(begin, prefix_positions)
     end = prefix_positions + (positions if length is None else tl.load(length + row).to(tl.int32))
     if SPLITS > 1:
         blocks = tl.cdiv(end - begin, POSITIONS)
@@ -116,8 +121,8 @@ def attend_kernel(
         top = higher
 
     index = (row * heads + kv_head) * GROUP + head
-    if SPLITS > 1:
-        index = index * SPLITS + split
+    if tops is not None:
+        index = index * parts + split
         tl.store(tops + index, top, mask=head < GROUP)
         tl.store(masses + index, mass, mask=head < GROUP)
     else:
@@ -196,29 +201,53 @@ def decode_attention(
     prefix_value: Tensor | None = None,
     prefix_row: Tensor | None = None,
     length: Tensor | None = None,
+    sharers: Tensor | None = None,
     bad: Tensor | None = None,
 ) -> Tensor:
-    """One launch, or two where positions are split, which depends on shapes alone: a CUDA graph can hold it.
+    """One launch, two where positions are split, three with sharers, which depends on shapes alone: a CUDA graph can hold them.
 
+    sharers: `prefix_attention.sharers_of` prefix_row: read each prefix once for its rows; None: each row reads it.
     bad: int32 [1], lowered to the number of a row whose scores are no numbers; None: nobody looks.
     """
     query, key, value = (_within_heads(x) for x in (query, key, value))
     (rows, heads, dim), (kv_heads, positions) = query.shape, key.shape[1:3]
-    prefix = [None, 0, 0, 0] * 2
     prefix_positions = 0
     if prefix_key is not None:
         prefix_key, prefix_value = _within_heads(prefix_key), _within_heads(prefix_value)
-        prefix = [prefix_key, *prefix_key.stride()[:3], prefix_value, *prefix_value.stride()[:3]]
         prefix_positions = prefix_key.shape[2]
     out = torch.empty(rows, heads, dim, dtype=query.dtype, device=query.device)
     if rows == 0:
         return out
-    tiles = tiles_for(heads // kv_heads, dim, query.element_size())
-    splits = splits_for(rows * kv_heads, prefix_positions + positions, device_of(query)[1])
+    processors = device_of(query)[1]
+    if sharers is None:
+        shared, splits = 0, splits_for(rows * kv_heads, prefix_positions + positions, processors)
+    else:
+        shared = prefix_attention.splits_for(
+            rows, len(prefix_key), sharers.shape[1], kv_heads, prefix_positions, processors
+        )
+        splits = splits_for(rows * kv_heads, positions, processors)
+    parts = shared + splits
     totals, tops, masses = out, None, None
-    if splits > 1:
+    if parts > 1:
         new = partial(torch.empty, dtype=torch.float32, device=query.device)
-        totals, tops, masses = new(rows, heads, splits, dim), new(rows, heads, splits), new(rows, heads, splits)
+        totals, tops, masses = new(rows, heads, parts, dim), new(rows, heads, parts), new(rows, heads, parts)
+    if sharers is not None:
+        prefix_attention.attend_prefix(
+            query,
+            prefix_key,
+            prefix_value,
+            prefix_row,
+            first,
+            sharers,
+            scale,
+            softcap,
+            shared,
+            totals,
+            tops,
+            masses,
+        )
+        prefix_key = prefix_value = prefix_row = None
+    tiles = tiles_for(heads // kv_heads, dim, query.element_size())
     attend_kernel[(rows * kv_heads * splits,)](
         query,
         *query.stride()[:2],
@@ -226,7 +255,10 @@ def decode_attention(
         *key.stride()[:3],
         value,
         *value.stride()[:3],
-        *prefix,
+        prefix_key,
+        *([0] * 3 if prefix_key is None else prefix_key.stride()[:3]),
+        prefix_value,
+        *([0] * 3 if prefix_value is None else prefix_value.stride()[:3]),
         None if prefix_row is None else prefix_row.contiguous(),
         first.contiguous(),
         None if length is None else length.contiguous(),
@@ -235,27 +267,26 @@ def decode_attention(
         kv_heads,
         scale,
         softcap,
-        totals,
-        tops,
-        masses,
+        *(x if x is None else x[:, :, shared:] for x in (totals, tops, masses)),
         bad,
+        parts,
         GROUP=heads // kv_heads,
         DIM=dim,
         SPLITS=splits,
         PRECISION=dot_precision(),
         **tiles._asdict(),
     )
-    if splits > 1:
+    if parts > 1:
         join_kernel[(rows * heads,)](
             totals,
             tops,
             masses,
-            splits,
+            parts,
             heads,
             out,
             bad,
             DIM=dim,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=triton.next_power_of_2(parts),
             DEPTH=tiles.DEPTH,
             num_warps=4,
         )
@@ -267,49 +298,38 @@ def _within_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class Shape(NamedTuple):
-    """The attention of a model that `pmc_fast` is measured on."""
-
-    model: str
-    heads: int
-    kv_heads: int
-    dim: int
-
-
-SHAPES = (
-    Shape("SmolLM2-135M", 9, 3, 64),
-    Shape("Phi-1.5", 32, 32, 64),
-    Shape("Gemma-3-12B", 16, 8, 256),
-    Shape("Llama-3.2-3B", 24, 8, 128),
-)
-
-
 def variants(capability: int) -> list[Variant]:
-    """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two."""
-    llama = SHAPES[-1]
-    listed = [_attend_variant(shape, "bf16") for shape in SHAPES]
+    """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two; of the
+    rows' own positions alone, where the prefix is read at once."""
+    llama = ATTENTIONS[-1]
+    listed = [_attend_variant(shape, "bf16") for shape in ATTENTIONS]
     listed += [_attend_variant(llama, "fp16"), _attend_variant(llama, "fp32"), _attend_variant(llama, "bf16", splits=8)]
     listed.append(_attend_variant(llama, "bf16", plain=True))
+    listed.append(_attend_variant(llama, "bf16", alone=True))
     listed.append(_join_variant(llama, "bf16", splits=8))
     return listed
 
 
-def _attend_variant(shape: Shape, dtype: str, splits: int = 1, plain: bool = False) -> Variant:
+def _attend_variant(shape: Attention, dtype: str, splits: int = 1, plain: bool = False, alone: bool = False) -> Variant:
     tiles = tiles_for(shape.heads // shape.kv_heads, shape.dim, 4 if dtype == "fp32" else 2)
     tensors = ("query", "key", "value", "prefix_key", "prefix_value")
     strides = ["query_row_stride", "query_head_stride"]
     strides += [f"{name}_{of}stride" for name in tensors[1:] for of in ("row_", "head_", "")]
     signature = dict.fromkeys(tensors, "*" + dtype) | dict.fromkeys(strides, "i32")
     signature |= dict.fromkeys(("prefix_row", "first", "length"), "*i64")
-    signature |= dict.fromkeys(("positions", "prefix_positions", "heads"), "i32") | {"scale": "fp32"}
+    signature |= dict.fromkeys(("positions", "prefix_positions", "heads", "parts"), "i32") | {"scale": "fp32"}
     constants = {"GROUP": shape.heads // shape.kv_heads, "DIM": shape.dim, "SPLITS": splits, "PRECISION": "ieee"}
     constants |= {"POSITIONS": tiles.POSITIONS, "HEADS": tiles.HEADS, "DEPTH": tiles.DEPTH}
-    signature["out"] = "*" + dtype if splits == 1 else "*fp32"
-    optional = dict.fromkeys(("tops", "masses"), "*fp32" if splits > 1 else None)
+    in_parts = splits > 1 or alone
+    signature["out"] = "*fp32" if in_parts else "*" + dtype
+    optional = dict.fromkeys(("tops", "masses"), "*fp32" if in_parts else None)
     optional |= {"bad": "*i32", "softcap": "fp32"} if plain else dict.fromkeys(("bad", "softcap"))
+    if plain or alone:
+        optional |= dict.fromkeys(("prefix_key", "prefix_value", "prefix_row"))
     if plain:
-        optional |= dict.fromkeys(("prefix_key", "prefix_value", "prefix_row", "length"))
-    name = f"{shape.model}, {dtype}" + (f", {splits} splits" if splits > 1 else "") + (", soft-capped" if plain else "")
+        optional |= {"length": None}
+    name = f"{shape.model}, {dtype}" + (f", {splits} splits" if splits > 1 else "")
+    name += ", soft-capped" * plain + ", beside a prefix" * alone
     return Variant(
         name=name,
         kernel=attend_kernel,
@@ -322,7 +342,7 @@ def _attend_variant(shape: Shape, dtype: str, splits: int = 1, plain: bool = Fal
     )
 
 
-def _join_variant(shape: Shape, dtype: str, splits: int) -> Variant:
+def _join_variant(shape: Attention, dtype: str, splits: int) -> Variant:
     return Variant(
         name=f"join {splits} splits, {shape.model}, {dtype}",
         kernel=join_kernel,

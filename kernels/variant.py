@@ -46,6 +46,23 @@ MODELS = (
 )
 
 
+class Attention(NamedTuple):
+    """The attention of a model that `pmc_fast` is measured on."""
+
+    model: str
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+ATTENTIONS = (
+    Attention("SmolLM2-135M", 9, 3, 64),
+    Attention("Phi-1.5", 32, 32, 64),
+    Attention("Gemma-3-12B", 16, 8, 256),
+    Attention("Llama-3.2-3B", 24, 8, 128),
+)
+
+
 def present(optional: Mapping[str, str | None]) -> dict[str, str]:
     """Of a variant's optional arguments those that are given: for its signature."""
     return {argument: kind for argument, kind in optional.items() if kind is not None}

@@ -61,6 +61,7 @@ class StepAttention:
         self._own, self._prefix, self._width = own, prefix, width
         self._length, self._prefix_row = of.step[:rows], of.prefix_row[:rows]
         self._first: dict[int | None, Tensor] = {None: of.first[:rows]}  # that a row sees, by window
+        self._sharers: dict[int, Tensor | None] = {}  # rows that share a prompt, by heads; found once for all layers
         self._kernel = gpu.kernels("decode_attention").decode_attention
 
     def __call__(
@@ -70,6 +71,9 @@ class StepAttention:
         if window not in self._first:
             self._first[window] = torch.maximum(self._first[None], self._length + (self._width - window))
         (keys, values), (prefix_keys, prefix_values) = self._own[layer], self._prefix[layer]
+        if (heads := query.shape[1]) not in self._sharers:
+            choose = gpu.kernels("prefix_attention").sharers_if_faster
+            self._sharers[heads] = choose(self._prefix_row, prefix_keys, heads)
         return self._kernel(
             query,
             keys,
@@ -81,4 +85,5 @@ class StepAttention:
             prefix_value=prefix_values,
             prefix_row=self._prefix_row,
             length=self._length,
+            sharers=self._sharers[heads],
         )

@@ -96,7 +96,9 @@ class StaticRows:
             zero.zero_()
         self._tokens.copy_(self._ends[0].expand_as(self._tokens))
         self.prefix_row[:prompts] = prompt
-        self.first[:prompts] = filled.padding + (self._sizes.width - filled.cache.get_seq_length())
+        first = filled.padding + (self._sizes.width - filled.cache.get_seq_length())
+        self.first.fill_(first[0])  # rows without a text have prompt 0, and must not have it read what stands before it
+        self.first[:prompts] = first
         self.position[:prompts] = filled.position
 
     def record(self, token: Tensor, logprob: Tensor) -> None:

@@ -8,7 +8,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pmc_fast.gpu.regroup import regroup
 from pmc_fast.reference import decode_attention as reference
 
-__all__ = ["activate", "append_token", "copy_rows", "decode_attention", "normalize", "regroup", "rotate_and_append"]
+__all__ = [
+    "activate",
+    "append_token",
+    "copy_rows",
+    "decode_attention",
+    "normalize",
+    "regroup",
+    "rotate_and_append",
+    "sharers_if_faster",
+]
 
 
 def normalize(x, weight, bias, epsilon, *, centered, offset=0.0, added=None, out):
@@ -42,7 +51,11 @@ def rotate_and_append(query, key, value, cosine, sine, position, length, keys, v
     return turned(query)
 
 
-def decode_attention(query, key, value, first, *, prefix_row, length, **options):
+def sharers_if_faster(prefix_row, prefix_key, heads):
+    return None
+
+
+def decode_attention(query, key, value, first, *, prefix_row, length, sharers, **options):
     """A row that has no text may hold anything, of which the reference complains; the kernel makes NaN of it, too."""
 
     def attend(rows):

@@ -111,6 +111,32 @@ def test_the_kernels_themselves(family, built, steps, monkeypatch, rng_seed):
     assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere"])
+def test_prompts_that_are_read_at_once(family, built, steps, monkeypatch, rng_seed):
+    """For all their rows, by the kernels themselves; what stands before a prompt may be anything."""
+    monkeypatch.setattr(gpu, "kernels", KERNELS)
+    kernels, asked = KERNELS("prefix_attention"), []
+    monkeypatch.setattr(kernels, "LEAST_POSITIONS", 0)
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 0)
+    find = kernels.sharers_of
+    monkeypatch.setattr(kernels, "sharers_of", lambda *args: asked.append(find(*args)) or asked[-1])
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda x, *size, **options: (made := new_empty(x, *size, **options)).fill_(
+            torch.nan if made.is_floating_point() else 3
+        ),
+    )
+    model = make_model(family, seed=rng_seed).to(DEVICE)
+    options = {"prompts": PROMPTS[:3], "num_samples": 4, "max_new_tokens": 5, "top_k": 2, "eos_token_id": 257}
+    got = sample(Sampler(model, keep_graphs=True), rng_seed, **options)
+    assert (
+        built[0] is not None and 0 < len(asked) <= len(steps) + 1
+    )  # once a step, and in the trial of a model's own modules
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

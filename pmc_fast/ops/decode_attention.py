@@ -145,6 +145,9 @@ def _decode_attention(
     attend = backend.load("decode_attention", name)
     if name != "triton":
         return attend(query, key, value, first, **options)
+    if prefix_key is not None:
+        choose = backend.load("prefix_attention", name, "sharers_if_faster")
+        options["sharers"] = choose(prefix_row, prefix_key, query.shape[1])
     bad = no_bad_row(len(query), query.device)
     out = attend(query, key, value, first, **options, bad=bad)
     report_scores(bad, len(query))

@@ -15,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.bench import Bench, CannotRun, Verdict
 from benchmarks.bench_collapse_loss import CollapseLossBench
 from benchmarks.bench_decode_attention import DecodeAttentionBench
+from benchmarks.bench_decode_attention_by_prefix import DecodeAttentionByPrefixBench
 from benchmarks.bench_linear_logprob import LinearLogprobBench
 from benchmarks.bench_linear_sample import LinearSampleBench
 from benchmarks.bench_sample import SampleBench, Settings
@@ -166,6 +167,7 @@ BENCHES = [
     DecodeAttentionBench(5, AttentionHeads(6, 2, 40), 23),
     DecodeAttentionBench(5, AttentionHeads(6, 2, 40), 23, torch.bfloat16),
     DecodeAttentionBench(43, AttentionHeads(6, 2, 40), 23, prefix=9),
+    DecodeAttentionByPrefixBench(43, AttentionHeads(6, 2, 40), 23, torch.bfloat16, prefix=9),
     bench_rouge_l_recall.RougeLRecallBench(9),
 ]
 
@@ -316,6 +318,7 @@ def test_every_op_has_a_large_shape_and_a_small_one():
 def test_what_is_only_run_where_it_is_named():
     assert not set(ops.NAMED_ONLY) & set(ops.OPS)
     assert {bench.rows for bench in ops.benches_of("linear_sample_by_rows")} >= {16, 160, 256}
+    assert {bench.prefix for bench in ops.benches_of("decode_attention_by_prefix")} == {64, 256, 1024, 4096}
     titles = [bench.title for bench in ops.benches_of("sample_by_options")]
     for size in ("160 x 128256", "32 x 128256", "160 x 49152"):
         assert len({title for title in titles if title.startswith(size)}) == 7
