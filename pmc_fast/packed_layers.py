@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from pmc_fast import attention
 from pmc_fast.attention import AttentionCall, PackedLengths
-from pmc_fast.decoder_layers import Layer, Layers, LinearParts, NormParts, Unknown, read_layers
+from pmc_fast.decoder_layers import Layer, Layers, LinearParts, NormParts, Unknown, is_hooked, read_layers
 from pmc_fast.fast_linear import has_fast_bfloat16, has_library
 from pmc_fast.layer_gradients import activate, add_and_normalize, normalize, products, rotate
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.ops import packed_attention
 from pmc_fast.ops._autograd import in_transform
+from pmc_fast.sharding import is_tensor_parallel
 
 # What the attention of a model was seen to be given, layer by layer; None of models whose modules alone know what they do.
 _calls: WeakKeyDictionary[LanguageModel, list[AttentionCall] | None] = WeakKeyDictionary()
@@ -35,6 +36,8 @@ def hidden_of(
     if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled("cpu"):
         return None
     if lm not in _calls:
+        if lm.device.type != "cpu" or not has_library() or is_hooked(lm) or is_tensor_parallel(lm.backbone):
+            return None
         _calls[lm] = _observed(lm)
     return None if (calls := _calls[lm]) is None else _hidden(lm, calls, input_ids, position_ids, lengths, rows)
 
@@ -57,8 +60,6 @@ def _hidden(
 @torch.no_grad()
 def _observed(lm: LanguageModel) -> list[AttentionCall] | None:
     """The attention calls of a small pass through the model's modules, if the layers as read here come to the same."""
-    if lm.device.type != "cpu" or not has_library():
-        return None
     ids, lengths = torch.tensor([[1, 2, 3, 1, 2]]) % len(lm.head_module.weight), PackedLengths(0, (3, 2))
     positions, rows = torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([1, 2, 4])
     with evaluating(lm.model), attention.watching() as watched, attention.packed(lengths):
