@@ -23,7 +23,15 @@ from pmc_fast.backend import IMPLEMENTATIONS, choose
 from pmc_fast.errors import UserError
 
 SCHEMA = "pmc_fast.benchmarks.ops/1"
-OPS = ("sample", "linear_sample", "linear_logprob", "collapse_loss", "decode_attention", "rouge_l_recall")
+OPS = (
+    "sample",
+    "linear_sample",
+    "linear_logprob",
+    "collapse_loss",
+    "decode_attention",
+    "packed_attention",
+    "rouge_l_recall",
+)
 # What is run only where it is asked for.
 NAMED_ONLY = ("sample_by_options", "linear_sample_by_rows", "decode_attention_by_prefix")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

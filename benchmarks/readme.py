@@ -43,6 +43,8 @@ SHOWN = (
     ("linear_logprob", "557 x 2048 x 128256, forward + backward", "float32"),
     ("decode_attention", "160 x 9 heads (3 of keys) x 100 x 64", "float32"),
     ("decode_attention", "160 x 24 heads (8 of keys) x 100 x 128", "float32"),
+    ("packed_attention", "16 x 40 to 90 tokens x 9 heads (3 of keys) x 64, 25 shared, forward + backward", "float32"),
+    ("packed_attention", "16 x 40 to 90 tokens x 9 heads (3 of keys) x 64, 25 shared, forward + backward", "bfloat16"),
     ("rouge_l_recall", "160 pairs of TOFU's length", None),
 )
 # The peers shown: what is used otherwise and, whoever it is, the fastest.
@@ -52,6 +54,7 @@ USUAL = {
     "collapse_loss": ["torch eager", "linear_cross_entropy"],
     "linear_logprob": ["torch eager", "linear_cross_entropy"],
     "decode_attention": ["torch sdpa"],
+    "packed_attention": ["torch sdpa"],
     "rouge_l_recall": ["rouge_score"],
 }
 

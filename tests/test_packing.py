@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, MORE, make_model
 
-from pmc_fast import UserError, attention
+from pmc_fast import UserError, attention, packed_attention
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack, pad_left
 
@@ -66,6 +66,35 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, rng_
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.3, "softcap": 2.0}, {"sliding_window": 4}], ids=str)
+def test_one_call_for_all_sequences_is_worth_one_for_each(options, shared, monkeypatch, rng_seed):
+    lengths = attention.PackedLengths(shared, (9, 1, 13))
+    inputs = [torch.randn(1, heads, shared + 23, 8, requires_grad=True) for heads in (6, 2, 2)]
+    upstream, calls, found = torch.randn(1, shared + 23, 6, 8), [], []
+
+    def counted(*arguments, **keywords):
+        calls.append(arguments)
+        return packed_attention(*arguments, **keywords)
+
+    monkeypatch.setattr(attention, "packed_attention", counted)
+    for dropout in (0.0, 1e-30):  # that drops nothing
+        out, _ = attention._forward(None, *inputs, None, packed_lengths=lengths, dropout=dropout, **options)
+        found.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    assert len(calls) == 1
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float16] * 3, [torch.float32, torch.float32, torch.bfloat16]], ids=str)
+def test_other_dtypes_than_the_kernels_are_left_to_torch(dtypes, monkeypatch, rng_seed):
+    monkeypatch.setattr(attention, "packed_attention", None)
+    inputs = [torch.randn(1, 2, 7, 8).to(dtype) for dtype in dtypes]
+    lengths = attention.PackedLengths(0, (3, 4))
+    with torch.autocast("cpu", enabled=dtypes[0] == torch.float32):
+        out, _ = attention._forward(None, *inputs, None, packed_lengths=lengths)
+    assert out.shape == (1, 7, 2, 8) and out.dtype == dtypes[2]
 
 
 def test_what_prompts_have_in_common():

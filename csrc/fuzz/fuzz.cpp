@@ -35,6 +35,7 @@ Fuzzer fuzzers[] = {
     {"linear_logprob", pmc::fuzz::fuzz_linear_logprob},
     {"decode_attention", pmc::fuzz::fuzz_decode_attention},
     {"decoder", pmc::fuzz::fuzz_decoder},
+    {"packed_attention", pmc::fuzz::fuzz_packed_attention},
     {"packed_linear", pmc::fuzz::fuzz_packed_linear},
     {"elementwise", pmc::fuzz::fuzz_elementwise},
     {"gumbel", pmc::fuzz::fuzz_gumbel},

@@ -117,6 +117,7 @@ void fuzz_cross_entropy(Case& c);
 void fuzz_linear_logprob(Case& c);
 void fuzz_decode_attention(Case& c);
 void fuzz_decoder(Case& c);
+void fuzz_packed_attention(Case& c);
 void fuzz_packed_linear(Case& c);
 void fuzz_elementwise(Case& c);
 void fuzz_rouge_l_recall(Case& c);

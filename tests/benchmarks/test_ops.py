@@ -18,6 +18,7 @@ from benchmarks.bench_decode_attention import DecodeAttentionBench
 from benchmarks.bench_decode_attention_by_prefix import DecodeAttentionByPrefixBench
 from benchmarks.bench_linear_logprob import LinearLogprobBench
 from benchmarks.bench_linear_sample import LinearSampleBench
+from benchmarks.bench_packed_attention import PackedAttentionBench
 from benchmarks.bench_sample import SampleBench, Settings
 from benchmarks.bench_sample_by_options import ADVANTAGE, SampleByOptionsBench
 from benchmarks.compiled import COMPILED
@@ -168,6 +169,8 @@ BENCHES = [
     DecodeAttentionBench(5, AttentionHeads(6, 2, 40), 23, torch.bfloat16),
     DecodeAttentionBench(43, AttentionHeads(6, 2, 40), 23, prefix=9),
     DecodeAttentionByPrefixBench(43, AttentionHeads(6, 2, 40), 23, torch.bfloat16, prefix=9),
+    PackedAttentionBench((5, 9, 3, 20), AttentionHeads(6, 2, 40)),
+    PackedAttentionBench((0, 9, 9), AttentionHeads(6, 2, 40), torch.bfloat16),
     bench_rouge_l_recall.RougeLRecallBench(9),
 ]
 

@@ -37,14 +37,15 @@ def logprob(hidden, weight, target, token_weight, impl):
 
 
 def plain_attention(hidden, weight, target, token_weight):
-    scores = (hidden @ hidden.T) * 8**-0.5
-    out = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1) @ (hidden + weight[:5])
+    scores = (hidden @ hidden.T) / 10
+    out = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1) @ (hidden + weight[:5]) / 3
     return (token_weight * out.square().sum(1)).sum()
 
 
 def attention(hidden, weight, target, token_weight, impl):
-    query, key, value = hidden[:, None], hidden[:, None], (hidden + weight[:5])[:, None]
-    return (token_weight * packed_attention(query, key, value, [2, 3], impl=impl).square().sum((1, 2))).sum()
+    query, value = hidden[:, None], (hidden + weight[:5])[:, None] / 3
+    out = packed_attention(query, query, value, [2, 3], scale=0.1, impl=impl)
+    return (token_weight * out.square().sum((1, 2))).sum()
 
 
 PLAIN = {collapse: plain, logprob: plain, attention: plain_attention}
