@@ -79,6 +79,7 @@ class LanguageModel:
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
+        packed_by: what ran the layers for the last packed batch: "native", this library's own on a CPU, or the model's "modules".
 
     Raises:
         UserError: the model has no such head, it is a DTensor placed otherwise, or its logits are not what this class takes
@@ -104,6 +105,7 @@ class LanguageModel:
         self.backbone = getattr(self._causal_lm, "base_model", None)
         if self.backbone is self._causal_lm:
             self.backbone = None
+        self.packed_by: str | None = None
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()

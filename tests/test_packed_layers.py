@@ -195,9 +195,10 @@ def test_left_to_the_modules(reason, used, rng_seed):
     model = make_model("llama", seed=rng_seed).train()
     lm, packed = LanguageModel(model), batch()
     packed.hidden(lm)
+    assert lm.packed_by == "native"
     LEFT[reason](model)
     packed.hidden(lm)
-    assert used == [True, False]
+    assert used == [True, False] and lm.packed_by == "modules"
 
 
 @pytest.mark.parametrize("reason", ["gradient checkpointing", "dropout of attention"])
