@@ -63,8 +63,9 @@ class PackedAttentionBench(Bench):
         lengths: Sequence[int],
         heads: AttentionHeads,
         dtype: torch.dtype = torch.float32,
+        large: bool = False,
     ) -> None:
-        self.lengths, self.heads, self.dtype = lengths, heads, dtype
+        self.lengths, self.heads, self.dtype, self.large = lengths, heads, dtype, large
         shared, *own = lengths
         scores = shared * (shared + 1) // 2 + sum(n * shared + n * (n + 1) // 2 for n in own)
         self.flops = 14 * scores * heads.queries * heads.dim  # two products forward, five backward
@@ -104,9 +105,9 @@ BENCHES = [
     PackedAttentionBench((SHARED, *OWN), SMOLLM2_HEADS),
     PackedAttentionBench((SHARED, *OWN), SMOLLM2_HEADS, torch.bfloat16),
     PackedAttentionBench((SHARED, *OWN), LLAMA_3B_HEADS),
-    PackedAttentionBench((0, *(200,) * 16), SMOLLM2_HEADS),
-    PackedAttentionBench((0, 2048), SMOLLM2_HEADS),
-    PackedAttentionBench((0, 2048), SMOLLM2_HEADS, torch.bfloat16),
+    PackedAttentionBench((0, *(200,) * 16), SMOLLM2_HEADS, large=True),
+    PackedAttentionBench((0, 2048), SMOLLM2_HEADS, large=True),
+    PackedAttentionBench((0, 2048), SMOLLM2_HEADS, torch.bfloat16, large=True),
 ]
 
 
