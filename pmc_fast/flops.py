@@ -52,7 +52,9 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.pmc_fast.packed_attention: _packed_attention,
     torch.ops.pmc_fast.packed_attention_backward: _packed_attention_backward,
 }
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN's product, which torch leaves out
+# Products that torch's own table leaves out.
+FORMULAS[torch.ops.aten.addmm_] = lambda out, a, b, *args, out_shape, **options: 2 * a[0] * a[1] * b[1]
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product
 """Operations of each op's products, a multiplication and an addition counted as two, from its shapes.
 
