@@ -62,7 +62,7 @@ def _hidden(
 
 
 def _says(lm: LanguageModel) -> Hashable:
-    """What decides on what attention is given: numbers in the configuration and in the layers' attention; and the dtype."""
+    """What decides on what attention is given: numbers in the configuration and in the layers' attention; and the dtypes."""
     attentions = (getattr(layer, "self_attn", None) for layer in getattr(lm.backbone, "layers", ()))
     holders = (lm.model.config.get_text_config(), *attentions)
     numbers = (
@@ -70,7 +70,7 @@ def _says(lm: LanguageModel) -> Hashable:
         for holder in holders
         if holder is not None
     )
-    return lm.head_module.weight.dtype, *numbers
+    return frozenset(parameter.dtype for parameter in lm.backbone.parameters()), *numbers
 
 
 @torch.no_grad()

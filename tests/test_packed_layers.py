@@ -346,13 +346,15 @@ def test_a_model_is_looked_at_once(monkeypatch, rng_seed):
     assert passes.count(lm) == 1 and len(passes) == 2
 
 
-def test_a_dtype_that_changes(used, rng_seed):
+def test_dtypes_that_change(used, rng_seed):
     model = make_model("llama", seed=rng_seed).half()
     lm, packed = LanguageModel(model), batch()
     packed.hidden(lm)
     model.float()
     packed.hidden(lm)
-    assert used == [False, True]
+    model.model.embed_tokens.bfloat16()  # the modules then return what they are, float32
+    assert packed.hidden(lm).dtype == torch.float32
+    assert used == [False, True, False]
 
 
 def test_a_model_that_moves_to_another_device(used, monkeypatch, rng_seed):
