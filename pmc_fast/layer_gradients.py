@@ -24,9 +24,13 @@ def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
 
     Weights of 16 bits are widened, one at a time, and their gradients are rounded to their dtype.
     """
-    wholes = list({id(part.whole): part.whole for part in parts}.values())
-    index = {id(whole): i for i, whole in enumerate(wholes)}
-    places = tuple((index[id(part.whole)], part.begin, part.begin + len(part.weight)) for part in parts)
+    wholes, places = [], []
+    for part in parts:
+        if (
+            part.begin == 0 or wholes[-1] is not part.whole
+        ):  # no further rows of the one before: two parts may share a weight
+            wholes.append(part.whole)
+        places.append((len(wholes) - 1, part.begin, part.begin + len(part.weight)))
     results = []
     for y, part in zip(_Products.apply(x, places, *wholes), parts, strict=True):
         if part.bias is not None:
@@ -77,7 +81,7 @@ def _once(backward: Callable) -> Callable:
 class _Products(Function):
     @staticmethod
     def forward(ctx, x, places, *wholes):
-        ctx.save_for_backward(x, *wholes)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *wholes)
         ctx.places = places
         return tuple(linear(x, wholes[index][begin:end].float()) for index, begin, end in places)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,8 +18,9 @@ from pmc_fast.ops import packed_attention
 from pmc_fast.ops._autograd import in_transform
 from pmc_fast.sharding import is_tensor_parallel
 
-# What the attention of a model was seen to be given, layer by layer; None of models whose modules alone know what they do.
-_calls: WeakKeyDictionary[LanguageModel, list[AttentionCall] | None] = WeakKeyDictionary()
+# What the attention of a model was seen to be given, layer by layer, while the model said so; None of models whose modules
+# alone know what they do.
+_seen: WeakKeyDictionary[LanguageModel, tuple[Hashable, list[AttentionCall] | None]] = WeakKeyDictionary()
 
 
 def hidden_of(
@@ -33,13 +35,15 @@ def hidden_of(
         input_ids, position_ids: int64 [1, T] of a packed batch of these lengths.
         rows: int64 [N], each in [0, T).
     """
-    if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled("cpu") or lm.device.type != "cpu":
         return None
-    if lm not in _calls:
-        if lm.device.type != "cpu" or not has_library() or is_hooked(lm) or is_tensor_parallel(lm.backbone):
+    said, calls = _seen.get(lm, (None, None))
+    if said != (says := _says(lm)):
+        if not has_library() or is_hooked(lm) or is_tensor_parallel(lm.backbone):
             return None
-        _calls[lm] = _observed(lm)
-    return None if (calls := _calls[lm]) is None else _hidden(lm, calls, input_ids, position_ids, lengths, rows)
+        calls = _observed(lm)
+        _seen[lm] = says, calls
+    return None if calls is None else _hidden(lm, calls, input_ids, position_ids, lengths, rows)
 
 
 def _hidden(
@@ -57,6 +61,18 @@ def _hidden(
     return _forward(read, input_ids[0], position_ids[0], [lengths.shared, *lengths.own], rows)
 
 
+def _says(lm: LanguageModel) -> Hashable:
+    """What decides on what attention is given: numbers in the configuration and in the layers' attention; and the dtypes."""
+    attentions = (getattr(layer, "self_attn", None) for layer in getattr(lm.backbone, "layers", ()))
+    holders = (lm.model.config.get_text_config(), *attentions)
+    numbers = (
+        tuple((name, value) for name, value in vars(holder).items() if type(value) in (int, float))
+        for holder in holders
+        if holder is not None
+    )
+    return frozenset(parameter.dtype for parameter in lm.backbone.parameters()), *numbers
+
+
 @torch.no_grad()
 def _observed(lm: LanguageModel) -> list[AttentionCall] | None:
     """The attention calls of a small pass through the model's modules, if the layers as read here come to the same."""
@@ -71,8 +87,8 @@ def _observed(lm: LanguageModel) -> list[AttentionCall] | None:
     # 16-bit modules round too much to tell: half of what they return was seen.
     exact = expected.dtype == torch.float32
     expected = expected[0, rows]
-    differ = exact and (hidden - expected).abs().max() > 1e-3 * expected.abs().max()
-    return None if differ else watched.calls
+    same = not exact or (hidden - expected).abs().max() <= 1e-3 * expected.abs().max()
+    return watched.calls if same else None
 
 
 def _read(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormParts, LinearParts]:

@@ -82,13 +82,15 @@ def pack(
     with, such as a chat template's and its system prompt's, are held once, if there are LEAST_SHARED of them.
 
     Raises:
-        ValueError: the numbers of prompts and answers differ, or one is empty.
+        ValueError: there are none, the numbers of prompts and answers differ, or one is empty.
         TypeError: either is no list of lists of integers.
     """
     for name, rows in (("prompts", prompts), ("answers", answers)):
         _check_tokens(name, rows)
     if len(prompts) != len(answers):
         raise ValueError(f"answers: got {len(answers)}, expected {len(prompts)}, as many as prompts")
+    if not prompts:
+        raise ValueError("prompts: got none, expected at least one")
     shared = _common(prompts) if torch.device(device).type == "cpu" else 0
     tokens = list(prompts[0][:shared]) if shared else []
     positions = list(range(shared))

@@ -7,7 +7,9 @@ import torch
 from tiny import FAMILIES, KNOWN, make_model
 
 from pmc_fast import packed_layers
+from pmc_fast.decoder_layers import LinearParts
 from pmc_fast.errors import BackendUnavailable
+from pmc_fast.layer_gradients import products
 from pmc_fast.models import LanguageModel
 from pmc_fast.native import library
 from pmc_fast.packing import pack
@@ -154,6 +156,54 @@ def test_the_padding_tokens_row_gets_no_gradient(used, by_modules, rng_seed):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+def _share_in_attention(layer):
+    layer.self_attn.k_proj.weight = layer.self_attn.v_proj.weight
+
+
+def _share_in_mlp(layer):
+    layer.mlp.gate_proj.weight = layer.mlp.up_proj.weight
+
+
+@pytest.mark.parametrize("share", [_share_in_attention, _share_in_mlp])
+def test_weights_that_products_share(share, used, by_modules, rng_seed):
+    model = make_model("llama", seed=rng_seed)
+    share(model.model.layers[0])
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    lm, packed = LanguageModel(model), batch()
+    hidden, want = packed.hidden(lm), by_modules(lm, packed)
+    upstream = torch.randn_like(want)
+    got, want = gradients(model, hidden, upstream), gradients(model, want, upstream)
+    assert used == [True]
+    for name, gradient in want.items():
+        assert gradient is None or relative_error(got[name], gradient) < 1e-3, name
+
+
+def test_each_backward_pass_adds_the_same(rng_seed):
+    """None writes into what a later one reads, the upstream gradient included."""
+    model, packed = make_model("gemma2", seed=rng_seed), batch()
+    hidden = packed.hidden(LanguageModel(model))
+    upstream = torch.randn_like(hidden)
+    given = upstream.clone()
+    hidden.backward(upstream, retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    hidden.backward(upstream)
+    assert torch.equal(upstream, given) and once
+    for name, gradient in once.items():
+        assert relative_error(model.get_parameter(name).grad, 2 * gradient) < 1e-5, name
+
+
+def test_frozen_products_keep_no_inputs(rng_seed):
+    x, part = torch.randn(5, 4, requires_grad=True), LinearParts(weight := torch.randn(3, 4), None, (), weight)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda kept: kept
+    ):
+        (y,) = products(x, (part,))
+    y.sum().backward()
+    assert kept == [weight.shape]
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 4))
+
+
 def test_second_derivatives_are_refused(rng_seed):
     model = make_model("llama", seed=rng_seed)
     hidden = batch().hidden(LanguageModel(model))
@@ -246,6 +296,74 @@ def test_modules_that_compute_something_else(used, monkeypatch, rng_seed):
     monkeypatch.setattr(mlp, "forward", lambda self, x: 1.1 * forward(self, x))
     batch().hidden(LanguageModel(model))
     assert used == [False]
+
+
+def test_modules_that_hide_what_is_no_number(used, monkeypatch, rng_seed):
+    model = make_model("llama", seed=rng_seed)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    mlp = type(model.model.layers[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: forward(self, x).nan_to_num())
+    batch().hidden(LanguageModel(model))
+    assert used == [False]
+
+
+def _other_scale(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 0.5
+
+
+def _other_window(model):
+    model.config.sliding_window = 5
+
+
+def _no_window(model):
+    model.config.sliding_window = None
+
+
+@pytest.mark.parametrize("change", [_other_scale, _other_window, _no_window])
+def test_attention_that_changes_after_the_first_batch(change, used, by_modules, rng_seed):
+    model = make_model("mistral", seed=rng_seed, sliding_window=2)
+    lm, packed = LanguageModel(model), batch()
+    first = packed.hidden(lm)
+    change(model)
+    second = packed.hidden(lm)
+    assert used == [True, True] and not torch.allclose(first, second, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(second, by_modules(lm, packed), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_is_looked_at_once(monkeypatch, rng_seed):
+    model, passes = make_model("llama", seed=rng_seed), []
+    lm, packed = LanguageModel(model), batch()
+    inner = packed_layers._observed
+    monkeypatch.setattr(packed_layers, "_observed", lambda lm: passes.append(lm) or inner(lm))
+    packed.hidden(lm).sum().backward()
+    with torch.no_grad():
+        packed.hidden(LanguageModel(model, check=False))
+        model.model.norm.weight.mul_(2)
+        model.train()
+        packed.hidden(lm)
+    assert passes.count(lm) == 1 and len(passes) == 2
+
+
+def test_dtypes_that_change(used, rng_seed):
+    model = make_model("llama", seed=rng_seed).half()
+    lm, packed = LanguageModel(model), batch()
+    packed.hidden(lm)
+    model.float()
+    packed.hidden(lm)
+    model.model.embed_tokens.bfloat16()  # the modules then return what they are, float32
+    assert packed.hidden(lm).dtype == torch.float32
+    assert used == [False, True, False]
+
+
+def test_a_model_that_moves_to_another_device(used, monkeypatch, rng_seed):
+    lm, packed = LanguageModel(make_model("llama", seed=rng_seed)), batch()
+    packed.hidden(lm)
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))  # which the modules here do not care about
+    packed.hidden(lm)
+    assert used == [True, False]
 
 
 def test_without_the_compiled_module(used, monkeypatch, rng_seed):

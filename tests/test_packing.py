@@ -130,6 +130,8 @@ def test_a_model_that_hands_on_neither_keywords_nor_masks_is_refused(monkeypatch
 def test_bad_input():
     with pytest.raises(ValueError, match="answers: got 0, expected 1"):
         pack([[1]], [])
+    with pytest.raises(ValueError, match="^prompts: got none, expected at least one"):
+        pack([], [])
     with pytest.raises(ValueError, match="sequence 1 is empty"):
         pack([[1], []], [[2], [3]])
     one, wanted = [[1]], "expected a list of lists of token ids"
