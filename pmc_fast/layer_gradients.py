@@ -26,9 +26,8 @@ def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
     """
     wholes, places = [], []
     for part in parts:
-        if (
-            part.begin == 0 or wholes[-1] is not part.whole
-        ):  # no further rows of the one before: two parts may share a weight
+        # Further rows of the one before, or the same once more: two parts may share a weight.
+        if part.begin == 0 or wholes[-1] is not part.whole:
             wholes.append(part.whole)
         places.append((len(wholes) - 1, part.begin, part.begin + len(part.weight)))
     results = []
