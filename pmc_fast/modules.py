@@ -14,6 +14,8 @@ from pmc_fast.cache import layers_of
 from pmc_fast.models import LanguageModel
 from pmc_fast.prefill import Prefill
 
+_WARNING = "warn_if_padding_and_no_attention_mask"
+
 
 def last_hidden(backbone: nn.Module, layers: int, token: Tensor, position: Tensor, held: int | Tensor) -> Tensor:
     """What `Modules.hidden` returns, where `attention.decoding` says who attends."""
@@ -84,11 +86,15 @@ class PassingLayer(CacheLayerMixin):
 @contextmanager
 def _not_warning(backbone: nn.Module) -> Iterator[None]:
     """Within a with block, GPT-2 and its like do not look at tokens to warn of padding that comes without a mask."""
-    backbone.warn_if_padding_and_no_attention_mask = _nothing
+    held = vars(backbone)
+    if _WARNING in held:  # the owner's, or that of such a block in another thread
+        yield
+        return
+    held[_WARNING] = _nothing
     try:
         yield
     finally:
-        del backbone.warn_if_padding_and_no_attention_mask
+        held.pop(_WARNING, None)
 
 
 def _nothing(*args) -> None: ...

@@ -76,8 +76,9 @@ def _says(lm: LanguageModel) -> Hashable:
 @torch.no_grad()
 def _observed(lm: LanguageModel) -> list[AttentionCall] | None:
     """The attention calls of a small pass through the model's modules, if the layers as read here come to the same."""
-    ids, lengths = torch.tensor([[1, 2, 3, 1, 2]]) % len(lm.head_module.weight), PackedLengths(0, (3, 2))
-    positions, rows = torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([1, 2, 4])
+    lengths = PackedLengths(0, (3, 2))
+    ids, positions, rows = (torch.tensor(x, device="cpu") for x in ([[1, 2, 3, 1, 2]], [[0, 1, 2, 0, 1]], [1, 2, 4]))
+    ids = ids % len(lm.head_module.weight)
     with evaluating(lm.model), attention.watching() as watched, attention.packed(lengths):
         expected = lm.hidden(ids, position_ids=positions, attention_mask=None, packed_lengths=lengths, use_cache=False)
         hidden = _hidden(lm, watched.calls, ids, positions, lengths, rows)

@@ -366,6 +366,15 @@ def test_a_model_that_moves_to_another_device(used, monkeypatch, rng_seed):
     assert used == [True, False]
 
 
+def test_whatever_torchs_default_device_is(used, by_modules, rng_seed):
+    lm, packed = LanguageModel(make_model("llama", seed=rng_seed)), batch()
+    with torch.device("meta"):
+        hidden = packed.hidden(lm)
+        hidden.sum().backward()
+    assert used == [True]
+    torch.testing.assert_close(hidden, by_modules(lm, packed), rtol=1e-4, atol=1e-4)
+
+
 def test_without_the_compiled_module(used, monkeypatch, rng_seed):
     def missing():
         raise BackendUnavailable("not built")

@@ -18,7 +18,8 @@ from static_decoding import DEVICE, PROMPTS, adapt, assert_same, by_modules, sam
 
 from pmc_fast import attention, static_decoder
 from pmc_fast.decoder_layers import Unknown
-from pmc_fast.modules import PassingLayer
+from pmc_fast.models import LanguageModel
+from pmc_fast.modules import Modules, PassingLayer
 from pmc_fast.running_rows import RunningRows
 from pmc_fast.sampler import Sampler
 from pmc_fast.static_modules import Appending, StaticModules
@@ -219,3 +220,27 @@ def test_the_cache_of_a_token_counts_as_any_cache(held, rng_seed):
         theirs.update(*new, 0)
     assert held == 5 and mine.get_seq_length() == theirs.get_seq_length()
     assert mine.get_max_length() == theirs.layers[0].get_max_length()
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_steps_may_overlap_and_leave_the_model_as_it_was(owned, rng_seed):
+    """As those of two threads do."""
+    modules = Modules(lm := LanguageModel(make_model("gpt2", seed=rng_seed)))
+    attention.install(lm.model)
+    token, position = torch.tensor([5, 7]), torch.tensor([3, 4])
+    if owned:
+        lm.backbone.warn_if_padding_and_no_attention_mask = print
+    before = dict(vars(lm.backbone))
+
+    class Rows:
+        inner = None
+
+        def attend(self, layer, query, key, value, **options):
+            if layer == 0 and self.inner is not None:
+                torch.testing.assert_close(modules.hidden(token, position, self.inner, 3), alone)
+            return query + value
+
+    alone, outer = modules.hidden(token, position, Rows(), 3), Rows()
+    outer.inner = Rows()
+    torch.testing.assert_close(modules.hidden(token, position, outer, 3), alone)
+    assert vars(lm.backbone) == before
