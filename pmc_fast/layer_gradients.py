@@ -12,6 +12,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 
 from pmc_fast.decoder_layers import LinearParts, NormParts
 from pmc_fast.fast_linear import linear
@@ -58,6 +59,22 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def activate(gate: Tensor, activation: str, up: Tensor | None = None) -> Tensor:
     """activation(gate) * up; without `up`, activation(gate)."""
     return _Activate.apply(gate, activation, up)
+
+
+def activated_product(gate: Tensor, activation: str, up: Tensor | None, part: LinearParts) -> Tensor:
+    """The product of activate(gate, activation, up), which the backward pass makes anew rather than keep it."""
+    x = activate(gate, activation, up)
+    gate, up = gate.detach(), None if up is None else up.detach()
+    address = x.data_ptr()  # x itself would be kept by what refers to it
+
+    def keep(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == address else saved
+
+    def take(kept: Tensor | None) -> Tensor:
+        return elementwise.activate(gate, activation, up) if kept is None else kept
+
+    with saved_tensors_hooks(keep, take):
+        return products(x, (part,))[0]
 
 
 def _affine(parts: NormParts) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from pmc_fast import attention
 from pmc_fast.attention import AttentionCall, PackedLengths
 from pmc_fast.decoder_layers import Layer, Layers, LinearParts, NormParts, Unknown, is_hooked, read_layers
 from pmc_fast.fast_linear import has_fast_bfloat16, has_library
-from pmc_fast.layer_gradients import activate, add_and_normalize, normalize, products, rotate
+from pmc_fast.layer_gradients import activated_product, add_and_normalize, normalize, products, rotate
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.ops import packed_attention
 from pmc_fast.ops._autograd import in_transform
@@ -161,10 +161,5 @@ def _attend(
 
 
 def _mlp(layer: Layer[NormParts, LinearParts], x: Tensor) -> Tensor:
-    if layer.gate is None:
-        inner = activate(*products(x, (layer.up,)), layer.activation)
-    else:
-        gate, up = products(x, (layer.gate, layer.up))
-        inner = activate(gate, layer.activation, up)
-    (down,) = products(inner, (layer.down,))
-    return _normalized(layer.down_norm, down)
+    gate, up = products(x, (layer.gate, layer.up)) if layer.gate else (*products(x, (layer.up,)), None)
+    return _normalized(layer.down_norm, activated_product(gate, layer.activation, up, layer.down))

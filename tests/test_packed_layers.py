@@ -1,12 +1,13 @@
 """A packed batch through layers as this library runs them gives what the model's modules give, or is left to them."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from tiny import FAMILIES, KNOWN, make_model
 
-from pmc_fast import packed_layers
+from pmc_fast import layer_gradients, packed_layers
 from pmc_fast.decoder_layers import LinearParts
 from pmc_fast.errors import BackendUnavailable
 from pmc_fast.layer_gradients import products
@@ -128,6 +129,19 @@ def test_without_gradients_and_with_weights_that_change(used, by_modules, rng_se
     assert used == [True, True] and not first.requires_grad
     torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(first, second, rtol=1e-2, atol=1e-2)
+
+
+def test_what_the_mlp_activates_is_not_kept(monkeypatch, rng_seed):
+    """The backward pass makes it anew."""
+    made, activate = [], layer_gradients.activate
+
+    def watched(*args):
+        made.append(weakref.ref(result := activate(*args)))
+        return result
+
+    monkeypatch.setattr(layer_gradients, "activate", watched)
+    hidden = batch().hidden(LanguageModel(make_model("llama", seed=rng_seed)))
+    assert hidden.requires_grad and len(made) >= 2 and not any(ref() is not None for ref in made)
 
 
 def test_frozen_parameters_get_no_gradients(used, by_modules, rng_seed):
