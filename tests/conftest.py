@@ -23,6 +23,9 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for `benchmarks`; last, so an installed pmc_fast wins
+
+from pmc_fast.native import library  # noqa: E402
+
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
 
 
@@ -30,6 +33,15 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_thr
 def threads(request):
     """Two for ops, whose kernels divide rows among threads; no test inherits --threads, which holds for a process."""
     torch.set_num_threads(2 if "ops" in request.path.parts else THREADS)
+
+
+@pytest.fixture(params=library().instruction_sets())
+def isa(request):
+    """Each instruction set that the compiled module has and this CPU, too."""
+    before = library().instruction_set()
+    library().use_instruction_set(request.param)
+    yield request.param
+    library().use_instruction_set(before)
 
 
 @pytest.fixture(autouse=True)

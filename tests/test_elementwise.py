@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pmc_fast.native import library
 from pmc_fast.native.elementwise import (
     activate,
     activate_backward,
@@ -20,14 +19,6 @@ ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tan
 EPSILON = 1e-5
 # What rounding may make of a result, relative to the terms that it is a sum or difference of.
 ROUNDING = 16 * torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(params=library().instruction_sets())
-def isa(request):
-    before = library().instruction_set()
-    library().use_instruction_set(request.param)
-    yield request.param
-    library().use_instruction_set(before)
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,6 @@ from pmc_fast.sampler import Sampler
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
 
 
-@pytest.fixture(params=library().instruction_sets())
-def isa(request):
-    before = library().instruction_set()
-    library().use_instruction_set(request.param)
-    yield request.param
-    library().use_instruction_set(before)
-
-
 @pytest.fixture
 def built(monkeypatch):
     """What `fused_decoder` made, call by call."""

@@ -12,20 +12,11 @@ from pmc_fast.decoder_layers import LinearParts
 from pmc_fast.errors import BackendUnavailable
 from pmc_fast.layer_gradients import products
 from pmc_fast.models import LanguageModel
-from pmc_fast.native import library
 from pmc_fast.packing import pack
 
 # A GPT-2's layers are unknown; what is known is known with and without windows.
 ALL = {**{f"{family}*": (family, changes) for family, changes in KNOWN.items()}}
 ALL |= {family: (family, {}) for family in FAMILIES if family in KNOWN}
-
-
-@pytest.fixture(params=library().instruction_sets())
-def isa(request):
-    before = library().instruction_set()
-    library().use_instruction_set(request.param)
-    yield request.param
-    library().use_instruction_set(before)
 
 
 @pytest.fixture

@@ -7,18 +7,9 @@ from torch.nn import functional as F
 
 from pmc_fast.fast_linear import fast_linear, packed
 from pmc_fast.models import LanguageModel
-from pmc_fast.native import library
 from pmc_fast.native.packed_linear import PackedWeight, pack, packed_bytes, packed_linear
 
 SHAPES = [(1, 1, 1), (5, 3, 16), (6, 7, 15), (7, 33, 19), (13, 2500, 40), (25, 64, 97), (160, 48, 33), (0, 4, 4)]
-
-
-@pytest.fixture(params=library().instruction_sets())
-def isa(request):
-    before = library().instruction_set()
-    library().use_instruction_set(request.param)
-    yield request.param
-    library().use_instruction_set(before)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
