@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attention_near import assert_near
 
 pytest.importorskip("triton")
 from pmc_fast.gpu.checks import no_bad_row
@@ -61,13 +62,6 @@ def oracle(case, scale=0.4, softcap=None):
 
 def assert_right(case, **options):
     assert_near(attend(case, **options), oracle(case, **options), case["query"].dtype)
-
-
-def assert_near(got, want, dtype):
-    assert got.dtype == dtype and got.is_contiguous()
-    # weights and the result are rounded to dtype, each by half an eps at most
-    tolerance = 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-    assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
 @pytest.fixture
