@@ -21,10 +21,13 @@ def normalize_kernel(
     x_stride,
     added,  # [rows, size] or None
     added_stride,
+    total,  # [rows, size], which may be x; None if nothing is added
+    total_stride,
     weight,  # [size]
     bias,  # [size] or None
     out,  # [rows, size]
     out_stride,
+    stats,  # [rows, 2] or None
     size,
     epsilon,
     offset,
@@ -37,11 +40,16 @@ def normalize_kernel(
     value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
     if added is not None:
         value += tl.load(added + row * added_stride + column, mask=inside, other=0).to(tl.float32)
-        tl.store(x + row * x_stride + column, value, mask=inside)
+        tl.store(total + row * total_stride + column, value, mask=inside)
+    mean = 0.0
     if CENTERED:
-        value -= tl.sum(value, 0) / size
-        value = tl.where(inside, value, 0)
-    value *= 1 / tl.sqrt_rn(tl.sum(value * value, 0) / size + epsilon)
+        mean = tl.sum(value, 0) / size
+        value = tl.where(inside, value - mean, 0)
+    factor = 1 / tl.sqrt_rn(tl.sum(value * value, 0) / size + epsilon)
+    if stats is not None:
+        tl.store(stats + 2 * row, mean)
+        tl.store(stats + 2 * row + 1, factor)
+    value *= factor
     value *= tl.load(weight + column, mask=inside, other=0).to(tl.float32) + offset
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0).to(tl.float32)
@@ -57,7 +65,9 @@ def normalize(
     centered: bool,
     offset: float = 0.0,
     added: Tensor | None = None,
+    total: Tensor | None = None,
     out: Tensor,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """out = (x - mean) / sqrt(variance + epsilon) * (weight + offset) + bias over the last dimension, after x += added.
 
@@ -66,33 +76,46 @@ def normalize(
         weight, bias: [D].
         centered: whether the mean is taken away: a layer norm, else an RMS norm.
         added: [N, D] or None.
+        total: [N, D] float32, where x + added is written; None is x.
         out: [N, D], of any floating dtype.
+        stats: float32 [N, 2], contiguous, to which the mean and 1 / sqrt(variance + epsilon) are written, or None.
     """
     rows, size = x.shape
     block = triton.next_power_of_2(size)
+    total = x if total is None else total
     normalize_kernel[(rows,)](
         x,
         x.stride(0),
         added,
         0 if added is None else added.stride(0),
+        None if added is None else total,
+        total.stride(0),
         weight,
         bias,
         out,
         out.stride(0),
+        stats,
         size,
         epsilon,
         offset,
         CENTERED=centered,
         SIZE=block,
-        num_warps=_warps(block),
+        num_warps=warps_of(block),
     )
     return out
 
 
 @triton.jit
+def activation_gate(x, GELU: tl.constexpr):
+    """What an activation multiplies x by: a sigmoid."""
+    return 0.5 * (1 + tanh(0.7978845608 * (x + 0.044715 * x * x * x))) if GELU else tl.sigmoid(x)
+
+
+@triton.jit
 def activate_kernel(
-    x,  # [count], contiguous
+    x,  # [count], contiguous, as are all
     up,  # [count] or None
+    out,  # [count], which may be x
     count,
     GELU: tl.constexpr,  # its approximation by tanh, else SiLU
     ELEMENTS: tl.constexpr,
@@ -100,21 +123,19 @@ def activate_kernel(
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = index < count
     value = tl.load(x + index, mask=inside, other=0).to(tl.float32)
-    if GELU:
-        value *= 0.5 * (1 + tanh(0.7978845608 * (value + 0.044715 * value * value * value)))
-    else:
-        value *= tl.sigmoid(value)
+    value *= activation_gate(value, GELU)
     if up is not None:
         value *= tl.load(up + index, mask=inside, other=0).to(tl.float32)
-    tl.store(x + index, rounded(value, x.dtype.element_ty), mask=inside)
+    tl.store(out + index, rounded(value, out.dtype.element_ty), mask=inside)
 
 
-def activate(x: Tensor, activation: str, up: Tensor | None = None) -> Tensor:
-    """x = activation(x) * up in place, for contiguous [N, D]; activation is "silu" or "gelu_tanh"."""
+def activate(x: Tensor, activation: str, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """out = activation(x) * up, for contiguous [N, D]; activation is "silu" or "gelu_tanh", and out is x if not given."""
+    out = x if out is None else out
     activate_kernel[(triton.cdiv(x.numel(), ELEMENTS),)](
-        x, up, x.numel(), GELU=activation == "gelu_tanh", ELEMENTS=ELEMENTS, num_warps=4
+        x, up, out, x.numel(), GELU=activation == "gelu_tanh", ELEMENTS=ELEMENTS, num_warps=4
     )
-    return x
+    return out
 
 
 @triton.jit(do_not_specialize=["key_row", "key_head"])
@@ -211,7 +232,7 @@ def rotate_and_append(
     return turned
 
 
-def _warps(block: int) -> int:
+def warps_of(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
@@ -219,9 +240,9 @@ def variants(capability: int) -> list[Variant]:
     """The kernels at the layers of Llama-3.2-3B and Phi-1.5; none of them depends on the GPU."""
     listed = []
     for name, size, kind, bias in (("Llama-3.2-3B", 3072, "*bf16", None), ("Phi-1.5", 2048, "*fp16", "*fp16")):
-        optional = {"bias": bias, "added": kind}
+        optional = {"bias": bias, "added": kind, "total": "*fp32", "stats": None}
         signature = {"x": "*fp32", "weight": kind, "out": kind, "size": "i32", "epsilon": "fp32", "offset": "fp32"}
-        signature |= dict.fromkeys(("x_stride", "added_stride", "out_stride"), "i32")
+        signature |= dict.fromkeys(("x_stride", "added_stride", "total_stride", "out_stride"), "i32")
         block = triton.next_power_of_2(size)
         listed.append(
             Variant(
@@ -229,9 +250,10 @@ def variants(capability: int) -> list[Variant]:
                 kernel=normalize_kernel,
                 signature=signature | present(optional),
                 constants=absent(optional) | {"CENTERED": bias is not None, "SIZE": block},
-                num_warps=_warps(block),
+                num_warps=warps_of(block),
                 num_stages=3,
-                aligned=("x", "added", "weight", "out", "x_stride", "added_stride", "out_stride", "size")
+                aligned=("x", "added", "total", "weight", "out", "size")
+                + ("x_stride", "added_stride", "total_stride", "out_stride")
                 + (("bias",) if bias else ()),
             )
         )
@@ -240,11 +262,11 @@ def variants(capability: int) -> list[Variant]:
             Variant(
                 name=f"activate, {name}",
                 kernel=activate_kernel,
-                signature={"x": "*bf16", "count": "i32"} | present({"up": up}),
+                signature={"x": "*bf16", "out": "*bf16", "count": "i32"} | present({"up": up}),
                 constants=absent({"up": up}) | {"GELU": gelu, "ELEMENTS": ELEMENTS},
                 num_warps=4,
                 num_stages=3,
-                aligned=("x", "count") + (("up",) if up else ()),
+                aligned=("x", "out", "count") + (("up",) if up else ()),
             )
         )
     for name, heads, kv_heads, dim, rotated in (("Llama-3.2-3B", 24, 8, 128, 128), ("Phi-1.5", 32, 32, 64, 32)):

@@ -270,10 +270,11 @@ def _forward(
         if (packing := _packing.get()) is not None:
             packing.calls += 1
         sliding_window = _window_of(attention_mask) if sliding_window is None else sliding_window
-        if not packed_lengths.shared and varlen.takes(query, softcap, dropout):
-            return varlen.attend(query, key, value, packed_lengths.own, sliding_window, scaling, softcap), None
+        tokens = (x[0].transpose(0, 1) for x in (query, key, value))
+        like = query.device, query.dtype, query.shape[3], softcap
+        if not packed_lengths.shared and dropout == 0 and varlen.takes(*like):
+            return varlen.attend(*tokens, packed_lengths.own, sliding_window, scaling, softcap)[None], None
         if _has_kernel(query, key, value, dropout):
-            tokens = (x[0].transpose(0, 1) for x in (query, key, value))
             lengths = (packed_lengths.shared, *packed_lengths.own)
             out = packed_attention(*tokens, lengths, scale=scaling, softcap=softcap, window=sliding_window)
             return out[None], None

@@ -59,7 +59,7 @@ def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) 
 
 
 def _why_not_triton(device_type: str) -> str | None:
-    if reason := _missing_triton():
+    if reason := missing_triton():
         return reason
     if device_type == "cuda" or (device_type == "cpu" and interpreting()):
         return None
@@ -141,7 +141,8 @@ def interpreting() -> bool:
 
 
 @cache
-def _missing_triton() -> str | None:
+def missing_triton() -> str | None:
+    """Why Triton cannot be imported, or None if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
     return None

@@ -1,29 +1,37 @@
-"""What a decoder layer is made of, on a CPU in float32, with gradients: products, norms, rotary embedding, activation.
+"""What a decoder layer is made of, with gradients: products, norms, rotary embedding, activation.
 
 Between a layer's products a training step is bound by memory, so each of these is one pass over it, forward and backward, where
-eager modules make several and keep what lies between them.
+eager modules make several and keep what lies between them. On a CPU all is float32. On a GPU what goes into products and comes out
+of them has the model's dtype, and the sum that the layers add to is float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
+from pmc_fast import gpu
 from pmc_fast.decoder_layers import LinearParts, NormParts
 from pmc_fast.fast_linear import linear
-from pmc_fast.native import elementwise
+from pmc_fast.native import elementwise as native
 from pmc_fast.ops._autograd import once
 
 
-def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
-    """[x @ part.weight.T + part.bias, and what its adapters add, for each part]; x [N, D] float32.
+def kernels_for(x: Tensor) -> Any:
+    """The module of norm, rotation and activation for tensors where x is."""
+    return gpu.kernels("elementwise_gradient") if x.device.type == "cuda" else native
 
-    Weights of 16 bits are widened, one at a time, and their gradients are rounded to their dtype.
+
+def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
+    """[x @ part.weight.T + part.bias, and what its adapters add, for each part]; x [N, D].
+
+    Weights of 16 bits are widened to x's dtype, one at a time, and their gradients are rounded to their own.
     """
     wholes, places = [], []
     for part in parts:
@@ -34,21 +42,22 @@ def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
     results = []
     for y, part in zip(_Products.apply(x, places, *wholes), parts, strict=True):
         if part.bias is not None:
-            y = y + part.bias.float()
+            y = y + part.bias.to(y.dtype)
         for down, up, scale in part.adapters:
-            y = torch.addmm(y, x @ down.float().T, up.float().T, alpha=scale)
+            kind = torch.promote_types(x.dtype, down.dtype)
+            y = torch.addmm(y.to(kind), x.to(kind) @ down.to(kind).T, up.to(kind).T, alpha=scale).to(x.dtype)
         results.append(y)
     return results
 
 
 def normalize(x: Tensor, parts: NormParts) -> Tensor:
-    """The norm of rows [N, size] float32."""
-    return _Normalize.apply(x, *_affine(parts), parts.epsilon, parts.centered)
+    """The norm of rows [N, size]."""
+    return _Normalize.apply(x, parts.weight, parts.bias, parts.epsilon, parts.centered, parts.offset)
 
 
 def add_and_normalize(x: Tensor, added: Tensor, parts: NormParts) -> tuple[Tensor, Tensor]:
-    """x + added, and the norm of that."""
-    return _AddAndNormalize.apply(x, added, *_affine(parts), parts.epsilon, parts.centered)
+    """x + added, float32 as x is, and the norm of that."""
+    return _AddAndNormalize.apply(x, added, parts.weight, parts.bias, parts.epsilon, parts.centered, parts.offset)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -71,15 +80,10 @@ def activated_product(gate: Tensor, activation: str, up: Tensor | None, part: Li
         return None if saved.data_ptr() == address else saved
 
     def take(kept: Tensor | None) -> Tensor:
-        return elementwise.activate(gate, activation, up) if kept is None else kept
+        return kernels_for(gate).activate(gate, activation, up) if kept is None else kept
 
     with saved_tensors_hooks(keep, take):
         return products(x, (part,))[0]
-
-
-def _affine(parts: NormParts) -> tuple[Tensor, Tensor | None]:
-    weight = parts.weight.float()
-    return weight + parts.offset if parts.offset else weight, None if parts.bias is None else parts.bias.float()
 
 
 def _once(backward: Callable) -> Callable:
@@ -99,7 +103,7 @@ class _Products(Function):
     def forward(ctx, x, places, *wholes):
         ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *wholes)
         ctx.places = places
-        return tuple(linear(x, wholes[index][begin:end].float()) for index, begin, end in places)
+        return tuple(linear(x, wholes[index][begin:end].to(x.dtype)) for index, begin, end in places)
 
     @staticmethod
     @_once
@@ -114,7 +118,7 @@ class _Products(Function):
                     to_wholes[index] = torch.empty_like(whole) if complete else torch.zeros_like(whole)
                 _write_product(grad.T, x, to_wholes[index][begin:end])
             if ctx.needs_input_grad[0]:
-                weight = whole[begin:end].float()
+                weight = whole[begin:end].to(grad.dtype)
                 to_x = grad @ weight if to_x is None else to_x.addmm_(grad, weight)
         return to_x, None, *to_wholes
 
@@ -128,50 +132,49 @@ def _write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 class _Normalize(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, epsilon, centered):
-        y, stats = elementwise.normalize(x, weight, bias, epsilon, centered)
+    def forward(ctx, x, weight, bias, epsilon, centered, offset):
+        y, stats = kernels_for(x).normalize(x, weight, bias, epsilon, centered, offset)
         ctx.save_for_backward(x, stats, weight)
-        ctx.centered = centered
+        ctx.options = {"centered": centered, "offset": offset}
         return y
 
     @staticmethod
     @_once
     def backward(ctx, grad):
-        x, stats, weight = ctx.saved_tensors
-        needs = {"need_weight": ctx.needs_input_grad[1], "need_bias": ctx.needs_input_grad[2], "centered": ctx.centered}
-        return *elementwise.normalize_backward(grad, x, stats, weight, **needs), None, None
+        needs = {"need_weight": ctx.needs_input_grad[1], "need_bias": ctx.needs_input_grad[2]}
+        backward = kernels_for(grad).normalize_backward
+        return *backward(grad, *ctx.saved_tensors, **needs, **ctx.options), None, None, None
 
 
 class _AddAndNormalize(Function):
     @staticmethod
-    def forward(ctx, x, added, weight, bias, epsilon, centered):
+    def forward(ctx, x, added, weight, bias, epsilon, centered, offset):
         ctx.set_materialize_grads(False)
-        total = x + added
-        y, stats = elementwise.normalize(total, weight, bias, epsilon, centered)
+        total, y, stats = kernels_for(x).add_and_normalize(x, added, weight, bias, epsilon, centered, offset)
         ctx.save_for_backward(total, stats, weight)
-        ctx.centered = centered
+        ctx.options = {"centered": centered, "offset": offset}
         return total, y
 
     @staticmethod
     @_once
     def backward(ctx, grad_total, grad):
-        total, stats, weight = ctx.saved_tensors
-        needs = {"need_weight": ctx.needs_input_grad[2], "need_bias": ctx.needs_input_grad[3], "centered": ctx.centered}
+        needs = {"need_weight": ctx.needs_input_grad[2], "need_bias": ctx.needs_input_grad[3]}
+        backward = kernels_for(grad).normalize_backward
         # Nobody reads the sum's gradient any more: whatever else needed it lies behind what gave `grad`.
-        gradients = elementwise.normalize_backward(grad, total, stats, weight, **needs, out=grad_total)
-        return gradients[0], *gradients, None, None
+        gradients = backward(grad, *ctx.saved_tensors, **needs, **ctx.options, out=grad_total)
+        return gradients[0], *gradients, None, None, None
 
 
 class _Rotate(Function):
     @staticmethod
     def forward(ctx, x, cosine, sine):
         ctx.save_for_backward(cosine, sine)
-        return elementwise.rotate(x, cosine, sine)
+        return kernels_for(x).rotate(x, cosine, sine)
 
     @staticmethod
     @_once
     def backward(ctx, grad):
-        return elementwise.rotate_backward(grad, *ctx.saved_tensors), None, None
+        return kernels_for(grad).rotate_backward(grad, *ctx.saved_tensors), None, None
 
 
 class _Activate(Function):
@@ -179,11 +182,11 @@ class _Activate(Function):
     def forward(ctx, gate, activation, up):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return elementwise.activate(gate, activation, up)
+        return kernels_for(gate).activate(gate, activation, up)
 
     @staticmethod
     @_once
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up = elementwise.activate_backward(grad, gate, ctx.activation, up)
+        grad_gate, grad_up = kernels_for(grad).activate_backward(grad, gate, ctx.activation, up)
         return grad_gate, None, grad_up

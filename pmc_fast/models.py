@@ -79,7 +79,8 @@ class LanguageModel:
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
-        packed_by: what ran the layers for the last packed batch: "native", this library's own on a CPU, or the model's "modules".
+        packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), or
+            the model's "modules".
 
     Raises:
         UserError: the model has no such head, it is a DTensor placed otherwise, or its logits are not what this class takes

@@ -1,4 +1,4 @@
-"""A packed batch through layers of a known kind on a CPU, by this library's own kernels in place of the model's modules."""
+"""A packed batch through layers of a known kind, by this library's own kernels in place of the model's modules."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pmc_fast import attention
+from pmc_fast import attention, backend, varlen
 from pmc_fast.attention import AttentionCall, PackedLengths
-from pmc_fast.decoder_layers import Layer, Layers, LinearParts, NormParts, Unknown, is_hooked, read_layers
+from pmc_fast.decoder_layers import Embedding, Layer, Layers, LinearParts, NormParts, Unknown, is_hooked, read_layers
 from pmc_fast.fast_linear import has_fast_bfloat16, has_library
 from pmc_fast.layer_gradients import activated_product, add_and_normalize, normalize, products, rotate
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.ops import packed_attention
 from pmc_fast.ops._autograd import in_transform
 from pmc_fast.sharding import is_tensor_parallel
+
+# Whose kernels run the layers, by the kind of device. Triton's have not yet run on a GPU: {"cuda": "triton"} has them tried.
+KERNELS = {"cpu": "native"}
 
 # What the attention of a model was seen to be given, layer by layer, while the model said so; None of models whose modules
 # alone know what they do.
@@ -28,18 +31,22 @@ def hidden_of(
 ) -> Tensor | None:
     """The last hidden states of these rows, [N, D], with gradients, or None if the model's modules have to make them.
 
-    They have to on a GPU, where a part of the model is of no known kind, with dropout, gradient checkpointing or autocast, in
-    transforms of torch.func, under torch.compile, and for bfloat16 on CPUs that multiply it faster than float32.
+    They have to where a part of the model is of no known kind, with dropout, gradient checkpointing or autocast, in
+    transforms of torch.func, under torch.compile, for bfloat16 on CPUs that multiply it faster than float32, and where KERNELS
+    has none for the device or these do not take what the model is made of (see `_read`) or a beginning that is held once.
 
     Args:
         input_ids, position_ids: int64 [1, T] of a packed batch of these lengths.
         rows: int64 [N], each in [0, T).
     """
-    if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled("cpu") or lm.device.type != "cpu":
+    device = lm.device.type
+    if device not in KERNELS or (lengths.shared and KERNELS[device] == "triton"):
+        return None
+    if torch.compiler.is_compiling() or in_transform() or torch.is_autocast_enabled(device):
         return None
     said, calls = _seen.get(lm, (None, None))
     if said != (says := _says(lm)):
-        if not has_library() or is_hooked(lm) or is_tensor_parallel(lm.backbone):
+        if not _has_kernels(device) or is_hooked(lm) or is_tensor_parallel(lm.backbone):
             return None
         calls = _observed(lm)
         _seen[lm] = says, calls
@@ -58,7 +65,12 @@ def _hidden(
         read = _read(lm, calls)
     except Unknown:
         return None
-    return _forward(read, input_ids[0], position_ids[0], [lengths.shared, *lengths.own], rows)
+    with torch.cuda.device_of(input_ids):  # Triton launches on the current one
+        return _forward(read, input_ids[0], position_ids[0], lengths, rows)
+
+
+def _has_kernels(device: str) -> bool:
+    return has_library() if KERNELS[device] == "native" else backend.missing_triton() is None
 
 
 def _says(lm: LanguageModel) -> Hashable:
@@ -77,7 +89,9 @@ def _says(lm: LanguageModel) -> Hashable:
 def _observed(lm: LanguageModel) -> list[AttentionCall] | None:
     """The attention calls of a small pass through the model's modules, if the layers as read here come to the same."""
     lengths = PackedLengths(0, (3, 2))
-    ids, positions, rows = (torch.tensor(x, device="cpu") for x in ([[1, 2, 3, 1, 2]], [[0, 1, 2, 0, 1]], [1, 2, 4]))
+    ids, positions, rows = (
+        torch.tensor(x, device=lm.device) for x in ([[1, 2, 3, 1, 2]], [[0, 1, 2, 0, 1]], [1, 2, 4])
+    )
     ids = ids % len(lm.head_module.weight)
     with evaluating(lm.model), attention.watching() as watched, attention.packed(lengths):
         expected = lm.hidden(ids, position_ids=positions, attention_mask=None, packed_lengths=lengths, use_cache=False)
@@ -101,10 +115,23 @@ def _read(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormParts, Li
     if any(map(_has_more, lm.backbone.modules())):
         raise Unknown
     read = read_layers(lm, calls, lambda parts: parts, lambda parts: parts)
-    dtypes = {parameter.dtype for parameter in lm.backbone.parameters()}
-    if not dtypes <= {torch.float32, torch.bfloat16} or (torch.bfloat16 in dtypes and has_fast_bfloat16()):
+    if not (_native_takes(lm) if KERNELS[lm.device.type] == "native" else _triton_takes(read)):
         raise Unknown
     return read
+
+
+def _native_takes(lm: LanguageModel) -> bool:
+    dtypes = {parameter.dtype for parameter in lm.backbone.parameters()}
+    return dtypes <= {torch.float32, torch.bfloat16} and not (torch.bfloat16 in dtypes and has_fast_bfloat16())
+
+
+def _triton_takes(read: Layers[NormParts, LinearParts]) -> bool:
+    """Whether adapters aside all is of one dtype, for which there is attention over a packed batch in one call."""
+    parts = [read.embed, read.final, *(part for layer in read.layers for part in vars(layer).values())]
+    weights = [part.weight for part in parts if isinstance(part, (Embedding, NormParts, LinearParts))]
+    like, softcaps = weights[0], {layer.attention.softcap for layer in read.layers}
+    one_dtype = {weight.dtype for weight in weights} == {like.dtype}
+    return one_dtype and all(varlen.takes(like.device, like.dtype, read.head_dim, softcap) for softcap in softcaps)
 
 
 def _has_more(module: nn.Module) -> bool:
@@ -116,13 +143,18 @@ def _has_more(module: nn.Module) -> bool:
 
 
 def _forward(
-    read: Layers[NormParts, LinearParts], input_ids: Tensor, position_ids: Tensor, lengths: list[int], rows: Tensor
+    read: Layers[NormParts, LinearParts],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: PackedLengths,
+    rows: Tensor,
 ) -> Tensor:
     dtype = read.embed.weight.dtype
     angles = list(zip(*read.angles(position_ids, dtype), strict=True))
     hidden, added = read.embed(input_ids), None
+    kind = hidden.dtype if KERNELS[hidden.device.type] == "native" else dtype  # of what is multiplied
     for number, layer in enumerate(read.layers, 1):
-        hidden, x = _input(layer.norm, hidden, added)
+        hidden, x = _input(layer.norm, hidden, added, kind)
         attended = _attend(layer, x, angles[layer.rotary], lengths, read.head_dim)
         if number == len(read.layers):  # of the others nobody asks what comes after attention
             attended, hidden, x = (states.index_select(0, rows) for states in (attended, hidden, x))
@@ -131,17 +163,17 @@ def _forward(
         if layer.parallel:
             added = output + _mlp(layer, x)
         else:
-            hidden, x = _input(layer.mlp_norm, hidden, output)
+            hidden, x = _input(layer.mlp_norm, hidden, output, kind)
             added = _mlp(layer, x)
-    return _input(read.final, hidden, added)[1].to(dtype)
+    return _input(read.final, hidden, added, dtype)[1].to(dtype)
 
 
-def _input(norm: NormParts | None, hidden: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The hidden states with what is added to them, and those normalised."""
+def _input(norm: NormParts | None, hidden: Tensor, added: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The hidden states with what is added to them, and those normalised, to be multiplied in this dtype."""
     if norm is not None and added is not None:
         return add_and_normalize(hidden, added, norm)
     hidden = hidden if added is None else hidden + added
-    return hidden, _normalized(norm, hidden)
+    return hidden, hidden.to(kind) if norm is None else _normalized(norm, hidden)
 
 
 def _normalized(norm: NormParts | None, x: Tensor) -> Tensor:
@@ -149,7 +181,11 @@ def _normalized(norm: NormParts | None, x: Tensor) -> Tensor:
 
 
 def _attend(
-    layer: Layer[NormParts, LinearParts], x: Tensor, angles: tuple[Tensor, Tensor], lengths: list[int], head_dim: int
+    layer: Layer[NormParts, LinearParts],
+    x: Tensor,
+    angles: tuple[Tensor, Tensor],
+    lengths: PackedLengths,
+    head_dim: int,
 ) -> Tensor:
     query, key, value = products(x, (layer.query, layer.key, layer.value))
     query, key = _normalized(layer.query_norm, query), _normalized(layer.key_norm, key)
@@ -157,7 +193,9 @@ def _attend(
     query, key = rotate(query, *angles), rotate(key, *angles)
     call = layer.attention
     options = {"scale": call.scaling, "softcap": call.softcap, "window": call.window}
-    return packed_attention(query, key, value, lengths, **options).flatten(1)
+    if KERNELS[x.device.type] == "triton":
+        return varlen.attend(query, key, value, lengths.own, **options).flatten(1)
+    return packed_attention(query, key, value, [lengths.shared, *lengths.own], **options).flatten(1)
 
 
 def _mlp(layer: Layer[NormParts, LinearParts], x: Tensor) -> Tensor:

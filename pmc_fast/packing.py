@@ -58,7 +58,7 @@ class Packed:
         attention.install(lm.model)
         if cache is None:
             hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows)
-            lm.packed_by = "modules" if hidden is None else "native"
+            lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]
             if hidden is not None:
                 return hidden
         with attention.packed(self.lengths):

@@ -20,16 +20,15 @@ except ImportError:
 _NEEDED = {"scale", "window_size"}
 
 
-def takes(query: Tensor, softcap: float | None, dropout: float) -> bool:
-    """Whether `attend` can run these inputs; if not, the sequences are attended to one after the other."""
+def takes(device: torch.device, dtype: torch.dtype, dim: int, softcap: float | None) -> bool:
+    """Whether `attend` can run heads of this size, on this device; if not, the sequences are attended to one after the other."""
     return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and dropout == 0
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and dim % 8 == 0
+        and dim <= 256
         and (flash_attn_varlen_func is not None or (softcap is None and _parameters() >= _NEEDED))
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -45,27 +44,25 @@ def attend(
     """Each token sees those before it in its own sequence, the last `window` of them and itself at most.
 
     Args:
-        query: [1, H, T, D]. key, value: [1, K, T, D], K divides H.
+        query: [T, H, D]. key, value: [T, K, D], K divides H.
         lengths: tokens of each sequence, T together.
         softcap: bounds the scores smoothly, or None; needs flash-attn.
 
     Returns:
-        [1, T, H, D].
+        [T, H, D].
     """
     ends, longest = _ends(lengths, query.device), max(lengths)
     seen = (-1 if window is None else window - 1, 0)
     if flash_attn_varlen_func is not None:
-        tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         options = {"softmax_scale": scale, "causal": True, "window_size": seen, "softcap": softcap or 0.0}
-        return flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)[None]
+        return flash_attn_varlen_func(query, key, value, ends, ends, longest, longest, **options)
     groups = query.shape[1] // key.shape[1]
     options = {"scale": scale, "window_size": seen}
     if groups > 1 and "enable_gqa" in _parameters():
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    tokens = (x[0].transpose(0, 1) for x in (query, key, value))
-    return varlen_attn(*tokens, ends, ends, longest, longest, **options)[None]
+    return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
 
 
 @cache

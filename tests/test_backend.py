@@ -175,7 +175,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
 
 
 def test_without_triton_naming_it_is_an_error_that_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(backend, "_missing_triton", lambda: "Triton is not installed: run `pip install triton`")
+    monkeypatch.setattr(backend, "missing_triton", lambda: "Triton is not installed: run `pip install triton`")
     with pytest.raises(BackendUnavailable, match="pip install triton"):
         choose("collapse_loss", "triton", "cuda", torch.float32)
     assert choose("collapse_loss", None, "cuda", torch.float32) == "reference"

@@ -91,7 +91,8 @@ def agrees(kv_heads, window, softcap):
     shapes = [(1, count, sum(LENGTHS), 32) for count in (6, kv_heads, kv_heads)]
     inputs = [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    got, want = varlen.attend(*inputs, LENGTHS, window, 0.3, softcap), exact(*wide, window, 0.3, softcap)
+    tokens = (x[0].transpose(0, 1) for x in inputs)
+    got, want = varlen.attend(*tokens, LENGTHS, window, 0.3, softcap)[None], exact(*wide, window, 0.3, softcap)
     upstream = torch.randn_like(want)
     got.backward(upstream.to(dtype))
     want.backward(upstream)
@@ -103,12 +104,12 @@ def agrees(kv_heads, window, softcap):
 
 def test_what_it_takes(monkeypatch):
     monkeypatch.setattr(varlen, "flash_attn_varlen_func", None)
-    query = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16, device=DEVICE)
-    assert varlen.takes(query, None, 0.0) == (GPU and {"scale", "window_size"} <= varlen._parameters())
-    for refused in (query.float(), query[..., :12], query.expand(1, 2, 3, 64).repeat(1, 1, 1, 5)):
-        assert not varlen.takes(refused, None, 0.0)
-    assert not varlen.takes(query, 2.0, 0.0) and not varlen.takes(query, None, 0.1)
+    device, known = torch.device(DEVICE), GPU and {"scale", "window_size"} <= varlen._parameters()
+    assert varlen.takes(device, torch.bfloat16, 64, None) == known
+    for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 12), (torch.bfloat16, 320)):
+        assert not varlen.takes(device, dtype, dim, None)
+    assert not varlen.takes(device, torch.bfloat16, 64, 2.0)
     monkeypatch.setattr(varlen, "_parameters", set)
-    assert not varlen.takes(query, None, 0.0)
+    assert not varlen.takes(device, torch.bfloat16, 64, None)
     monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
-    assert varlen.takes(query, 2.0, 0.0) == varlen.takes(query, None, 0.0) == GPU
+    assert varlen.takes(device, torch.bfloat16, 64, 2.0) == varlen.takes(device, torch.bfloat16, 64, None) == GPU

@@ -11,23 +11,25 @@ from torch import Tensor
 from pmc_fast.native import library
 
 
-def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool) -> tuple[Tensor, Tensor]:
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Rows scaled to mean square 1, those that are `centered` to mean 0 and variance 1, times a weight.
 
-    Equivalent to `(x - mean) * factor * weight + bias` where `mean` is `x.mean(1)` (0 unless centered) and `factor` is
+    Equivalent to `(x - mean) * factor * (weight + offset) + bias` where `mean` is `x.mean(1)` (0 unless centered) and `factor` is
     `((x - mean).square().mean(1) + epsilon).rsqrt()`.
 
     Args:
         x: [N, S].
-        weight, bias: [S].
+        weight, bias: [S], of any floating dtype.
 
     Returns:
         The rows, [N, S], and for the backward pass [N, 2]: `mean` and `factor`.
     """
     x = _rows("x", x, None, None)
     rows, size = x.shape
-    weight = _rows("weight", weight, size)
-    bias = None if bias is None else _rows("bias", bias, size)
+    weight = _factors(weight, size, offset)
+    bias = None if bias is None else _rows("bias", bias.float(), size)
     y, stats = x.new_empty(rows, size), x.new_empty(rows, 2)
     library().normalize(
         x.data_ptr(),
@@ -46,6 +48,12 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, ce
     return y, stats
 
 
+def add_and_normalize(x: Tensor, added: Tensor, *norm, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """x + added, [N, S], and what `normalize` returns of that."""
+    total = x + added
+    return total, *normalize(total, *norm, **options)
+
+
 def normalize_backward(
     grad: Tensor,
     x: Tensor,
@@ -53,6 +61,7 @@ def normalize_backward(
     weight: Tensor,
     *,
     centered: bool,
+    offset: float = 0.0,
     need_weight: bool,
     need_bias: bool,
     out: Tensor | None = None,
@@ -61,18 +70,18 @@ def normalize_backward(
 
     Args:
         grad: [N, S], the gradient of its rows.
-        x, weight, centered: as they were given to it.
+        x, weight, centered, offset: as they were given to it.
         stats: [N, 2], from it.
         need_weight, need_bias: whether these have a gradient.
         out: [N, S], to which the gradient of x is added; None makes a tensor of it.
 
     Returns:
-        The gradients of x ([N, S], which is `out` if that is given), weight and bias (each [S] or None).
+        The gradients of x ([N, S], which is `out` if that is given), weight and bias (each [S] of weight's dtype, or None).
     """
     x = _rows("x", x, None, None)
     rows, size = x.shape
     grad, stats = _rows("grad", grad, rows, size), _rows("stats", stats, rows, 2).contiguous()
-    weight = _rows("weight", weight, size)
+    dtype, weight = weight.dtype, _factors(weight, size, offset)
     grad_x = x.new_empty(rows, size) if out is None else _written("out", out, rows, size)
     grad_weight, grad_bias = (x.new_empty(size) if needed else None for needed in (need_weight, need_bias))
     sums = need_weight + need_bias
@@ -95,7 +104,7 @@ def normalize_backward(
         _address(workspace),
         torch.get_num_threads(),
     )
-    return grad_x, grad_weight, grad_bias
+    return grad_x, *(None if sums is None else sums.to(dtype) for sums in (grad_weight, grad_bias))
 
 
 def activate(gate: Tensor, activation: str, up: Tensor | None) -> Tensor:
@@ -198,6 +207,11 @@ def _rotated(name: str, x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: 
         transposed,
     )
     return y
+
+
+def _factors(weight: Tensor, size: int, offset: float) -> Tensor:
+    weight = _rows("weight", weight.float(), size)
+    return weight + offset if offset else weight
 
 
 def _rows(name: str, x: Tensor, *shape: int | None) -> Tensor:
