@@ -24,6 +24,9 @@ COMMANDS = {
         "a whole short run of PMC by the published loop and by pmc_fast: time, and how fast the model unlearns"
     ),
     "sampling": Command("a whole sampling call: pmc_fast against the model's modules alone and transformers' generate"),
+    "train": Command(
+        "forward pass, loss and backward pass of a packed batch: pmc_fast's layers against the model's modules"
+    ),
     "ops": Command("each op against its peers, at the sizes that PMC meets"),
     "parallel": Command("the ops with a head in parts over several ranks, against the same ops on one of them"),
     "profile": Command(

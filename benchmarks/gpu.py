@@ -83,7 +83,7 @@ class Model:
 _TESTS = {
     "cuda": [
         *("tests/ops", "tests/kernels", "tests/cuda", "tests/test_varlen.py"),
-        *("tests/test_static_decoder.py", "tests/test_static_modules.py"),
+        *("tests/test_static_decoder.py", "tests/test_static_modules.py", "tests/test_packed_layers_gpu.py"),
     ],
     "cpu": ["tests/test_data.py"],
 }
@@ -210,6 +210,7 @@ def _model_parts(model: Model, out: Path, device: str) -> list[Part]:
         Part(made, making, 0.5 * model.share),
         part("step", ["step", *model.step], 1.0),
         part("sampling", ["sampling", *model.step], 0.6),
+        part("train", ["train", *model.step], 0.5),
         part("profile", ["profile", "step", *model.profile, *trace], 0.8),
     ]
 

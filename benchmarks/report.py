@@ -241,6 +241,7 @@ _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
     "pmc_fast.benchmarks.ops/1": _ops_sections,
     "pmc_fast.benchmarks.parallel/1": _ops_sections,
     "pmc_fast.benchmarks.sampling/1": _ops_sections,
+    "pmc_fast.benchmarks.train/1": _ops_sections,
     "pmc_fast.benchmarks.step/1": _step_sections,
     "pmc_fast.benchmarks.run/1": _run_sections,
     "pmc_fast.benchmarks.profile/1": _profile_sections,

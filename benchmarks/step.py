@@ -26,8 +26,8 @@ DTYPES = ("float32", "bfloat16")  # in float16 AdamW's second moments underflow,
 PUBLISHED, OURS, PRUNED = "published", "pmc_fast", "pmc_fast_pruned"
 
 # Two right ways to compute a loss differ by rounding alone. The gradient of a whole model gathers more of it.
-_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-_GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -320,9 +320,9 @@ def check(task: Task, contestants: Mapping[str, Contestant]) -> dict[str, float]
     theirs = [None if p.grad is None else p.grad.clone() for p in task.model.parameters()]
     task.model.zero_grad(set_to_none=True)
     loss_error = abs(ours.collapse_gradients(answers) - loss) / abs(loss)
-    gradient_error = _distance([p.grad for p in task.model.parameters()], theirs)
+    gradient_error = distance([p.grad for p in task.model.parameters()], theirs)
     task.model.zero_grad(set_to_none=True)
-    if not (loss_error <= _LOSS_TOLERANCE[dtype] and gradient_error <= _GRADIENT_TOLERANCE[dtype]):
+    if not (loss_error <= LOSS_TOLERANCE[dtype] and gradient_error <= GRADIENT_TOLERANCE[dtype]):
         raise Wrong(f"on the same answers the losses differ by {loss_error:.1e}, the gradients by {gradient_error:.1e}")
     return {"same_greedy_answers": same, "loss_error": loss_error, "gradient_error": gradient_error}
 
@@ -331,7 +331,7 @@ def _agree(a: str, b: str, dtype: torch.dtype) -> bool:
     return a == b if dtype == torch.float32 else a.split()[:1] == b.split()[:1]
 
 
-def _distance(got: Sequence[torch.Tensor | None], want: Sequence[torch.Tensor | None]) -> float:
+def distance(got: Sequence[torch.Tensor | None], want: Sequence[torch.Tensor | None]) -> float:
     """Of two gradients of a whole model, relative to the second; infinite where one has what the other lacks."""
     difference = norm = 0.0
     for g, w in zip(got, want, strict=True):

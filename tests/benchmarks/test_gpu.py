@@ -37,7 +37,8 @@ def test_a_rehearsal_runs_every_part(rehearsal):
         content["device"] == "cpu"
         and content["command"] == "python -m benchmarks gpu --device cpu --minutes 60 --out out"
     )
-    names = ["build", "tests", "ops", "model-tiny", "step-tiny", "sampling-tiny", "profile-tiny", "report"]
+    kinds = ["model", "step", "sampling", "train", "profile"]
+    names = ["build", "tests", "ops", *(f"{kind}-tiny" for kind in kinds), "report"]
     assert list(parts) == names and all(f"{name} " in done.stdout for name in names)
     for part in parts.values():
         assert part["status"] == "ok" and part["exit_code"] == 0 and 0 < part["seconds"] < part["limit_s"]
@@ -47,7 +48,7 @@ def test_a_rehearsal_runs_every_part(rehearsal):
 def test_a_rehearsal_leaves_results_traces_and_a_report_but_no_models(rehearsal):
     out, _ = rehearsal
     _, parts = summary(out)
-    for name in ("ops", "step-tiny", "sampling-tiny", "profile-tiny"):
+    for name in ("ops", "step-tiny", "sampling-tiny", "train-tiny", "profile-tiny"):
         assert parts[name]["results"] == [f"{name}.json"] and report.sections(out / f"{name}.json")
         assert f"### {name}: " in (out / "report" / "report.md").read_text()
     config = json.loads((out / "step-tiny.json").read_text())["config"]
@@ -68,14 +69,14 @@ def test_the_plan_for_a_gpu_covers_both_models_and_every_op(tmp_path):
     parts = {part.name: part for part in gpu.plan(tmp_path, "cuda:1", "cuda")}
     assert list(parts)[:2] == ["build", "tests"] and list(parts)[-1] == "report"
     for shape in ("llama-3.2-3b", "smollm2-135m"):
-        assert {parts[f"{kind}-{shape}"].needs for kind in ("step", "sampling", "profile")} == {f"model-{shape}"}
+        assert {parts[f"{kind}-{shape}"].needs for kind in ("step", "sampling", "train", "profile")} == {f"model-{shape}"}
     for part in parts.values():
         assert "cuda:1" in part.words or part.tool or part.name in ("build", "tests", "report")
     assert "bfloat16" in parts["ops"].words and "sample" in parts["ops-sample"].words
     assert "linear_sample_by_rows" in parts["ops-linear-sample"].words
     assert {"decode_attention_by_prefix", "--graphs"} <= set(parts["ops-decode-attention"].words)
     assert {"sample_by_options", "--graphs"} <= set(parts["ops-sample-options"].words)
-    assert len(parts["report"].inputs) == 11
+    assert len(parts["report"].inputs) == 13
     from benchmarks.__main__ import _parse
 
     for part in parts.values():

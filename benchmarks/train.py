@@ -1,0 +1,132 @@
+"""`python -m benchmarks train`: forward pass, loss and backward pass of a packed batch, by layers of pmc_fast and by the model's modules.
+
+Only the layers differ: the batch, the head and its loss are the same. Without optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import results, step
+from benchmarks.bench import OURS, Wrong
+from benchmarks.limits import Limits, measure_limits
+from benchmarks.measure import PeakMemory, Spread, environment, interleave
+from benchmarks.ops import Row, table
+from pmc_fast import packed_layers
+from pmc_fast.flops import FORMULAS
+
+SCHEMA = "pmc_fast.benchmarks.train/1"
+MODULES, LAYERS = "pmc_fast, by modules", "pmc_fast, by its layers"
+
+
+class Case:
+    """A task's questions with their answers, and rows to keep, as one packed batch."""
+
+    def __init__(self, task: step.Task) -> None:
+        from pmc_fast.models import LanguageModel
+        from pmc_fast.packing import pack
+
+        self.task, self.lm = task, LanguageModel(task.model)
+        rows = [*task.forget, *task.retain]
+        prompts = [task.prompts.prompt_ids(row.question) for row in rows]
+        self._packed = pack(prompts, [task.prompts.answer_ids(row.answer) for row in rows], task.device)
+        labels = len(self._packed.target)
+        self._weight = torch.full((labels,), 1 / labels, device=task.device)
+        self.title = f"{len(rows)} sequences, {self._packed.input_ids.shape[1]} tokens, {labels} labels"
+
+    def contestants(self) -> dict[str, Callable[[], Tensor]]:
+        """Passes by pmc_fast as it is on this device, and the way that it does not go there by itself."""
+        other = {MODULES: {}} if self.task.device.type in packed_layers.KERNELS else {LAYERS: {"cuda": "triton"}}
+        ways = {OURS: packed_layers.KERNELS, **other}
+        return {name: partial(self._pass, kernels) for name, kernels in ways.items()}
+
+    def _pass(self, kernels: Mapping[str, str]) -> Tensor:
+        """Leaves gradients in the model; the loss."""
+        held, packed_layers.KERNELS = packed_layers.KERNELS, kernels
+        try:
+            hidden = self._packed.hidden(self.lm)
+        finally:
+            packed_layers.KERNELS = held
+        loss = self.lm.head.collapse_loss(hidden, self._packed.target, self._weight, ignore_index=None).loss
+        loss.backward()
+        return loss.detach()
+
+    def clear(self) -> None:
+        """Let go of the gradients."""
+        self.task.model.zero_grad(set_to_none=True)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Those in the model, which lets go of them."""
+        found = [parameter.grad for parameter in self.task.model.parameters()]
+        self.clear()
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `step`, whose model and questions are taken."""
+    step.add_arguments(parser)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Check and measure, print a table and write the result."""
+    task = step.load(args, device)
+    task.model.train()
+    where, limits = environment(device, args.seed), measure_limits(device, [getattr(torch, args.dtype)])
+    rows = measure(Case(task), args.repeats, limits)
+    print(table(rows))
+    if args.json:
+        content = {"environment": where, "config": step.options(args, task), "limits": asdict(limits)}
+        results.write(args.json, SCHEMA, {**content, "rows": list(map(asdict, rows)), "command": args.command_line})
+
+
+def measure(case: Case, repeats: int, limits: Limits) -> list[Row]:
+    """A row for each contestant; one that does not come to the loss and gradients of the first has no time."""
+    dtype = next(case.task.model.parameters()).dtype
+    contestants, rows, first = case.contestants(), {}, None
+    weights = sum(parameter.nbytes for parameter in case.task.model.parameters())
+    for name, work in contestants.items():
+        work()  # so that what is allocated once is there
+        case.clear()
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, PeakMemory(case.task.device) as peak:
+            loss = work()
+        found = float(loss), case.gradients()
+        first = found if first is None else first
+        row = Row("training", case.title, str(dtype).removeprefix("torch."), name, flops=counter.get_total_flops())
+        row = replace(row, bytes=3 * weights)  # read forward and backward, and their gradients written
+        evidence = f"layers by {case.lm.packed_by}"
+        try:
+            evidence += agreement(found, first, dtype) if name != OURS else ""
+            rows[name] = replace(row, right=True, evidence=evidence, peak_bytes=peak.bytes)
+        except Wrong as error:
+            rows[name] = replace(row, right=False, evidence=f"{evidence}: {error}")
+    del first, found
+
+    def timed(work: Callable[[], Tensor]) -> None:
+        work()
+        case.clear()
+
+    right = {name: partial(timed, work) for name, work in contestants.items() if rows[name].right}
+    times = {name: Spread.of(took) for name, took in interleave(right, repeats, device=case.task.device).items()}
+    for name, seconds in times.items():
+        share = limits.seconds(rows[name].flops, rows[name].bytes, rows[name].dtype) / seconds.median
+        ratio = seconds.median / times[OURS].median
+        rows[name] = replace(rows[name], seconds=seconds, repeats=repeats, ratio=ratio, share_of_limit=share)
+    return list(rows.values())
+
+
+def agreement(
+    got: tuple[float, list[Tensor | None]], want: tuple[float, list[Tensor | None]], dtype: torch.dtype
+) -> str:
+    """How near a loss and its gradients are to others, in words; raises Wrong where that is not near enough."""
+    loss, gradient = abs(got[0] - want[0]) / abs(want[0]), step.distance(got[1], want[1])
+    said = f"loss off by {loss:.1e}, gradients by {gradient:.1e}"
+    if not (loss <= step.LOSS_TOLERANCE[dtype] and gradient <= step.GRADIENT_TOLERANCE[dtype]):
+        raise Wrong(said)
+    return f", {said}"
