@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import tables
-from benchmarks.report import load, machine, naming
+from benchmarks.results import load, machine, naming
 from benchmarks.wording import OURS, amount, clock, failure, ratio, size
 from pmc_fast.errors import UserError
 

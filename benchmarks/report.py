@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import tables
+from benchmarks import results, tables
+from benchmarks.results import load, machine, naming
 from benchmarks.wording import amount, clock, failure, size
 from pmc_fast.errors import UserError
 
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _told_apart(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The files that a benchmark wrote, sound or not, and the JSON objects without a schema, which something else did."""
-    contents = {path: _read(path) for path in paths}
+    contents = {path: results.read(path) for path in paths}
     foreign = [path for path, content in contents.items() if isinstance(content, dict) and "schema" not in content]
     return [path for path in paths if path not in foreign], foreign
 
@@ -107,34 +106,6 @@ def sections(path: Path) -> list[Section]:
     content = load(path)
     with naming(path, content):
         return _SECTIONS[content["schema"]](path.stem, content)
-
-
-@contextmanager
-def naming(path: Path, content: Mapping[str, Any]) -> Iterator[None]:
-    """Turns what reading a file of another form than its schema's raises into a UserError that names the file."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not what {content['schema']} should hold: {reason}") from error
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The content of a result file of a known schema; raises UserError, naming the file, if it is none."""
-    content = _read(path)
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if not isinstance(schema, str) or schema not in _SECTIONS:
-        raise UserError(f"{path}: schema: got {schema!r}, want one of {', '.join(_SECTIONS)}")
-    return content
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
 
 
 def _check_names(found: Sequence[tuple[Path, Sequence[Section]]]) -> None:
@@ -248,20 +219,6 @@ _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
     "pmc_fast.benchmarks.compile/1": _compile_sections,
     "pmc_fast.benchmarks.gpu/1": _gpu_sections,
 }
-
-
-def machine(environment: Mapping[str, Any], dtype: str | None) -> str:
-    """One line of where a result was measured, with what and at which commit, as far as the file knows."""
-    threads, commit = environment.get("threads"), environment.get("commit")
-    torch_version = environment.get("versions", {}).get("torch")
-    parts = [
-        environment["device_name"],
-        threads and f"{threads} thread{'' if threads == 1 else 's'}",
-        torch_version and f"torch {torch_version}",
-        commit and f"commit {commit['hash'][:7]}{' (changed)' if commit.get('changed') else ''}",
-        dtype,
-    ]
-    return ", ".join(part for part in parts if part)
 
 
 def _about(config: Mapping[str, Any]) -> str:

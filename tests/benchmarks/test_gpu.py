@@ -69,7 +69,9 @@ def test_the_plan_for_a_gpu_covers_both_models_and_every_op(tmp_path):
     parts = {part.name: part for part in gpu.plan(tmp_path, "cuda:1", "cuda")}
     assert list(parts)[:2] == ["build", "tests"] and list(parts)[-1] == "report"
     for shape in ("llama-3.2-3b", "smollm2-135m"):
-        assert {parts[f"{kind}-{shape}"].needs for kind in ("step", "sampling", "train", "profile")} == {f"model-{shape}"}
+        assert {parts[f"{kind}-{shape}"].needs for kind in ("step", "sampling", "train", "profile")} == {
+            f"model-{shape}"
+        }
     for part in parts.values():
         assert "cuda:1" in part.words or part.tool or part.name in ("build", "tests", "report")
     assert "bfloat16" in parts["ops"].words and "sample" in parts["ops-sample"].words

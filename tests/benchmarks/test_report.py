@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import pictures, report, tables
+from benchmarks import pictures, report, results, tables
 from benchmarks.__main__ import main
 from benchmarks.wording import amount, clock, failure, ratio, share, size
 
@@ -18,6 +18,10 @@ WHERE = {
     "versions": {"torch": "2.13.0", "triton": "3.7.1"},
     "commit": {"hash": "0123456789abcdef", "changed": True},
 }
+
+
+def test_every_kind_of_result_has_sections():
+    assert sorted(report._SECTIONS) == sorted(results.SCHEMAS)
 
 
 def row(contestant, seconds=None, right=True, evidence="value 1e-07", **changes):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 from pmc_fast.kernels import elementwise_gradient as kernels
+from pmc_fast.kernels import norm_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -42,8 +43,8 @@ def normalized(x, weight, bias, centered, offset):
 @pytest.mark.parametrize("centered, offset, bias", [(False, 0.0, False), (False, 1.0, False), (True, 0.0, True)])
 @pytest.mark.parametrize("rows, size", [(1, 1), (5, 33), (67, 8), (7, 1100)])
 def test_normalize(rows, size, centered, offset, bias, dtype, poisoned, monkeypatch, rng_seed):
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)  # so that each has several rows, or
-    monkeypatch.setattr(kernels, "TILE", 64)  # several times 8 short ones
+    monkeypatch.setattr(norm_gradient, "PROGRAMS", 3)  # so that each has several rows, or
+    monkeypatch.setattr(norm_gradient, "TILE", 64)  # several times 8 short ones
     x, weight = rows_apart(rows, size, dtype), torch.randn(size).to(dtype)
     b = torch.randn(size).to(dtype) if bias else None
     of_x, of_weight, of_bias = doubles(x, weight, b)
