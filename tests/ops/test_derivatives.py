@@ -87,7 +87,10 @@ def refuse_second_derivatives(loss, hidden, weight, target, token_weight):
         (gradient,) = torch.autograd.grad(value**power, arguments[of], create_graph=True)
         if of == 3 and gradient.grad_fn.name() == "MulBackward0":
             continue  # the token weights multiply log-probabilities outside of the op
-        with pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order"):
+        refused = pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order")
+        with refused:
+            torch.autograd.grad(gradient.pow(2).sum(), arguments[0], retain_graph=True, allow_unused=True)
+        with refused:
             (value + gradient.pow(2).sum()).backward()
 
 
@@ -98,6 +101,12 @@ def test_a_second_backward_pass_is_refused(loss, inputs):
 @pytest.mark.parametrize("loss", [shared_collapse, shared_logprob])
 def test_a_second_backward_pass_is_refused_with_a_shared_head(loss, inputs, one_rank):
     refuse_second_derivatives(loss, *inputs)
+
+
+def test_the_hessian_is_refused_rather_than_zero(loss, inputs):
+    hidden, *others = inputs
+    with pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order"):
+        torch.autograd.functional.hessian(lambda x: loss(x, *others), hidden)
 
 
 def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, in_torch, inputs):
