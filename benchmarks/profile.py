@@ -112,6 +112,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     ):
         if content[key]:
             print(table(header, content[key][:shown], total.seconds))
+    if not any(content[key] for key in ("phases", "operators", "kernels")):
+        print("torch's profiler saw no operator in it: profile the C++ with a system profiler such as perf\n")
     if args.trace:
         print(f"trace: {args.trace} (open it in ui.perfetto.dev)")
 

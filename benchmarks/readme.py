@@ -59,8 +59,9 @@ USUAL = {
 }
 
 _IN_BRACKETS = (
-    "In brackets: how many times pmc_fast's time or memory the published loop takes. Of micro-batches that is per token for "
-    "sampling, per picked answer with pruning, and at equal tokens for the total, since both draw answers of their own lengths."
+    "In brackets: how many times as much time or memory as pmc_fast the published loop takes. For micro-batches that is per token "
+    "for sampling, per picked answer with pruning, and at equal tokens for the total, since the answers that they draw differ in "
+    "length."
 )
 
 _ISA = {"avx512": "AVX-512", "avx2": "AVX2"}
@@ -151,8 +152,8 @@ def made(paths: Sequence[Path], folder: Path) -> tuple[str, dict[str, Callable[[
         "Measured on",
         "\n".join(f"- {where}" for where in sorted(machines)),
         _filled(
-            "Medians, unless it says that there was one turn. Times and bytes have three digits, 1 GB is 10^9 bytes; memory is "
-            "the most held at once beyond what was held before."
+            "Medians, unless marked as one turn. Times and bytes have three digits, 1 GB is 10^9 bytes; memory is the most held at "
+            "once beyond what was held before."
         ),
     ]
     if duels:
@@ -288,8 +289,8 @@ def _ops(ops: Sequence[Ops], benches: Mapping[Key, Mapping[str, Mapping[str, Ent
         lines.append(line)
     header = ["op", "size", "", *(cell for where in machines for cell in (where, "memory"))]
     about = (
-        "The ops at the sizes of a PMC batch, the losses with their backward pass: pmc_fast's time, and how many times as "
-        "long what is used otherwise takes, and the fastest of all others. Everyone who ran is in the results: "
+        "The ops at the sizes of a PMC batch, the losses with their backward pass: pmc_fast's time, then how many times as long "
+        "the usual alternative takes, and the fastest of all others. All contestants are in the results: "
         f"{', '.join(part.link for part in ops)}."
     )
     picture = f"![the ops against their peers]({PICTURES}/{OPS_PICTURE})"

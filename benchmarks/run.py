@@ -407,7 +407,7 @@ def area(curve: Sequence[Mapping[str, float]], until: float) -> float:
 def table(result: Mapping[str, Any]) -> str:
     """The result for reading."""
     published, ours = _column(result[PUBLISHED]), _column(result[OURS])
-    ratio = {"time": result["ratio"]["seconds"], "area": result["ratio"]["area"]}
+    ratio = {"time": result["ratio"]["seconds"], "quality, mean over time": result["ratio"]["area"]}
     lines = [f"{'':24}{'published':>14}{'pmc_fast':>14}{'ratio':>10}"]
     for title in published:
         times = "" if ratio.get(title) is None else f"{ratio[title]:.2f}x"
@@ -423,7 +423,7 @@ def _column(found: Mapping[str, Any]) -> dict[str, str]:
         "unlearn quality after": f"{after['unlearn_quality']:.2f} %",
         "utility before": f"{before['utility']:.2f} %",
         "utility after": f"{after['utility']:.2f} %",
-        "area": f"{found['area']:.2f} %",
+        "quality, mean over time": f"{found['area']:.2f} %",
         "sampled tokens": f"{found['sampled_tokens']}",
         "peak extra memory": "-" if peak is None else f"{peak / 1e9:.3g} GB",
     }

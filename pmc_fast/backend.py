@@ -59,10 +59,8 @@ def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) 
 
 
 def _why_not_triton(device_type: str) -> str | None:
-    if reason := missing_triton():
-        return reason
     if device_type == "cuda" or (device_type == "cpu" and interpreting()):
-        return None
+        return missing_triton()
     return (
         f"Triton's kernels run on GPUs, the tensors are on {device_type} (to run them on the CPU, slowly, in Triton's "
         "interpreter, set TRITON_INTERPRET=1 before Python starts)"

@@ -18,7 +18,7 @@ _DESCRIPTION = """\
 Make a language model forget: Partial Model Collapse (arXiv 2507.04219) trains it on its own,
 selected answers, and never on the text that is to be forgotten.
 
-  pmc-fast demo                                             all of it on invented data, in minutes
+  pmc-fast demo                                             all of it on invented data, in a minute
   pmc-fast finetune --model M --data FILE --out DIR         train M to know a question/answer file
   pmc-fast unlearn  --model M --forget FILE --retain FILE --out DIR
   pmc-fast evaluate --model M --forget FILE --retain FILE

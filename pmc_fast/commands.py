@@ -21,6 +21,7 @@ from pmc_fast.doctor import environment
 from pmc_fast.errors import UserError
 from pmc_fast.evaluation import evaluate as measure
 from pmc_fast.evaluation import greedy_answers, leakage
+from pmc_fast.ledger import Ledger
 from pmc_fast.loading import choose_device, load_model
 from pmc_fast.models import LanguageModel
 from pmc_fast.ops import rouge_l_recall
@@ -33,6 +34,8 @@ from pmc_fast.runs import Run, file_option
 # Options that do not decide how a run ends, and those that name files.
 _HARMLESS = ("resume", "checkpoint_every", "out", "threads")
 _FILES = ("data", "forget", "retain", "paraphrased")
+
+_ROUGE_L = "ROUGE-L: the share of a true answer's words that the model says in their order, as a mean over the rows"
 
 _METHOD = [
     "num_samples",
@@ -120,6 +123,7 @@ def unlearn(options: argparse.Namespace) -> int:
     else:
         pmc.load_state_dict(beginning["pmc"])
     _start(run, beginning)
+    _tell_of_the_run(pmc, sets)
     phases = training.unlearn(pmc, sets["retain"], config, run=run, checkpoint_every=options.checkpoint_every)
     model = run.save_model("model", pmc.lm.model, tokenizer)
     run.write_json("ledger.json", pmc.state_dict())
@@ -131,6 +135,7 @@ def unlearn(options: argparse.Namespace) -> int:
     run.finish(report)
     print_comparison(report)
     print(f"model: {model}\nreport: {run.folder / 'report.json'}")
+    _tell_of_what_stays(pmc.ledger)
     return 0
 
 
@@ -167,6 +172,7 @@ def evaluate(options: argparse.Namespace) -> int:
             )
         rows.append((f"leakage, worst of {options.leakage}", f"{results['leakage']:.4f}"))
     print_table(("measure", "value"), [row for row in rows if row[1] != "nan"])
+    print(_ROUGE_L)
     if options.json is not None:
         write_file(options.json, json.dumps(results, indent=2) + "\n")
     return 0
@@ -256,6 +262,7 @@ def print_comparison(report: dict) -> None:
     for name, value in before["utility_sets"].items():
         rows.append((f"{name} ROUGE-L", f"{value:.4f}", f"{after['utility_sets'][name]:.4f}"))
     print_table(("", "before", "after"), rows)
+    print(_ROUGE_L)
 
 
 def _prepare(options: argparse.Namespace, config: PMCConfig) -> tuple[PMC, object]:
@@ -307,6 +314,24 @@ def _tell_of_overlap(sets: dict[str, list[QA]]) -> None:
             f"{both} of {len(sets['forget'])} questions of --forget are in --retain too: training keeps their answers"
         )
         print(told, file=sys.stderr)
+
+
+def _tell_of_the_run(pmc: PMC, sets: dict[str, list[QA]]) -> None:
+    rows = f"{len(sets['forget'])} questions to forget, {len(sets['retain'])} rows to keep"
+    weights = str(next(pmc.lm.model.parameters()).dtype).removeprefix("torch.")
+    print(f"{rows}; {pmc.prompts.style} prompts; {weights} on {pmc.lm.device}", file=sys.stderr)
+    told = "score: how much of the model's first answers is in the answers that it is trained on; 0 is best"
+    print(told, file=sys.stderr)
+
+
+def _tell_of_what_stays(ledger: Ledger) -> None:
+    """A model that is sure of its answers draws nothing else, and learns nothing from them."""
+    best, first = ledger.entries, ledger.initial_answers
+    said = rouge_l_recall([entry.text for entry in best.values()], [first[question] for question in best])
+    if stays := int((said == 1).sum()):
+        told = f"{stays} of {len(first)} questions: the best answer drawn says all that the model said first"
+        advice = "more --epochs, more --num-samples or a higher --temperature may find others"
+        print(f"{told}; {advice}", file=sys.stderr)
 
 
 def _limited(sets: dict[str, list[QA]], rows: int) -> dict[str, list[QA]]:

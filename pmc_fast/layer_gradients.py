@@ -93,7 +93,7 @@ def _once(backward: Callable) -> Callable:
     def without_graph(ctx, *grads):
         with torch.no_grad():
             gradients = backward(ctx, *grads)
-        return once("the hidden states of a packed batch", gradients)
+        return once("the hidden states of a packed batch", gradients, grads)
 
     return without_graph
 

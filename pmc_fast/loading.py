@@ -71,7 +71,8 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # at damaged files transformers raises what it likes
-        raise UserError(f"{source}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        where = "" if folder.exists() else " (there is no such folder, so it was looked for on the hub)"
+        raise UserError(f"{source}: the tokenizer cannot be loaded: {_first_line(error)}{where}") from error
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
@@ -90,12 +91,14 @@ def load_model(
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; want a transformers model folder or a hub name")
+    inner = folder / "model"  # of a run's --out
+    elsewhere = f"; did you mean {inner}?" if (inner / "config.json").exists() else ""
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: no config.json; want a transformers model folder")
+        raise UserError(f"{folder}: no config.json; want a transformers model folder{elsewhere}")
     if not list(folder.glob("*.safetensors")):
         other = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)), None)
         hint = f"; {other} is not read, save the model with save_pretrained to convert it" if other else ""
-        raise UserError(f"{folder}: no weights (*.safetensors){hint}")
+        raise UserError(f"{folder}: no weights (*.safetensors){hint}{elsewhere}")
     # Other tokenizer files are too many to name: the tokenizer itself says what it lacks.
     if not list(folder.glob("*token*")) and not list(folder.glob("vocab*")):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json, tokenizer_config.json); save it into the folder")

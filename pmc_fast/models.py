@@ -36,6 +36,7 @@ class Head:
     shards: VocabShards | None = None
 
     def sample(self, hidden: Tensor, *, impl: str | None = None, **options):
+        """`linear_sample` of hidden [N, D] with this head; its other arguments as options."""
         if self.shards is None:
             options["impl"] = impl
         elif impl is not None:
@@ -45,9 +46,11 @@ class Head:
         return self._ops.linear_sample(hidden, self.weight, **self._options, **options)
 
     def logprob(self, hidden: Tensor, target: Tensor, **options) -> Tensor:
+        """`linear_logprob` of hidden [N, D] and target [N] with this head; its other arguments as options."""
         return self._ops.linear_logprob(hidden, self.weight, target, **self._options, **options)
 
     def collapse_loss(self, hidden: Tensor, target: Tensor, token_weight: Tensor, **options):
+        """`collapse_loss` of hidden [N, D], target [N] and token_weight [N] with this head; its other arguments as options."""
         return self._ops.collapse_loss(hidden, self.weight, target, token_weight, **self._options, **options)
 
     @property
@@ -118,6 +121,7 @@ class LanguageModel:
 
     @property
     def head(self) -> Head:
+        """The head as it is now: ask again for each forward pass."""
         self.check_whole()
         weight, bias = self.head_module.weight, self.head_module.bias
         if self.shards is not None:
@@ -131,7 +135,7 @@ class LanguageModel:
         return self.head_module.weight.device
 
     def hidden(self, input_ids: Tensor, **options) -> Tensor:
-        """The last hidden states, [..., D]."""
+        """The last hidden states, [..., D], of token ids [...]; options such as attention_mask go to the backbone."""
         self.check_whole()
         return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
 

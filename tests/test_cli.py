@@ -15,6 +15,7 @@ from tiny import make_model, make_tokenizer
 
 from pmc_fast import cli, commands
 from pmc_fast.data import QA, read_jsonl, write_jsonl
+from pmc_fast.ledger import Entry, Ledger
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,27 @@ def test_unlearn_writes_model_metrics_and_report(files, tmp_path, capsys):
     changes = zip(model.parameters(), original.parameters(), strict=True)
     assert any(not torch.equal(new, old) for new, old in changes)
     assert "unlearn quality" in capsys.readouterr().out
+
+
+def test_unlearn_tells_what_it_works_on(files, tmp_path, capsys):
+    assert cli.main(unlearn(files, tmp_path / "out")) == 0
+    told = capsys.readouterr()
+    assert "3 questions to forget, 3 rows to keep; tags prompts; float32 on cpu\nscore: " in told.err
+    assert "ROUGE-L: the share of a true answer's words" in told.out
+
+
+def test_answers_that_stay_are_told(capsys):
+    ledger = Ledger(["a?", "b?", "c?"], ["He writes.", "She sings.", "They paint."])
+    for question, text, score in ((2, "They paint", 1.0), (0, "Maybe he writes.", 1.0), (1, "She", 0.5 + math.exp(-1))):
+        ledger.offer(question, Entry(text, (1,), score))
+    commands._tell_of_what_stays(ledger)
+    assert capsys.readouterr().err.startswith(
+        "2 of 3 questions: the best answer drawn says all that the model said first"
+    )
+    for question, text in ((0, "Nothing."), (2, "They sleep.")):
+        ledger.offer(question, Entry(text, (1,), 0.0))
+    commands._tell_of_what_stays(ledger)
+    assert not capsys.readouterr().err
 
 
 def test_finetune_learns(files, tmp_path):
@@ -278,6 +300,16 @@ def test_a_model_folder_with_a_damaged_file(files, tmp_path, capsys, name, key, 
     held = value if key is None else {**json.loads(file.read_text()), key: value}
     file.write_text(json.dumps(held))
     refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "model"), f"{tmp_path}/model: ", expected)
+
+
+def test_the_folder_of_a_run_in_place_of_its_model(files, tmp_path, capsys):
+    shutil.copytree(files / "model", tmp_path / "run" / "model")
+    model = tmp_path / "run"
+    refused(
+        capsys, unlearn(files, tmp_path / "out", model=model), f"{model}: no config", f"did you mean {model}/model?"
+    )
+    (model / "config.json").write_text("{}")
+    refused(capsys, unlearn(files, tmp_path / "out", model=model), f"{model}: no weights", f"mean {model}/model?")
 
 
 def test_missing_model_folder(files, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 import pmc_fast
@@ -15,7 +16,7 @@ from benchmarks.__main__ import _parse as parse_benchmarks
 from pmc_fast.backend import IMPLEMENTATIONS, ONLY_IF_NAMED, PACKAGES
 from pmc_fast.cli import make_parser
 from pmc_fast.config import PMCConfig
-from pmc_fast.data import QA
+from pmc_fast.data import QA, write_jsonl
 from pmc_fast.phases import PHASES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -74,6 +75,26 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, rng_seed):
         if page == "distributed.md":
             dist.destroy_process_group()
     assert skipped == NOT_RUN.get(page, [])
+
+
+def test_the_loop_of_the_readme_runs(tmp_path, monkeypatch, rng_seed):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (DOCS.parent / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    make_model(seed=rng_seed).save_pretrained(tmp_path / "MODEL")
+    make_tokenizer().save_pretrained(tmp_path / "MODEL")
+    for name in ("forget", "retain"):
+        write_jsonl(
+            tmp_path / f"{name}.jsonl", [QA(f"Who is {who}?", f"A poet, {who}.") for who in ("Ada", "Bo", "Cyd")]
+        )
+    monkeypatch.chdir(tmp_path)
+    short = 'published("llama-3.2-3b", epochs=2, num_samples=3, max_length=60)'
+    given = {}
+    exec(code.replace('published("llama-3.2-3b")', short), given)
+    assert given["pmc"].ledger.visits == [2, 2, 2] or 0 in {
+        entry.score for entry in given["pmc"].ledger.entries.values()
+    }
+    saved = load_file(tmp_path / "OUT" / "model.safetensors")
+    trained = given["model"].state_dict()
+    assert saved and all(torch.equal(trained[name], value) for name, value in saved.items())
 
 
 def test_commands_parse():

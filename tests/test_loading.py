@@ -91,6 +91,7 @@ def test_what_the_hub_does_not_have_is_said(offline, name, lacks):
     assert (offline / name / "code").read_text() == "2" and not (offline / name / "out.json").exists()
     said = (offline / name / "stderr").read_text()
     assert said.startswith(f"pmc-fast evaluate: {name}: the {lacks} cannot be loaded: ")
+    assert ("there is no such folder" in said) == (lacks == "tokenizer")
     assert "Traceback" not in said
 
 

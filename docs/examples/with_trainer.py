@@ -21,6 +21,7 @@ trainer = PMCTrainer(
         num_train_epochs=3,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
+        logging_steps=1,  # losses, score (0 is best) and counts after each step
         use_cpu=not torch.cuda.is_available(),  # without GPUs, Trainer finds other processes only if told so
     ),
     forget_dataset=read_jsonl(forget_file),  # or any dataset with a column "question"

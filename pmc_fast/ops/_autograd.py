@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import repeat
 
 import torch
@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 def differentiable(op: Callable, name: str, save: Callable, backward: Callable) -> Callable:
     """Registers the gradients of a custom op's first output; returns the op for callers that may be in a transform.
 
-    save, backward: as `torch.library.register_autograd` wants them. In a transform all outputs are differentiable, so that
+    save, backward: as `torch.library.register_autograd` wants them; save keeps the inputs, too, that a second derivative would
+    be of, since `once` needs them. In a transform all outputs are differentiable, so that
     backward can tell by their upstream gradients that its own result is being differentiated.
     """
 
@@ -22,7 +23,9 @@ def differentiable(op: Callable, name: str, save: Callable, backward: Callable) 
         ctx.mark_non_differentiable(*output[1:])
 
     def backward_once(ctx, *upstream):
-        return once(name, backward(ctx, *upstream))
+        # Looked up before backward runs: that may scale in place what it saved.
+        of = (*upstream, *ctx.saved_tensors) if torch.is_grad_enabled() else ()
+        return once(name, backward(ctx, *upstream), of)
 
     op.register_autograd(backward_once, setup_context=save_one)
     return _transformable(op, name, save, backward)
@@ -48,15 +51,22 @@ def only_once(name: str) -> str:
     )
 
 
-def once(name: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def once(
+    name: str, gradients: tuple[Tensor | None, ...], of: Sequence[Tensor | None] = ()
+) -> tuple[Tensor | None, ...]:
     """What a backward pass returns, such that to differentiate it again raises.
 
     torch's `once_differentiable` lets gradients pass as constants if the upstream one is a constant, as that of a loss is.
+
+    of: what the gradients depend on. Without it in the graph, a caller that allows for unused inputs, as
+    `torch.autograd.functional.hessian` does, would get zeros instead of the error.
     """
     if not torch.is_grad_enabled():  # create_graph=False
         return gradients
-    raising = torch._C._functions.DelayedError(only_once(name).encode(), len(gradients))
-    return tuple(raising(*(None if g is None else g.detach().requires_grad_() for g in gradients)))
+    depends = [x for x in of if x is not None and x.requires_grad]
+    raising = torch._C._functions.DelayedError(only_once(name).encode(), len(gradients) + len(depends))
+    outputs = raising(*(None if g is None else g.detach().requires_grad_() for g in gradients), *depends)
+    return tuple(outputs[: len(gradients)])
 
 
 def in_transform() -> bool:

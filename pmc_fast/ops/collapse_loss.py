@@ -118,7 +118,10 @@ def _(hidden, weight, target, token_weight, bias, softcap, logit_scale, ignore_i
 def _save(ctx, inputs, output):
     _, token_nll, *gradients = output
     ctx.needs, ctx.count = inputs[8], len(inputs)
-    ctx.save_for_backward(token_nll, *gradients)
+    hidden, weight, _, token_weight, bias, *_ = inputs
+    # For `_autograd.once`. A weight made for this call, such as autocast's, would stay for it, and nobody trains that.
+    of = hidden, weight if weight.is_leaf else None, token_weight, bias
+    ctx.save_for_backward(token_nll, *gradients, *of)
     ctx.set_materialize_grads(False)  # or backward would fill zeros the size of the head for outputs that nobody sees
 
 
@@ -136,7 +139,7 @@ def _backward(ctx, upstream, *of_gradients):
         raise RuntimeError(_autograd.only_once("collapse_loss"))
     if upstream is None:
         return (None,) * ctx.count
-    token_nll, *saved = ctx.saved_tensors
+    token_nll, *saved = ctx.saved_tensors[:4]
     # The gradients are scaled in place unless the graph is kept for another backward pass, or is being traced (tracers hand
     # in subclasses of Tensor) or transformed: the head's is too large to copy.
     traced = type(upstream) is not Tensor or _autograd.in_transform()

@@ -108,7 +108,8 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return _autograd.once(ctx.op, _LogProb._gradients(ctx, upstream))
+        hidden, weight, bias, *_ = ctx.saved_tensors
+        return _autograd.once(ctx.op, _LogProb._gradients(ctx, upstream), (upstream, hidden, weight, bias))
 
     @staticmethod
     @torch.no_grad()

@@ -87,7 +87,10 @@ def refuse_second_derivatives(loss, hidden, weight, target, token_weight):
         (gradient,) = torch.autograd.grad(value**power, arguments[of], create_graph=True)
         if of == 3 and gradient.grad_fn.name() == "MulBackward0":
             continue  # the token weights multiply log-probabilities outside of the op
-        with pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order"):
+        refused = pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order")
+        with refused:
+            torch.autograd.grad(gradient.pow(2).sum(), arguments[0], retain_graph=True, allow_unused=True)
+        with refused:
             (value + gradient.pow(2).sum()).backward()
 
 
@@ -95,9 +98,27 @@ def test_a_second_backward_pass_is_refused(loss, inputs):
     refuse_second_derivatives(loss, *inputs)
 
 
+def test_a_weight_that_was_made_for_the_call_is_not_kept(inputs):
+    """As autocast makes one of a head: it would be in memory until the backward pass."""
+    hidden, weight, *rest = inputs
+    hidden, kept = hidden.bfloat16().requires_grad_(), []
+    copy = weight.requires_grad_().bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        loss = collapse_loss(hidden, copy, *rest).loss
+    assert copy.data_ptr() not in kept and hidden.data_ptr() in kept
+    loss.backward()
+    assert weight.grad is not None
+
+
 @pytest.mark.parametrize("loss", [shared_collapse, shared_logprob])
 def test_a_second_backward_pass_is_refused_with_a_shared_head(loss, inputs, one_rank):
     refuse_second_derivatives(loss, *inputs)
+
+
+def test_the_hessian_is_refused_rather_than_zero(loss, inputs):
+    hidden, *others = inputs
+    with pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order"):
+        torch.autograd.functional.hessian(lambda x: loss(x, *others), hidden)
 
 
 def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, in_torch, inputs):
