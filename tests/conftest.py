@@ -56,6 +56,20 @@ def isa(request):
     library().use_instruction_set(before)
 
 
+@pytest.fixture
+def each_isa():
+    """Goes through these instruction sets within a test."""
+    before = library().instruction_set()
+
+    def go_through():
+        for name in library().instruction_sets():
+            library().use_instruction_set(name)
+            yield name
+
+    yield go_through
+    library().use_instruction_set(before)
+
+
 @pytest.fixture(autouse=True)
 def what_a_process_keeps():
     """The next test starts without accelerate's state, which a Trainer or an Accelerator fixes, and without what was compiled, of

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does anew at each call of a kernel's function: half of its time."""
+"""Triton's interpreter without what it looks up anew at each call of a kernel's function, which takes two fifths of its time."""
 
 import inspect
 from functools import cache
@@ -6,19 +6,29 @@ from functools import cache
 from triton.language import core
 from triton.runtime import interpreter
 
+np_dtype_of = interpreter._get_np_dtype
+np_dtypes = {}
+
 
 @cache
-def _builtins(package) -> list[str]:
+def builtins_of(package) -> list[str]:
     return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
 
 
-def _patch_builtin(package, builder, scope):
-    """Its own looks at every member of a package; what is no builtin at first never becomes one."""
-    for name in _builtins(package):
+def patch_builtin(package, builder, scope):
+    """Its own looks at every member of a package, though what is no builtin at first never becomes one."""
+    for name in builtins_of(package):
         member = getattr(package, name)
         if core.is_builtin(member):  # not by the kernel that calls this function
             interpreter._patch_attr(package, name, member, builder, scope)
 
 
+def get_np_dtype(dtype):
+    name = dtype.scalar.name
+    if name not in np_dtypes:
+        np_dtypes[name] = np_dtype_of(dtype)
+    return np_dtypes[name]
+
+
 def keep_what_is_looked_up():
-    interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, get_np_dtype
