@@ -35,6 +35,14 @@ from pmc_fast.native import library  # noqa: E402
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
 
 
+# Of the files that pytest collects last; a worker that began with one of them at the end would leave the other idle.
+LONGEST = ("test_sanitizers.py", "test_static_decoder.py", "test_static_modules.py", "test_tensor_parallel.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish():
     """What has been imported stays: no later collection, of which some tests ask for many, looks at it again."""
     gc.collect()

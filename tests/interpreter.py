@@ -6,7 +6,7 @@ from functools import cache
 from triton.language import core
 from triton.runtime import interpreter
 
-np_dtype_of = interpreter._get_np_dtype
+np_dtype_of = getattr(interpreter, "_get_np_dtype", None)
 np_dtypes = {}
 
 
@@ -31,4 +31,7 @@ def get_np_dtype(dtype):
 
 
 def keep_what_is_looked_up():
+    """Leaves an interpreter that is not made of the functions replaced here, that of another version, as it is."""
+    if np_dtype_of is None or not hasattr(interpreter, "_LangPatchScope"):
+        return
     interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, get_np_dtype
