@@ -181,8 +181,13 @@ BENCHES = [
 ]
 
 
+INDUCTOR = ("sample", "collapse_loss")  # ops whose first bench has torch's compiler write C++, which takes it seconds
+
+
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: f"{bench.op} {bench.title} {bench.dtype}")
 def test_every_contestant_is_judged_right(bench, monkeypatch, rng_seed):
+    if bench.op not in INDUCTOR or bench is not next(first for first in BENCHES if first.op == bench.op):
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what is traced, as it is
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # thousands of draws would take hours in the interpreter
     torch.manual_seed(rng_seed)
     inputs = bench.make_inputs(rng_seed, CPU)
