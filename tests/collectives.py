@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +17,37 @@ IMPORTED = ["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"
 def on_ranks(ranks: int, checks: list[Callable], seed: int, store: Path, *args):
     """Runs check(rank, ranks, seed, *args) of each check, one after the other, in so many gloo processes.
 
-    They are forks of a process that has imported what takes long and nothing else; its environment is that of the first call.
     They end without Python's own end, in which threads of gloo may abort (docs/distributed.md).
     """
-    multiprocessing.set_forkserver_preload(IMPORTED)
+    forking()
     arguments = (ranks, checks, seed, str(store), args)
     torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def forking():
+    """Multiprocessing's context of processes that are forks of one that has imported what takes long and nothing else.
+
+    Its environment is that of the first of them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def as_torchrun(ranks: int, words: list[str]):
+    """Runs a program, words[0], in so many forks, in the environment that torchrun would give them."""
+    forking()
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.start_processes(_program, (ranks, store.port, words), nprocs=ranks, start_method="forkserver")
+
+
+def _program(rank, ranks, port, words):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_RUN_ID="tests")
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _rank(rank, ranks, checks, seed, store, args):

@@ -1,5 +1,7 @@
 """For every test a fresh seed, printed so that a failure can be repeated, as many threads, and the GPU, if any."""
 
+import fcntl
+import gc
 import math
 import os
 import resource
@@ -9,7 +11,7 @@ import sys
 import sysconfig
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,10 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
+    if find_spec("triton"):
+        import interpreter
+
+        interpreter.keep_what_is_looked_up()
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for `benchmarks`; last, so an installed pmc_fast wins
@@ -27,6 +33,20 @@ sys.path.append(str(ROOT))  # for `benchmarks`; last, so an installed pmc_fast w
 from pmc_fast.native import library  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
+
+
+# Of the files that pytest collects last; a worker that began with one of them at the end would leave the other idle.
+LONGEST = ("test_sanitizers.py", "test_static_decoder.py", "test_static_modules.py", "test_tensor_parallel.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    """What has been imported stays: no later collection, of which some tests ask for many, looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +61,20 @@ def isa(request):
     before = library().instruction_set()
     library().use_instruction_set(request.param)
     yield request.param
+    library().use_instruction_set(before)
+
+
+@pytest.fixture
+def each_isa():
+    """Goes through these instruction sets within a test."""
+    before = library().instruction_set()
+
+    def go_through():
+        for name in library().instruction_sets():
+            library().use_instruction_set(name)
+            yield name
+
+    yield go_through
     library().use_instruction_set(before)
 
 
@@ -65,14 +99,18 @@ def cmake() -> Path:
 
 @pytest.fixture(scope="session")
 def emulated_module(cmake, tmp_path_factory):
-    """pmc_fast._cuda, its kernels compiled for an emulated GPU."""
+    """pmc_fast._cuda, its kernels compiled for an emulated GPU, by the first worker that asks for it."""
     pybind11 = pytest.importorskip("pybind11")
-    build = tmp_path_factory.mktemp("emulated")
+    folder = tmp_path_factory.getbasetemp()
+    build = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"  # that of all workers
     configure = [cmake, "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DPMC_FAST_CUDA=EMULATED"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, [cmake, "--build", build, "--target", "_cuda_emulated", "--parallel", "2"]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout
+    with open(build.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not next(build.glob("*.so"), None):
+            for command in (configure, [cmake, "--build", build, "--target", "_cuda_emulated", "--parallel", "2"]):
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                assert done.returncode == 0, done.stdout
     spec = spec_from_file_location("_cuda_emulated", next(build.glob("*.so")))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,13 +1,12 @@
 """Every example in docs/examples runs, on a tiny model, and saves one that has changed."""
 
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from collectives import as_torchrun
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
@@ -34,7 +33,7 @@ def test_example(path, count, tmp_path, monkeypatch, rng_seed):
     command = [str(path), *(str(tmp_path / name) for name in ("model", "forget.jsonl", "retain.jsonl", "out"))]
     monkeypatch.chdir(tmp_path)
     if count > 1:
-        _run_in_processes(count, command)
+        as_torchrun(count, command)
     else:
         monkeypatch.setattr(sys, "argv", command)
         runpy.run_path(str(path), run_name="__main__")
@@ -44,11 +43,3 @@ def test_example(path, count, tmp_path, monkeypatch, rng_seed):
     assert trained.keys() == before.keys() and all(torch.isfinite(value).all() for value in trained.values())
     assert not any(torch.equal(trained[name], before[name]) for name in before)
     assert (tmp_path / "out" / "tokenizer.json").exists()
-
-
-def _run_in_processes(count, command):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
-    paths = os.pathsep.join(filter(None, sys.path))
-    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=1800)
-    assert result.returncode == 0, result.stdout + result.stderr

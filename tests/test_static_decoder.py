@@ -41,6 +41,14 @@ def built(monkeypatch):
 
 
 @pytest.fixture
+def the_kernels(monkeypatch):
+    """Run by themselves; a copy of rows is shared out among few programs, each of which the interpreter takes in turn."""
+    monkeypatch.setattr(gpu, "kernels", KERNELS)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(KERNELS("copy_rows"), "PROGRAMS", 40)
+
+
+@pytest.fixture
 def steps(monkeypatch):
     """The rows, the texts and the answers that run of each step; before it, all that no text has written becomes NaN."""
     seen, advance = [], static_decoder.StaticDecoder._advance
@@ -102,8 +110,7 @@ def test_lora_adapters(family, built, monkeypatch, rng_seed):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi", "gemma3_text"])
-def test_the_kernels_themselves(family, built, steps, monkeypatch, rng_seed):
-    monkeypatch.setattr(gpu, "kernels", KERNELS)
+def test_the_kernels_themselves(family, built, the_kernels, steps, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed).to(DEVICE)
     options = {"prompts": PROMPTS[:2], "num_samples": 5, "max_new_tokens": 5, "top_k": 2, "eos_token_id": 257}
     got = sample(model, rng_seed, **options)
@@ -112,9 +119,8 @@ def test_the_kernels_themselves(family, built, steps, monkeypatch, rng_seed):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere"])
-def test_prompts_that_are_read_at_once(family, built, steps, monkeypatch, rng_seed):
+def test_prompts_that_are_read_at_once(family, built, the_kernels, steps, monkeypatch, rng_seed):
     """For all their rows, by the kernels themselves; what stands before a prompt may be anything."""
-    monkeypatch.setattr(gpu, "kernels", KERNELS)
     kernels, asked = KERNELS("prefix_attention"), []
     monkeypatch.setattr(kernels, "LEAST_POSITIONS", 0)
     monkeypatch.setattr(kernels, "LEAST_ROWS", 0)

@@ -1,6 +1,8 @@
 """The demo as a command: what it writes and that it resumes, at a size that takes seconds; what it ends with, at its own."""
 
+import io
 import json
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 import torch
@@ -10,24 +12,40 @@ from pmc_fast import cli, training
 from pmc_fast.demo import run as demo
 
 
+@contextmanager
+def sizes_that_take_seconds():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SIZES", {"people": 3, "forget_people": 1, "places": 2})
+        patch.setattr(demo, "LEARNING", {**demo.LEARNING, "epochs": 3, "warmup_epochs": 1.0})
+        unlearning = {"epochs": 2, "num_samples": 4, "max_new_tokens": 8}
+        patch.setattr(demo, "UNLEARNING", {**demo.UNLEARNING, **unlearning})
+        patch.setattr(demo, "_ANSWER_TOKENS", 8)
+        yield
+
+
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(demo, "SIZES", {"people": 3, "forget_people": 1, "places": 2})
-    monkeypatch.setattr(demo, "LEARNING", {**demo.LEARNING, "epochs": 3, "warmup_epochs": 1.0})
-    unlearning = {"epochs": 2, "num_samples": 4, "max_new_tokens": 8}
-    monkeypatch.setattr(demo, "UNLEARNING", {**demo.UNLEARNING, **unlearning})
-    monkeypatch.setattr(demo, "_ANSWER_TOKENS", 8)
+def small():
+    with sizes_that_take_seconds():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a small run that nobody interrupts, and what it prints."""
+    out, printed = tmp_path_factory.mktemp("demo") / "whole", io.StringIO()
+    with sizes_that_take_seconds(), redirect_stdout(printed):
+        assert cli.main(arguments(out)) == 0
+    return out, printed.getvalue()
 
 
 def arguments(out, *more):
     return ["demo", "--out", str(out), "--threads", "1", "--seed", "5", "--checkpoint-every", "2", *more]
 
 
-def test_what_it_writes_and_prints(small, tmp_path, capsys):
+def test_what_it_writes_and_prints(whole):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = tmp_path / "out"
-    assert cli.main(arguments(out)) == 0
+    out, printed = whole
     report = json.loads((out / "report.json").read_text())
     assert {"config", "environment", "before", "after", "examples", "timing"} <= report.keys()
     assert {"sample", "score", "train", "total"} <= report["timing"].keys()
@@ -37,7 +55,6 @@ def test_what_it_writes_and_prints(small, tmp_path, capsys):
             len(AutoTokenizer.from_pretrained(out / name))
             == AutoModelForCausalLM.from_pretrained(out / name).get_output_embeddings().weight.shape[0]
         )
-    printed = capsys.readouterr().out
     for text in ("unlearn quality %", "utility %", "unlearning: sample", "unlearning: score", "unlearning: train"):
         assert text in printed
     told = [example["forget"] for example in report["examples"]]
@@ -47,8 +64,7 @@ def test_what_it_writes_and_prints(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stop", [1, 9, 11])  # while learning, and while unlearning
-def test_interrupted_and_resumed(small, tmp_path, monkeypatch, capsys, stop):
-    assert cli.main(arguments(tmp_path / "whole")) == 0
+def test_interrupted_and_resumed(whole, small, tmp_path, monkeypatch, capsys, stop):
     take_step, taken = training._Loop._step, [0]
 
     def interrupted(loop, loss):
@@ -63,10 +79,11 @@ def test_interrupted_and_resumed(small, tmp_path, monkeypatch, capsys, stop):
     monkeypatch.setattr(training._Loop, "_step", take_step)
     torch.manual_seed(99)
     assert cli.main(arguments(tmp_path / "resumed", "--resume")) == 0
+    runs = [whole[0], tmp_path / "resumed"]
     for name in ("model-before", "model-after"):
-        whole, resumed = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "resumed"))
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("whole", "resumed")]
+        want, resumed = (load_file(run / name / "model.safetensors") for run in runs)
+        assert all(torch.equal(want[key], resumed[key]) for key in want)
+    reports = [json.loads((run / "report.json").read_text()) for run in runs]
     assert all(reports[0][key] == reports[1][key] for key in ("before", "after", "examples"))
 
 
