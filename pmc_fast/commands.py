@@ -28,7 +28,7 @@ from pmc_fast.outputs import check_file, write_file
 from pmc_fast.pmc import PMC
 from pmc_fast.prompts import Prompts
 from pmc_fast.room import check_evaluation, check_sampling, check_training
-from pmc_fast.runs import Run, file_option
+from pmc_fast.runs import Form, Run, file_option
 
 # Options that do not decide how a run ends, and those that name files.
 _HARMLESS = ("resume", "checkpoint_every", "out", "threads")
@@ -58,11 +58,21 @@ _METHOD = [
 ]
 
 
+# What the files of a run hold that is read again, see `runs.Form`.
+_RECALL = {"rouge_l": float}
+_FINETUNE = {"beginning": {"before": _RECALL, "seconds": float}, "report": {"before": _RECALL, "after": _RECALL}}
+MEASURED = {"unlearn_quality": float, "utility": float, "utility_sets": dict}
+_UNLEARN = {
+    "beginning": {"before": MEASURED, "pmc": dict, "seconds": {"evaluate": float, "initialise": float}},
+    "report": {"before": MEASURED, "after": MEASURED},
+}
+
+
 def finetune(options: argparse.Namespace) -> int:
     defaults = PMCConfig(epochs=5, batch_size=16, accumulation=1)
     config = method(options, defaults)
     rows = read_jsonl(options.data)
-    run = open_run(options)
+    run = open_run(options, _FINETUNE)
     if run.report is not None:
         return _already_finished(run, _finetune_table)
     pmc, tokenizer = _prepare(options, config)
@@ -98,7 +108,7 @@ def unlearn(options: argparse.Namespace) -> int:
     config = method(options, PMCConfig.published(options.preset))
     sets = _read_sets(options)
     _tell_of_overlap(sets)
-    run = open_run(options)
+    run = open_run(options, _UNLEARN)
     if run.report is not None:
         return _already_finished(run, print_comparison)
     pmc, tokenizer = _prepare(options, config)
@@ -118,7 +128,7 @@ def unlearn(options: argparse.Namespace) -> int:
         seconds = {"evaluate": evaluate_seconds, "initialise": initialise_seconds}
         beginning = {"before": before, "pmc": pmc.state_dict(), "seconds": seconds}
     else:
-        pmc.load_state_dict(beginning["pmc"])
+        load_beginning(run, pmc)
     _start(run, beginning)
     phases = training.unlearn(pmc, sets["retain"], config, run=run, checkpoint_every=options.checkpoint_every)
     model = run.save_model("model", pmc.lm.model, tokenizer)
@@ -188,7 +198,7 @@ def method(options: argparse.Namespace, defaults: PMCConfig) -> PMCConfig:
     return config
 
 
-def open_run(options: argparse.Namespace) -> Run:
+def open_run(options: argparse.Namespace, forms: dict[str, Form]) -> Run:
     """The run in --out, checked against these options and what their files hold; nothing is written yet."""
     config = {name: value for name, value in vars(options).items() if name not in _HARMLESS}
     config |= {name: file_option(config[name]) for name in _FILES if config.get(name)}
@@ -196,10 +206,18 @@ def open_run(options: argparse.Namespace) -> Run:
         config["utility"] = {Path(file).stem: file_option(file) for file in options.utility}
     if Path(options.model).is_dir():
         config["model"] = str(Path(options.model).resolve())
-    run = Run(options.out, config, options.resume)
+    run = Run(options.out, config, options.resume, **forms)
     if options.resume and not run.resumed:
         print(f"{run.folder}: no run to resume there; starting one")
     return run
+
+
+def load_beginning(run: Run, pmc: PMC) -> None:
+    """What `initialise` remembered when the run began."""
+    try:
+        pmc.load_state_dict(run.beginning["pmc"])
+    except UserError as error:
+        raise run.damaged("start.json", str(error)) from error
 
 
 def initialise(pmc: PMC, questions: list[str]) -> float:

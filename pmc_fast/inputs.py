@@ -1,10 +1,10 @@
-"""What callers give, as plain lists: indices of questions, texts, rows. Anything else is a UserError that says where."""
+"""What callers give, as plain lists: indices of questions, texts, rows, parts of a state. Anything else is a UserError that says where."""
 
 from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pmc_fast.data import QA
@@ -41,6 +41,29 @@ def texts(name: str, values: Iterable[Any], is_text: IsText) -> list[Any]:
         if not is_text(value):
             raise UserError(f"{name}: number {number} is {_no_text(value)}")
     return found
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text, be it blank."""
+    return isinstance(value, str)
+
+
+def counts(name: str, values: Iterable[Any]) -> list[int]:
+    """Integers of at least 0."""
+    wanted = "an integer of at least 0"
+    found = listed(name, values, f"a list, of each {wanted}")
+    for number, value in enumerate(found):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UserError(f"{name}: number {number} is {described(value)}, expected {wanted}")
+    return found
+
+
+def fields(name: str, value: Any, names: Sequence[str], source: str) -> list[Any]:
+    """The values of a dict with these keys and no others, which `source` made."""
+    if not isinstance(value, dict) or value.keys() != set(names):
+        got = f"a dict of {', '.join(map(repr, value)) or 'nothing'}" if isinstance(value, dict) else described(value)
+        raise UserError(f"{name}: got {got}, expected what {source} returned, a dict of {', '.join(map(repr, names))}")
+    return [value[key] for key in names]
 
 
 def rows(name: str, values: Iterable[Any], is_text: IsText) -> list[QA]:
