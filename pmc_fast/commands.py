@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -204,7 +205,7 @@ def open_run(options: argparse.Namespace, forms: dict[str, Form]) -> Run:
     config |= {name: file_option(config[name]) for name in _FILES if config.get(name)}
     if "utility" in config:
         config["utility"] = {Path(file).stem: file_option(file) for file in options.utility}
-    if Path(options.model).is_dir():
+    if os.path.isdir(options.model):
         config["model"] = str(Path(options.model).resolve())
     run = Run(options.out, config, options.resume, **forms)
     if options.resume and not run.resumed:

@@ -60,7 +60,7 @@ def load_model(
     device = choose_device(str(device))
     source = str(source)
     folder = Path(source)
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if os.path.exists(folder) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         _check_folder(folder)
 
     import torch
@@ -88,7 +88,9 @@ def load_model(
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
+    if os.path.isfile(folder):
+        raise UserError(f"{folder}: it is a file; want a transformers model folder or a hub name")
+    if not os.path.isdir(folder):  # which takes names that are too long
         raise UserError(f"{folder}: no such folder; want a transformers model folder or a hub name")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json; want a transformers model folder")
