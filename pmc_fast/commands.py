@@ -149,6 +149,9 @@ def evaluate(options: argparse.Namespace) -> int:
     sets = _read_sets(options)
     if options.json is not None:
         check_file(options.json, "--json")
+        read = (options.forget, options.retain, options.paraphrased, *options.utility)
+        if os.path.realpath(options.json) in [os.path.realpath(file) for file in read if file]:
+            raise UserError(f"--json: {options.json} is a file that rows are read from; choose another place")
     config = PMCConfig(seed=options.seed, **_prompt(options))
     set_threads(options.threads)
     model, tokenizer = load_model(options.model, options.device, options.dtype, options.trust_remote_code)

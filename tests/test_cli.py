@@ -144,6 +144,13 @@ def test_json_that_cannot_be_written_is_refused_before_the_model_is_loaded(files
     refused(capsys, ["evaluate", "--model", "/no/model", *sets, "--json", str(files / out)], "--json: ")
 
 
+def test_json_never_takes_the_place_of_rows(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    command = ["evaluate", "--model", "/no/model", *sets, "--json", "forget.jsonl"]
+    refused(capsys, command, "--json: forget.jsonl is a file that rows are read from")
+
+
 @pytest.mark.parametrize("command", ["unlearn", "finetune", "demo"])
 def test_an_out_folder_that_cannot_be_made(files, capsys, command):
     out = files / "forget.jsonl" / "out"
