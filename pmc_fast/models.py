@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock, RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 # What errors call the head's parameters.
 WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
+
+
+# Who may change what a model's modules do for the time of a call.
+_turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_new_turn = Lock()
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,12 @@ class LanguageModel:
     def device(self) -> torch.device:
         return self.head_module.weight.device
 
+    @property
+    def turn(self) -> RLock:
+        """Held around what may run in one thread at a time: one for each model, whoever wraps it."""
+        with _new_turn:
+            return _turns.setdefault(self._causal_lm, RLock())
+
     def hidden(self, input_ids: Tensor, **options) -> Tensor:
         """The last hidden states, [..., D]."""
         self.check_whole()
@@ -172,7 +185,7 @@ class LanguageModel:
     @torch.no_grad()
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
-        with gathered(self.model), evaluating(self.model):
+        with self.turn, gathered(self.model), evaluating(self.model):
             ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head_module.weight.shape[0]
             head = self.head
             expected = self._own_logits(ids)[0].float()

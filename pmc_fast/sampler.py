@@ -136,7 +136,8 @@ class Sampler:
 
         Equivalent to ``model.generate(input_ids, do_sample=True, num_return_sequences=num_samples, ...)``, but an
         answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch. torch.autocast is
-        off meanwhile: the weights' own dtype is the dtype of sampling.
+        off meanwhile: the weights' own dtype is the dtype of sampling. Calls on one model in several threads wait for one another,
+        whichever sampler they are of; nothing else may run the model meanwhile, since its modules are other ones.
 
         Args:
             input_ids: int64 [B, T], prompts padded on the left.
@@ -181,6 +182,7 @@ class Sampler:
         model, waves = self.lm.model, []
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
         with (
+            self.lm.turn,
             gathered(self.lm.root),
             torch.autocast(device.type, enabled=False),  # casting the weights for each token costs more
             evaluating(model),
