@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pmc_fast import ops
+from pmc_fast import attention, ops
 from pmc_fast.errors import BackendUnavailable, UserError, described
 from pmc_fast.positions import Positions
 from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
@@ -81,11 +81,13 @@ class LanguageModel:
             than the head. It is used as it is: the same parameters, nothing copied. The weight of the head may be a DTensor
             sharded on dimension 0, and the layers parallelized in any way whose last hidden states are plain tensors, the
             same on every rank; all ranks then make the same calls with the same arguments.
-        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens.
+        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and two
+            packed sequences with the same ones in another order, in two passes of five.
 
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
+        unpackable: what keeps its modules from running a packed batch, if that was looked at and is so.
         packed_by: what ran the layers for the last packed batch: "native", this library's own on a CPU, or the model's "modules".
 
     Raises:
@@ -110,9 +112,10 @@ class LanguageModel:
         # PEFT puts its adapters into the layers of the model that it wraps.
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = getattr(self._causal_lm, "base_model", None)
-        if self.backbone is self._causal_lm:
-            self.backbone = None
+        if self.backbone is self._causal_lm:  # of Llama 4, say, whose prefix is none of its attributes
+            self.backbone = getattr(self._causal_lm, "model", None)
         self.packed_by: str | None = None
+        self.unpackable: str | None = None
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()
@@ -204,6 +207,38 @@ class LanguageModel:
                 f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
+        with self.turn, gathered(self.model), evaluating(self.model):
+            self.unpackable = self._why_not_packed()
+
+    def _why_not_packed(self) -> str | None:
+        """Sequences of a packed batch see nothing of one another: in which order they come makes no difference to them."""
+        name, found = type(self.model).__name__, []
+        try:
+            for order in ((3, 2), (2, 3)):
+                ids, positions = zip(*((2 * length + i, i) for length in order for i in range(length)), strict=True)
+                ids, positions = (torch.tensor([x], device=self.device) for x in (ids, positions))
+                lengths = attention.PackedLengths(0, order)
+                with attention.implemented_by(attention.registered(), self.model), attention.packed(lengths):
+                    hidden = self.hidden(
+                        ids % self.head_module.weight.shape[0],
+                        position_ids=positions,
+                        attention_mask=None,
+                        packed_lengths=lengths,
+                        use_cache=False,
+                    )
+                found.append(hidden[0].float())
+        except attention.LengthsLost:
+            return None  # which a packed batch says again
+        except Exception as error:  # somebody else's modules raise what they like
+            return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
+        first, second = found[0], found[1].roll(-2, 0)
+        rounded = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 2**-6  # of models that can, 0 was seen
+        if bool(((first - second).norm(dim=1) <= rounded * first.norm(dim=1)).all()):
+            return None
+        return (
+            f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
+            "attention, or does not ask for position_ids"
+        )
 
     def _own_logits(self, ids: Tensor) -> Tensor:
         """What the model itself computes, of this rank's part of the vocabulary."""
