@@ -60,7 +60,7 @@ class PMCConfig:
     @classmethod
     def published(cls, name: str, **changes) -> PMCConfig:
         """The published hyperparameters for "llama-3.2-3b" or "phi-1.5", with changes by keyword."""
-        if name not in _PUBLISHED:
+        if not isinstance(name, str) or name not in _PUBLISHED:
             raise UserError(f"preset: got {name!r}, expected one of {', '.join(map(repr, _PUBLISHED))}")
         return replace(cls(**_PUBLISHED[name]), **changes)
 

@@ -87,8 +87,10 @@ def some(name: str, found: list[Any]) -> list[Any]:
 
 def has_method(name: str, value: object, method: str, wanted: str) -> None:
     """That an object, if it is given, has what is called of it."""
-    if value is not None and not callable(getattr(value, method, None)):
-        raise UserError(f"{name}: got {described(value)}, expected {wanted}")
+    # A class has its objects' methods, too.
+    if value is not None and (isinstance(value, type) or not callable(getattr(value, method, None))):
+        got = f"the class {value.__name__}" if isinstance(value, type) else described(value)
+        raise UserError(f"{name}: got {got}, expected {wanted}")
 
 
 def plain(value: Any) -> Any:

@@ -25,6 +25,10 @@ class Ledger:
     def __init__(self, questions: list[str], initial_answers: list[str]) -> None:
         self.questions = inputs.listed("questions", questions, "a list of texts")
         self.initial_answers = inputs.listed("initial_answers", initial_answers, "a list of texts")
+        if len(self.initial_answers) != len(self.questions):
+            raise UserError(
+                f"initial_answers: got {len(self.initial_answers)}, expected one for each of the {len(self.questions)} questions"
+            )
         self.entries: dict[int, Entry] = {}
         self.visits = [0] * len(self.questions)
         self.merged_visits = list(self.visits)  # those that all ranks know of
@@ -68,15 +72,16 @@ class Ledger:
         """
         names = ("questions", "initial_answers", "entries", "visits")
         questions, answers, entries, visits = inputs.fields(name, state, names, "Ledger.state_dict()")
-        ledger = cls(inputs.texts(f"{name}: questions", questions, is_question), [])
-        inputs.some(f"{name}: questions", ledger.questions)
-        ledger.initial_answers = inputs.texts(f"{name}: initial_answers", answers, inputs.is_text)
-        ledger.visits = inputs.counts(f"{name}: visits", visits)
-        for part in ("initial_answers", "visits"):
-            if (got := len(getattr(ledger, part))) != len(ledger.questions):
+        questions = inputs.some(f"{name}: questions", inputs.texts(f"{name}: questions", questions, is_question))
+        answers = inputs.texts(f"{name}: initial_answers", answers, inputs.is_text)
+        visits = inputs.counts(f"{name}: visits", visits)
+        for part, values in {"initial_answers": answers, "visits": visits}.items():
+            if len(values) != len(questions):
                 raise UserError(
-                    f"{name}: {part}: got {got}, expected one for each of the {len(ledger.questions)} questions"
+                    f"{name}: {part}: got {len(values)}, expected one for each of the {len(questions)} questions"
                 )
+        ledger = cls(questions, answers)
+        ledger.visits = visits
         ledger.merged_visits = list(ledger.visits)
         if not isinstance(entries, dict):
             raise UserError(f"{name}: entries: got {described(entries)}, expected a dict of entries by question")

@@ -157,7 +157,16 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 def pad_left(
     sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Prompts as one padded batch: input_ids and attention_mask, int64 [B, T], padding on the left."""
+    """Prompts as one padded batch: input_ids and attention_mask, int64 [B, T], padding on the left.
+
+    Raises ValueError for no sequences, TypeError for others than lists of integers, or a `pad_id` that is none.
+    """
+    sequences = sequences.tolist() if isinstance(sequences, Tensor) else sequences
+    _check_tokens("sequences", sequences)
+    if not sequences:
+        raise ValueError("sequences: got none, expected at least one")
+    if isinstance(pad_id, bool) or not isinstance(pad_id, int):
+        raise TypeError(f"pad_id: got {described(pad_id)}, expected a token id")
     width = max(len(ids) for ids in sequences)
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in sequences], device=device)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
