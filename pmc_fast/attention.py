@@ -112,16 +112,17 @@ def install(model: nn.Module) -> None:
 
     Stays in place, since gradient checkpointing runs attention again in the backward pass.
     """
-    _register()
     if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(registered())
 
 
-def _register() -> None:
+def registered() -> str:
+    """The name that transformers knows this module's attention by, from now on."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _forward)
     AttentionMaskInterface.register(NAME, _mask)
+    return NAME
 
 
 class LengthsLost(UserError):
@@ -155,8 +156,7 @@ def replacing_sdpa(model: nn.Module) -> Iterator[None]:
     if model.config._attn_implementation != "sdpa":
         yield
         return
-    _register()
-    with implemented_by(NAME, model):
+    with implemented_by(registered(), model):
         yield
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
+from pmc_fast.config import MOST
 from pmc_fast.errors import UserError
 from pmc_fast.runs import holds_run
 from pmc_fast.warning import LibraryWarning
@@ -25,6 +26,11 @@ selected answers, and never on the text that is to be forgotten.
   pmc-fast doctor                                           what works on this machine
 
 M is a transformers folder or a hub name, FILE JSON lines: {"question": ..., "answer": ...}"""
+
+_ALIASES = {"learning_rate": ("--lr",), "retain_weight": ("--lambda",), "min_words": ("--min-len",)}
+
+# Options that name files or folders.
+_PATHS = ("model", "data", "forget", "retain", "paraphrased", "utility", "json", "out")
 
 _FORM = 'FILE holds JSON lines, each an object with two texts: {"question": ..., "answer": ...}'
 
@@ -51,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
     try:
         _check(options)
@@ -59,7 +66,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         with _warning(options.command):
             return command(options) or 0
     except UserError as error:
-        print(f"pmc-fast {options.command}: {error}", file=sys.stderr)
+        print(f"pmc-fast {options.command}: {_by_option(str(error), options, arguments)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\npmc-fast {options.command}: interrupted", file=sys.stderr)
@@ -67,6 +74,17 @@ def _run(arguments: Sequence[str] | None) -> int:
             again = "again" if options.resume else "with --resume"
             print(f"To go on, give the same command {again} (the run is in {options.out}).", file=sys.stderr)
         return 130
+
+
+def _by_option(message: str, options: argparse.Namespace, arguments: Sequence[str]) -> str:
+    """A message about an argument of the Python API, about the option that was typed instead."""
+    name, colon, rest = message.partition(": ")
+    if not colon or name not in options:
+        return message
+    option = f"--{name.replace('_', '-')}"
+    typed = [word.partition("=")[0] for word in arguments]
+    option = next((alias for alias in _ALIASES.get(name, ()) if alias in typed), option)
+    return f"{option}: {rest.replace('expected None or', 'expected')}"
 
 
 @contextmanager
@@ -211,7 +229,13 @@ def _loop(group, epochs: object, batch_size: object, accumulation: object) -> No
     group.add_argument(
         "--accumulation", type=int, metavar="N", help=f"micro-batches per optimizer step (default: {accumulation})"
     )
-    group.add_argument("--learning-rate", "--lr", type=float, metavar="LR", help="peak learning rate (default: 1e-5)")
+    group.add_argument(
+        "--learning-rate",
+        *_ALIASES["learning_rate"],
+        type=float,
+        metavar="LR",
+        help="peak learning rate (default: 1e-5)",
+    )
     group.add_argument("--weight-decay", type=float, metavar="W", help="of AdamW (default: 0.01)")
     group.add_argument(
         "--warmup-epochs", type=float, metavar="N", help="linear warm-up, then linear decay to 0 (default: 1)"
@@ -228,13 +252,15 @@ def _method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset", choices=("llama-3.2-3b", "phi-1.5"), default="llama-3.2-3b", help="published settings"
     )
-    group.add_argument("--retain-weight", "--lambda", **number, help="weight of the retain loss (1.25 / 1.5)")
+    group.add_argument(
+        "--retain-weight", *_ALIASES["retain_weight"], **number, help="weight of the retain loss (1.25 / 1.5)"
+    )
     group.add_argument("--num-samples", **count, help="answers drawn per forget question (20 / 5)")
     group.add_argument("--temperature", **number, help="of the draws (0.9 / 1.25)")
     group.add_argument("--top-k", **count, help="draw from the k likeliest tokens, 0 for all (50)")
     group.add_argument("--top-p", **number, help="draw from the likeliest tokens of this mass (0.95)")
     group.add_argument("--min-p", **number, help="drop tokens below this share of the likeliest one (0)")
-    group.add_argument("--min-words", "--min-len", **count, help="answers of fewer words score worse (0)")
+    group.add_argument("--min-words", *_ALIASES["min_words"], **count, help="answers of fewer words score worse (0)")
     group.add_argument("--max-length", **count, help="tokens of padded prompt and answer at most (200)")
     group.add_argument("--max-new-tokens", **count, help="tokens of an answer at most, instead of --max-length")
     group.add_argument(
@@ -290,17 +316,24 @@ def _machine(parser: argparse.ArgumentParser, model: bool = True) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What argparse cannot check; the method's own options are checked by PMCConfig."""
-    least = {"threads": 1, "checkpoint_every": 1, "evaluation_rows": 0, "evaluation_tokens": 1, "leakage": 1, "seed": 0}
-    for name, smallest in least.items():
-        value = getattr(options, name, None)
-        if value is not None and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')}: got {value}, expected at least {smallest}")
+    """What argparse cannot check; most of the method's own options are checked by PMCConfig."""
     # As many threads as no machine has end the process before an error could.
-    for name, largest in {"threads": 4096, "seed": 2**63 - 1}.items():
+    ranges = {
+        "threads": (1, 4096),
+        "seed": (0, 2**63 - 1),
+        "top_k": (0, MOST),
+        **dict.fromkeys(("checkpoint_every", "evaluation_tokens", "leakage"), (1, MOST)),
+        "evaluation_rows": (0, MOST),
+    }
+    for name, (smallest, largest) in ranges.items():
         value = getattr(options, name, None)
-        if value is not None and value > largest:
-            raise UserError(f"--{name}: got {value}, expected at most {largest}")
+        if value is not None and not smallest <= value <= largest:
+            wanted = f"at least {smallest}" if value < smallest else f"at most {largest}"
+            raise UserError(f"--{name.replace('_', '-')}: got {value}, expected {wanted}")
+    for name in _PATHS:
+        given = getattr(options, name, None)
+        if "" in (given if isinstance(given, list) else [given]):
+            raise UserError(f"--{name}: got '', expected the name of a file or folder")
     if getattr(options, "prefill", "") and not options.leakage:
         raise UserError("--prefill: it starts the answers of --leakage, which is missing; expected --leakage N with it")
 

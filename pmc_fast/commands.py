@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from pmc_fast.outputs import check_file, write_file
 from pmc_fast.pmc import PMC
 from pmc_fast.prompts import Prompts
 from pmc_fast.room import check_evaluation, check_sampling, check_training
-from pmc_fast.runs import Run, file_option
+from pmc_fast.runs import Form, Run, file_option
 
 # Options that do not decide how a run ends, and those that name files.
 _HARMLESS = ("resume", "checkpoint_every", "out", "threads")
@@ -61,11 +62,21 @@ _METHOD = [
 ]
 
 
+# What the files of a run hold that is read again, see `runs.Form`.
+_RECALL = {"rouge_l": float}
+_FINETUNE = {"beginning": {"before": _RECALL, "seconds": float}, "report": {"before": _RECALL, "after": _RECALL}}
+MEASURED = {"unlearn_quality": float, "utility": float, "utility_sets": dict}
+_UNLEARN = {
+    "beginning": {"before": MEASURED, "pmc": dict, "seconds": {"evaluate": float, "initialise": float}},
+    "report": {"before": MEASURED, "after": MEASURED},
+}
+
+
 def finetune(options: argparse.Namespace) -> int:
     defaults = PMCConfig(epochs=5, batch_size=16, accumulation=1)
     config = method(options, defaults)
     rows = read_jsonl(options.data)
-    run = open_run(options)
+    run = open_run(options, _FINETUNE)
     if run.report is not None:
         return _already_finished(run, _finetune_table)
     pmc, tokenizer = _prepare(options, config)
@@ -101,7 +112,7 @@ def unlearn(options: argparse.Namespace) -> int:
     config = method(options, PMCConfig.published(options.preset))
     sets = _read_sets(options)
     _tell_of_overlap(sets)
-    run = open_run(options)
+    run = open_run(options, _UNLEARN)
     if run.report is not None:
         return _already_finished(run, print_comparison)
     pmc, tokenizer = _prepare(options, config)
@@ -121,7 +132,7 @@ def unlearn(options: argparse.Namespace) -> int:
         seconds = {"evaluate": evaluate_seconds, "initialise": initialise_seconds}
         beginning = {"before": before, "pmc": pmc.state_dict(), "seconds": seconds}
     else:
-        pmc.load_state_dict(beginning["pmc"])
+        load_beginning(run, pmc)
     _start(run, beginning)
     _tell_of_the_run(pmc, sets)
     phases = training.unlearn(pmc, sets["retain"], config, run=run, checkpoint_every=options.checkpoint_every)
@@ -143,6 +154,9 @@ def evaluate(options: argparse.Namespace) -> int:
     sets = _read_sets(options)
     if options.json is not None:
         check_file(options.json, "--json")
+        read = (options.forget, options.retain, options.paraphrased, *options.utility)
+        if os.path.realpath(options.json) in [os.path.realpath(file) for file in read if file]:
+            raise UserError(f"--json: {options.json} is a file that rows are read from; choose another place")
     config = PMCConfig(seed=options.seed, **_prompt(options))
     set_threads(options.threads)
     model, tokenizer = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
@@ -194,18 +208,26 @@ def method(options: argparse.Namespace, defaults: PMCConfig) -> PMCConfig:
     return config
 
 
-def open_run(options: argparse.Namespace) -> Run:
+def open_run(options: argparse.Namespace, forms: dict[str, Form]) -> Run:
     """The run in --out, checked against these options and what their files hold; nothing is written yet."""
     config = {name: value for name, value in vars(options).items() if name not in _HARMLESS}
     config |= {name: file_option(config[name]) for name in _FILES if config.get(name)}
     if "utility" in config:
         config["utility"] = {Path(file).stem: file_option(file) for file in options.utility}
-    if Path(options.model).is_dir():
+    if os.path.isdir(options.model):
         config["model"] = str(Path(options.model).resolve())
-    run = Run(options.out, config, options.resume)
+    run = Run(options.out, config, options.resume, **forms)
     if options.resume and not run.resumed:
         print(f"{run.folder}: no run to resume there; starting one")
     return run
+
+
+def load_beginning(run: Run, pmc: PMC) -> None:
+    """What `initialise` remembered when the run began."""
+    try:
+        pmc.load_state_dict(run.beginning["pmc"])
+    except UserError as error:
+        raise run.damaged("start.json", str(error)) from error
 
 
 def initialise(pmc: PMC, questions: list[str]) -> float:

@@ -11,6 +11,8 @@ from typing import get_args, get_type_hints
 from pmc_fast.errors import TEMPERATURE, UserError, is_temperature
 from pmc_fast.prompts import STYLES
 
+MOST = 2**31 - 1  # of whatever is counted
+
 
 @dataclass(frozen=True)
 class PMCConfig:
@@ -58,7 +60,7 @@ class PMCConfig:
     @classmethod
     def published(cls, name: str, **changes) -> PMCConfig:
         """The published hyperparameters for "llama-3.2-3b" or "phi-1.5", with changes by keyword."""
-        if name not in _PUBLISHED:
+        if not isinstance(name, str) or name not in _PUBLISHED:
             raise UserError(f"preset: got {name!r}, expected one of {', '.join(map(repr, _PUBLISHED))}")
         return replace(cls(**_PUBLISHED[name]), **changes)
 
@@ -73,22 +75,22 @@ class PMCConfig:
             wanted = " or ".join(_TYPES[one] for one in types)
             require(name, _is_one_of(getattr(self, name), types), wanted)
         for name in ("num_samples", "epochs", "batch_size", "accumulation"):
-            require(name, getattr(self, name) >= 1, "an integer of at least 1")
+            require(name, 1 <= getattr(self, name) <= MOST, f"an integer in [1, {MOST}]")
+        require("min_words", 0 <= self.min_words <= MOST, f"an integer in [0, {MOST}]")
+        for name in ("top_k", "max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            require(name, value is None or 1 <= value <= MOST, f"None or an integer in [1, {MOST}]")
         taken = self.temperature == 0 or is_temperature(self.temperature)
         require("temperature", taken, f"{TEMPERATURE}, or 0 for greedy")
-        for name in ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs", "min_words"):
+        for name in ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs"):
             value = getattr(self, name)
             require(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")
-        require("top_k", self.top_k is None or self.top_k >= 1, "None or an integer of at least 1")
         require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
         require("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]")
-        require("tau", self.tau > 0, "a number above 0")
+        require("tau", 0 < self.tau < math.inf, "a finite number above 0")
         require("seed", 0 <= self.seed < 2**63, "an integer in [0, 2^63)")
         require("selection", self.selection in ("best", "bradley_terry"), "'best' or 'bradley_terry'")
         require("prompt_style", self.prompt_style in STYLES, f"one of {', '.join(map(repr, STYLES))}")
-        for name in ("max_length", "max_new_tokens"):
-            value = getattr(self, name)
-            require(name, value is None or value >= 1, "None or an integer of at least 1")
         require("max_new_tokens", self.max_new_tokens is not None or self.max_length is not None, "it or max_length")
 
 

@@ -26,7 +26,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[QA]:
     Raises UserError, with file and line number, for a file that cannot be read or holds no rows, a line that is not
     UTF-8, not JSON or not an object, and a question or answer that is missing, not a string, or blank.
     """
-    path = Path(path)
+    path = _path(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
@@ -40,12 +40,26 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[QA]:
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[QA]) -> None:
-    """Write rows so that `read_jsonl(path) == list(rows)`; missing folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps({"question": row.question, "answer": row.answer}, ensure_ascii=False) + "\n")
+    """Write rows so that `read_jsonl(path) == list(rows)`; missing folders are made.
+
+    Raises UserError, before anything is written, for rows that are none, and for a file that cannot be written.
+    """
+    path, lines = _path(path), []
+    for number, row in enumerate(rows):
+        if not isinstance(row, QA):
+            raise UserError(f"rows: row {number} is {described(row)}, expected a QA")
+        lines.append(json.dumps({"question": row.question, "answer": row.answer}, ensure_ascii=False) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path: got {described(path)}, expected the name of a file")
+    return Path(path)
 
 
 def _row(line: bytes, where: str) -> QA:

@@ -1,10 +1,10 @@
-"""What callers give, as plain lists: indices of questions, texts, rows. Anything else is a UserError that says where."""
+"""What callers give, as plain lists: indices of questions, texts, rows, parts of a state. Anything else is a UserError that says where."""
 
 from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pmc_fast.data import QA
@@ -43,6 +43,29 @@ def texts(name: str, values: Iterable[Any], is_text: IsText) -> list[Any]:
     return found
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a text, be it blank."""
+    return isinstance(value, str)
+
+
+def counts(name: str, values: Iterable[Any]) -> list[int]:
+    """Integers of at least 0."""
+    wanted = "an integer of at least 0"
+    found = listed(name, values, f"a list, of each {wanted}")
+    for number, value in enumerate(found):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UserError(f"{name}: number {number} is {described(value)}, expected {wanted}")
+    return found
+
+
+def fields(name: str, value: Any, names: Sequence[str], source: str) -> list[Any]:
+    """The values of a dict with these keys and no others, which `source` made."""
+    if not isinstance(value, dict) or value.keys() != set(names):
+        got = f"a dict of {', '.join(map(repr, value)) or 'nothing'}" if isinstance(value, dict) else described(value)
+        raise UserError(f"{name}: got {got}, expected what {source} returned, a dict of {', '.join(map(repr, names))}")
+    return [value[key] for key in names]
+
+
 def rows(name: str, values: Iterable[Any], is_text: IsText) -> list[QA]:
     """Questions and answers, out of objects that have both as attributes or mappings that have both as keys."""
     return [_row(f"{name}: row {number}", row, is_text) for number, row in enumerate(listed(name, values, _ROWS))]
@@ -64,8 +87,10 @@ def some(name: str, found: list[Any]) -> list[Any]:
 
 def has_method(name: str, value: object, method: str, wanted: str) -> None:
     """That an object, if it is given, has what is called of it."""
-    if value is not None and not callable(getattr(value, method, None)):
-        raise UserError(f"{name}: got {described(value)}, expected {wanted}")
+    # A class has its objects' methods, too.
+    if value is not None and (isinstance(value, type) or not callable(getattr(value, method, None))):
+        got = f"the class {value.__name__}" if isinstance(value, type) else described(value)
+        raise UserError(f"{name}: got {got}, expected {wanted}")
 
 
 def plain(value: Any) -> Any:

@@ -60,7 +60,7 @@ def load_model(
     device = choose_device(str(device))
     source = str(source)
     folder = Path(source)
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if os.path.exists(folder) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         _check_folder(folder)
 
     import torch
@@ -71,7 +71,7 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # at damaged files transformers raises what it likes
-        where = "" if folder.exists() else " (there is no such folder, so it was looked for on the hub)"
+        where = "" if os.path.exists(folder) else " (there is no such folder, so it was looked for on the hub)"
         raise UserError(f"{source}: the tokenizer cannot be loaded: {_first_line(error)}{where}") from error
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +89,9 @@ def load_model(
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
+    if os.path.isfile(folder):
+        raise UserError(f"{folder}: it is a file; want a transformers model folder or a hub name")
+    if not os.path.isdir(folder):  # which takes names that are too long
         raise UserError(f"{folder}: no such folder; want a transformers model folder or a hub name")
     inner = folder / "model"  # of a run's --out
     elsewhere = f"; did you mean {inner}?" if (inner / "config.json").exists() else ""

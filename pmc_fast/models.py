@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock, RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from pmc_fast import ops
+from pmc_fast import attention, ops
 from pmc_fast.errors import BackendUnavailable, UserError, described
 from pmc_fast.positions import Positions
 from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 # What errors call the head's parameters.
 WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
+
+
+# Who may change what a model's modules do for the time of a call.
+_turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_new_turn = Lock()
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,13 @@ class LanguageModel:
             than the head. It is used as it is: the same parameters, nothing copied. The weight of the head may be a DTensor
             sharded on dimension 0, and the layers parallelized in any way whose last hidden states are plain tensors, the
             same on every rank; all ranks then make the same calls with the same arguments.
-        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens.
+        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and two
+            packed sequences with the same ones in another order, in two passes of five.
 
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
+        unpackable: what keeps its modules from running a packed batch, if that was looked at and is so.
         packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), or
             the model's "modules".
 
@@ -107,9 +116,10 @@ class LanguageModel:
         # PEFT puts its adapters into the layers of the model that it wraps.
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = getattr(self._causal_lm, "base_model", None)
-        if self.backbone is self._causal_lm:
-            self.backbone = None
+        if self.backbone is self._causal_lm:  # of Llama 4, say, whose prefix is none of its attributes
+            self.backbone = getattr(self._causal_lm, "model", None)
         self.packed_by: str | None = None
+        self.unpackable: str | None = None
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()
@@ -133,6 +143,12 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.head_module.weight.device
+
+    @property
+    def turn(self) -> RLock:
+        """Held around what may run in one thread at a time: one for each model, whoever wraps it."""
+        with _new_turn:
+            return _turns.setdefault(self._causal_lm, RLock())
 
     def hidden(self, input_ids: Tensor, **options) -> Tensor:
         """The last hidden states, [..., D], of token ids [...]; options such as attention_mask go to the backbone."""
@@ -177,7 +193,7 @@ class LanguageModel:
     @torch.no_grad()
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
-        with gathered(self.model), evaluating(self.model):
+        with self.turn, gathered(self.model), evaluating(self.model):
             ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head_module.weight.shape[0]
             head = self.head
             expected = self._own_logits(ids)[0].float()
@@ -196,6 +212,40 @@ class LanguageModel:
                 f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
+        with self.turn, gathered(self.model), evaluating(self.model):
+            self.unpackable = self._why_not_packed()
+
+    def _why_not_packed(self) -> str | None:
+        """Sequences of a packed batch see nothing of one another: in which order they come makes no difference to them."""
+        name, found = type(self.model).__name__, []
+        try:
+            for order in ((3, 2), (2, 3)):
+                ids, positions = zip(*((2 * length + i, i) for length in order for i in range(length)), strict=True)
+                ids, positions = (torch.tensor([x], device=self.device) for x in (ids, positions))
+                lengths = attention.PackedLengths(0, order)
+                with attention.implemented_by(attention.registered(), self.model), attention.packed(lengths):
+                    hidden = self.hidden(
+                        ids % self.head_module.weight.shape[0],
+                        position_ids=positions,
+                        attention_mask=None,
+                        packed_lengths=lengths,
+                        use_cache=False,
+                    )
+                found.append(hidden[0].float())
+        except attention.LengthsLost:
+            return None  # which a packed batch says again
+        except Exception as error:  # somebody else's modules raise what they like
+            return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
+        first, second = found[0], found[1].roll(-2, 0)
+        # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the order: of SmolLM2's thirty
+        # in bfloat16, those of each by 35.
+        rounded = 1e-2 if hidden.dtype in (torch.float32, torch.float64) else 0.5
+        if bool(((first - second).norm(dim=1) <= rounded * first.norm(dim=1)).all()):
+            return None
+        return (
+            f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
+            "attention, or does not ask for position_ids"
+        )
 
     def _own_logits(self, ids: Tensor) -> Tensor:
         """What the model itself computes, of this rank's part of the vocabulary."""

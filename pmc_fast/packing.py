@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache
-from pmc_fast.errors import described
+from pmc_fast.errors import UserError, described
 from pmc_fast.models import LanguageModel
 from pmc_fast.vocabulary import check_ids, vocabulary_size
 
@@ -49,11 +49,15 @@ class Packed:
             cache: an empty one of T positions, which then holds the keys and values of all tokens.
 
         Raises:
-            UserError: a sequence does not fit in the model's table of positions, or in a chunk of its attention.
+            UserError: a sequence does not fit in the model's table of positions, or in a chunk of its attention; or the model cannot
+                run packed batches, or not of so many tokens.
             ValueError: a token is none of the model's (on a CPU alone: a GPU would have to be waited for).
         """
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
+        lm.positions.check_packed(self.input_ids.shape[1])
+        if lm.unpackable:
+            raise UserError(f"model: {lm.unpackable}; want a decoder of attention alone, with position_ids")
         check_ids(self.input_ids, vocabulary_size(lm.model))
         attention.install(lm.model)
         if cache is None:
@@ -153,7 +157,16 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 def pad_left(
     sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Prompts as one padded batch: input_ids and attention_mask, int64 [B, T], padding on the left."""
+    """Prompts as one padded batch: input_ids and attention_mask, int64 [B, T], padding on the left.
+
+    Raises ValueError for no sequences, TypeError for others than lists of integers, or a `pad_id` that is none.
+    """
+    sequences = sequences.tolist() if isinstance(sequences, Tensor) else sequences
+    _check_tokens("sequences", sequences)
+    if not sequences:
+        raise ValueError("sequences: got none, expected at least one")
+    if isinstance(pad_id, bool) or not isinstance(pad_id, int):
+        raise TypeError(f"pad_id: got {described(pad_id)}, expected a token id")
     width = max(len(ids) for ids in sequences)
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in sequences], device=device)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)

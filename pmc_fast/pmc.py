@@ -112,13 +112,11 @@ class PMC:
         """
         questions = inputs.texts("forget_questions", forget_questions, self.prompts.is_text)
         inputs.some("forget_questions", questions)
-        size = vocabulary_size(self.lm.model)
-        for number, question in enumerate(questions):
-            check_tokens(f"forget_questions: number {number}", self.prompts.prompt_ids(question), size)
+        self._check_questions("forget_questions", questions)
         if answers is None:
             answers = self.greedy_answers(questions, progress)
         else:
-            answers = inputs.texts("answers", answers, lambda answer: isinstance(answer, str))
+            answers = inputs.texts("answers", answers, inputs.is_text)
         if len(answers) != len(questions):
             raise UserError(
                 f"answers: got {len(answers)}, expected one for each of the {len(questions)} forget_questions"
@@ -238,25 +236,35 @@ class PMC:
         """Go on from what ``state_dict`` returned, also under another ``reencode`` than its answers were picked with.
 
         Raises:
-            ValueError: it is none of these.
-            UserError: an answer in it, as it would be trained on now, is longer than the model has positions or of tokens that it
-                has not. What was held before stays.
+            UserError: it is none of these, or one of other texts, numbers or lengths than go together; or an answer in it, as it
+                would be trained on now, is longer than the model has positions or of tokens that it has not. What was held
+                before stays.
         """
-        if not isinstance(state, dict) or not {"ledger", "prepared"} <= state.keys():
-            raise ValueError(
-                f"state: got {_keys(state)}, expected what PMC.state_dict() returned, with ledger and prepared"
-            )
-        ledger = None if state["ledger"] is None else Ledger.from_state_dict(state["ledger"])
-        for question, entry in ledger.entries.items() if ledger else ():
-            self._check_trained(ledger, question, entry)
-        self.ledger = ledger
-        self._prepared = set(state["prepared"])
+        self.ledger, self._prepared = self.read_state(state)
         self.prepared_batches = 0
+
+    def read_state(self, state: dict) -> tuple[Ledger | None, set[int]]:
+        """What `load_state_dict` would hold from now on: the ledger, and the questions sampled for ahead."""
+        ledger, prepared = inputs.fields("state", state, ("ledger", "prepared"), "PMC.state_dict()")
+        if ledger is not None:
+            ledger = Ledger.from_state_dict(ledger, "state: ledger", self.prompts.is_text)
+            self._check_questions("state: ledger: questions", ledger.questions)
+            for question, entry in ledger.entries.items():
+                self._check_trained(ledger, question, entry)
+        elif prepared != []:
+            raise UserError(f"state: prepared: got {described(prepared)}, expected [] beside a ledger of None")
+        count = len(ledger.questions) if ledger else 0
+        return ledger, set(inputs.indices("state: prepared", prepared, count))
 
     def _initialised(self) -> Ledger:
         if self.ledger is None:
             raise UserError("PMC.loss: the ledger is empty; call initialise(forget_questions) first")
         return self.ledger
+
+    def _check_questions(self, name: str, questions: Sequence[str]) -> None:
+        size = vocabulary_size(self.lm.model)
+        for number, question in enumerate(questions):
+            check_tokens(f"{name}: number {number}", self.prompts.prompt_ids(question), size)
 
     def _encoded(self, name: str, rows: Iterable[Any]) -> list[tuple[list[int], list[int]]]:
         """The tokens of each row's prompt and answer."""
@@ -413,7 +421,3 @@ def _no_samples() -> dict[str, Any]:
     names = ("sampled_tokens", "decoded_tokens", "pruned_samples", "pruned_tokens", "truncated_picks")
     counts = dict.fromkeys(names, 0)
     return {"seconds": {"sample": 0.0, "score": 0.0, "train": 0.0}, **counts}
-
-
-def _keys(state: object) -> str:
-    return f"a dict of {', '.join(map(repr, state)) or 'nothing'}" if isinstance(state, dict) else described(state)

@@ -18,13 +18,16 @@ _FIXED_TABLES = ("embed_positions", "pos_encoding")
 class Positions:
     """most: the tokens of a prompt and its answer that the model was made for; None if it says nothing.
 
-    fixed: whether there is no position beyond, since they come from a table. Otherwise (rotary embeddings) it can go on.
-    chunk: tokens of a chunk, see `chunk_of`. model: its class's name.
+    fixed: whether there is no position beyond, such as where they come from a `table`. Otherwise (rotary embeddings) it can go on.
+    chunk: tokens of a chunk, see `chunk_of`. tuned: the place in a row from which on attention is scaled by it, see `tuned_of`.
+    model: its class's name.
     """
 
     most: int | None
     fixed: bool
     chunk: int | None = None
+    tuned: int | None = None
+    table: bool = field(default=False, compare=False)
     model: str = field(default="", compare=False)
 
     @classmethod
@@ -33,9 +36,10 @@ class Positions:
         config = model.config.get_text_config()
         if config.model_type == "mpt":  # its attention bias ends there
             return cls(config.max_seq_len, True)
-        most, chunk, name = getattr(config, "max_position_embeddings", None), chunk_of(config), type(model).__name__
+        most, name = getattr(config, "max_position_embeddings", None), type(model).__name__
+        more = {"chunk": chunk_of(config), "tuned": tuned_of(config), "model": name}
         if most is None:
-            return cls(None, False, chunk, name)
+            return cls(None, False, **more)
         words = model.get_input_embeddings()
         # Some tables begin with rows that no position has: OPT's with two.
         learned = any(
@@ -45,7 +49,7 @@ class Positions:
         computed = any(
             name.rpartition(".")[2] in _FIXED_TABLES and len(table) == most for name, table in model.named_buffers()
         )
-        return cls(most, learned or computed, chunk, name)
+        return cls(most, learned or computed, table=learned or computed, **more)
 
     def check_answers(self, prompts: Tensor, limits: Tensor, max_length: int | None, more: int = 0) -> None:
         """That prompts have room for their answers, whose last token the model is not asked to go on from.
@@ -86,6 +90,20 @@ class Positions:
                 f"{name} has {length} tokens, prompt and answer together, expected at most {self.chunk}: {self.model} attends in "
                 f"chunks of {self.chunk} tokens (attention_chunk_size), beyond which this version cannot train"
             )
+
+    def check_packed(self, tokens: int) -> None:
+        """That a packed batch of so many tokens can be trained on."""
+        if self.tuned is not None and tokens >= self.tuned:
+            raise UserError(
+                f"batch: got {tokens} tokens packed together, expected fewer than {self.tuned}: from there on {self.model} scales "
+                "attention by a token's place in the row (floor_scale), whatever its position is; take fewer or shorter rows"
+            )
+
+
+def tuned_of(config: Any) -> int | None:
+    """From which place in a row on a model with this configuration scales the queries of layers without rotary embedding."""
+    tunes = getattr(config, "attn_temperature_tuning", False) and 0 in getattr(config, "no_rope_layers", ())
+    return int(config.floor_scale) if tunes else None
 
 
 def chunk_of(config: Any) -> int | None:

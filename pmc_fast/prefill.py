@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
     On a CPU, prompts that begin alike (a chat template, a system prompt) are packed: no padding, and the beginning once.
 
     Raises:
-        UserError: the model does not use the cache.
+        UserError: the model does not use the cache, or cannot run from it alone, or takes padding for text.
     """
     width = input_ids.shape[1]
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -52,9 +53,23 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
         return Prefill(hidden, cache, mask, padded, position[:, -1], calls, True)
     cache = SampleCache(layers_of(lm.model.config), width)
     options = {"attention_mask": mask} if padded else {}
+    name = type(lm.model).__name__
+    if padded and lm.positions.table and "position_ids" not in inspect.signature(lm.backbone.forward).parameters:
+        raise UserError(
+            f"attention_mask: got padding, but {name} takes a token's place in the row for its position (it has no position_ids); "
+            "want prompts of one length"
+        )
     with attention.watching() as watched:
-        hidden = lm.hidden(input_ids, position_ids=position, past_key_values=cache, use_cache=True, **options)
-    if cache.get_seq_length() != width:
+        try:
+            hidden = lm.hidden(input_ids, position_ids=position, past_key_values=cache, use_cache=True, **options)
+        except UserError:
+            raise
+        except (AttributeError, ValueError) as error:  # what layers with states of their own raise at this cache
+            raise UserError(
+                f"model: {name} does not run over a cache of keys and values alone ({type(error).__name__}: {error}), so it "
+                "cannot be sampled from; want a decoder of attention alone"
+            ) from error
+    if cache.get_seq_length() != width or any(layer.keys is None for layer in cache.layers):
         raise UserError("model: it does not fill the key/value cache it is given, so it cannot be sampled from")
     suits = _suits_decode_attention(cache, watched)
     return Prefill(hidden[:, -1], cache, mask, padded, position[:, -1], watched.calls, suits)
@@ -67,7 +82,8 @@ def _packed(
     model, device = lm.model, input_ids.device
     if device.type != "cpu" or model.config._attn_implementation != attention.NAME or bool((mask.diff() < 0).any()):
         return None
-    if lm.positions.chunk is not None:  # only its masks know of chunks
+    # Of chunks only the masks know, and some models scale attention by the place in a row.
+    if lm.unpackable or lm.positions.chunk is not None or lm.positions.tuned is not None:
         return None
     prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     packed = pack(prompts, [[0]] * len(prompts))

@@ -23,6 +23,12 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise UserError(f"tokenizer: got {described(tokenizer)}, expected a transformers tokenizer")
 
 
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name}: got {described(value)}, expected a text")
+    return value
+
+
 class Prompts:
     """How a model is asked: by its chat template, by question/answer tags, or with the bare question.
 
@@ -79,11 +85,11 @@ class Prompts:
 
         Space at the end of `prefill` is left to the answer, whose first token brings its own.
         """
-        return list(self._prompt_ids(question.strip(), prefill.rstrip()))
+        return list(self._prompt_ids(_text("question", question).strip(), _text("prefill", prefill).rstrip()))
 
     def answer_ids(self, answer: str) -> list[int]:
         """The tokens of an answer as they follow the prompt, the end token included."""
-        return list(self._answer_ids(answer.strip()))
+        return list(self._answer_ids(_text("answer", answer).strip()))
 
     @staticmethod
     def is_text(value: object) -> bool:

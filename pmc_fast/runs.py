@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmc_fast.errors import UserError
+from pmc_fast.errors import UserError, described
 
 _TEMPORARY = ".tmp-"
 _FORM = 2  # of config.json: files among the options by what they hold
+
+# What a JSON file holds: by key other forms, float for any number, dict, list, or object for anything.
+Form = Mapping[str, Any] | type
+_KINDS = {float: "number", dict: "object", list: "list"}
 
 
 def holds_run(folder: str | os.PathLike[str]) -> bool:
@@ -49,13 +54,23 @@ class Run:
         folder: where; made by `start()`, nothing is written before.
         config: JSON-able options that decide the run's outcome; files among them as `file_option` gives them.
         resume: continue the run that the folder holds, or start it where the folder is missing or empty.
+        beginning, report: what start.json and report.json hold, if nothing else.
 
     Raises:
         UserError: the folder holds another run or other files, a damaged file, or cannot be used.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: dict[str, Any], resume: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: dict[str, Any],
+        resume: bool = False,
+        *,
+        beginning: Form = dict,
+        report: Form = dict,
+    ) -> None:
         self.folder = Path(folder)
+        self._beginning, self._report = beginning, report
         self.config = json.loads(json.dumps(config))
         self.resumed = False
         try:
@@ -84,12 +99,12 @@ class Run:
     @property
     def report(self) -> dict | None:
         """The report of a finished run."""
-        return self._read("report.json", "before", "after")
+        return self._read("report.json", self._report)
 
     @property
     def beginning(self) -> dict | None:
         """What `save_beginning` stored."""
-        return self._read("start.json", "before", "seconds")
+        return self._read("start.json", self._beginning)
 
     def save_beginning(self, values: dict) -> None:
         """Store what was found out before the first step."""
@@ -107,15 +122,15 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror}); make it readable, or choose another --out"
-            ) from error
         except Exception as error:  # at damaged files torch raises what it likes, with advice that is none here
             if is_out_of_memory(error):
                 raise
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is torch's seeking beyond the ends
+                raise UserError(
+                    f"{path}: cannot be read ({error.strerror}); make it readable, or choose another --out"
+                ) from error
             raise self.damaged(path.name, f"torch cannot load it: {type(error).__name__}") from error
-        if state is not None and not (isinstance(state, dict) and isinstance(state.get("step"), int)):
+        if state is not None and not (isinstance(state, dict) and type(state.get("step")) is int):
             raise self.damaged(path.name, "it is no checkpoint")
         step = 0 if state is None else state["step"]
         lines = [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]
@@ -148,7 +163,11 @@ class Run:
         """The lines of metrics.jsonl, up to one that was being written when the process died."""
         records = []
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); choose another --out") from None
+        for line in lines:
             try:
                 record = json.loads(line)
             except ValueError:
@@ -197,14 +216,12 @@ class Run:
                 f"{self.folder}: the folder holds another run; choose another --out, delete it, or continue it with "
                 "--resume and the options it was started with"
             )
-        held = self._read("config.json", "options")
+        held = self._read("config.json", {"pmc_fast_run": object, "options": dict})
         if held["pmc_fast_run"] != _FORM:
             raise UserError(
                 f"{self.folder}: the folder holds a run of another version of pmc-fast; choose another --out"
             )
         held = held["options"]
-        if not isinstance(held, dict):
-            raise self.damaged("config.json", "its options are none")
         command, wanted = held.get("command"), self.config.get("command")
         if command != wanted:
             raise UserError(
@@ -227,8 +244,8 @@ class Run:
         except OSError as error:  # such as a name that is too long
             raise UserError(f"{self.folder}: cannot be written to ({error.strerror}); choose another --out") from None
 
-    def _read(self, name: str, *keys: str) -> dict | None:
-        """The object that a JSON file holds, with these keys; None if there is no such file."""
+    def _read(self, name: str, form: Form) -> dict | None:
+        """What a JSON file holds, of this form; None if there is no such file."""
         try:
             value = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -237,8 +254,8 @@ class Run:
             raise self.damaged(name, f"not JSON: {error}") from None
         except OSError as error:
             raise UserError(f"{self.folder / name}: cannot be read ({error.strerror}); choose another --out") from None
-        if missing := [key for key in keys if not isinstance(value, dict) or key not in value]:
-            raise self.damaged(name, f"it lacks {missing[0]!r}")
+        if misfit := _misfit(value, form):
+            raise self.damaged(name, misfit)
         return value
 
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
@@ -296,6 +313,22 @@ def _changes(held: dict, wanted: dict, of: str = "--") -> list[str]:
         elif old != new:
             found.append(f"{option} was {_worded(old)}, now {_worded(new)}")
     return found
+
+
+def _misfit(value: Any, form: Form, what: str = "it") -> str | None:
+    """What keeps a value from being of that form, in words."""
+    if not isinstance(form, Mapping):
+        if form is object or isinstance(value, int | float if form is float else form) and not isinstance(value, bool):
+            return None
+        return f"{what} is {described(value)}, no {_KINDS[form]}"
+    if not isinstance(value, dict):
+        return f"{what} is {described(value)}, no object"
+    for key, inner in form.items():
+        if key not in value:
+            return f"{what} lacks {key!r}"
+        if (misfit := _misfit(value[key], inner, f"its {key}")) is not None:
+            return misfit
+    return None
 
 
 def _is_file(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pmc_fast import attention
 from pmc_fast.compiled_modules import CompiledModules
+from pmc_fast.errors import described
 from pmc_fast.fast_linear import fast_linear
 from pmc_fast.memory import cache_bytes_per_row, free_bytes
 from pmc_fast.models import LanguageModel, evaluating
@@ -20,7 +21,7 @@ from pmc_fast.modules import Modules
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
-from pmc_fast.sampling_inputs import answer_limits, check_sequence_ids, end_tokens
+from pmc_fast.sampling_inputs import answer_limits, check_places, check_sequence_ids, end_tokens
 from pmc_fast.sharding import gathered, smallest
 from pmc_fast.static_decoder import KeptDecoders, static_decoder
 from pmc_fast.static_rows import Sizes, rounded
@@ -136,7 +137,8 @@ class Sampler:
 
         Equivalent to ``model.generate(input_ids, do_sample=True, num_return_sequences=num_samples, ...)``, but an
         answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch. torch.autocast is
-        off meanwhile: the weights' own dtype is the dtype of sampling.
+        off meanwhile: the weights' own dtype is the dtype of sampling. Calls on one model in several threads wait for one another,
+        whichever sampler they are of; nothing else may run the model meanwhile, since its modules are other ones.
 
         Args:
             input_ids: int64 [B, T], prompts padded on the left.
@@ -166,6 +168,13 @@ class Sampler:
         Source: arXiv 2507.04219, section 4 (x_1..x_n ~ p_theta(.|q)).
         """
         limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, self.lm.positions)
+        check_places(
+            input_ids.device, "input_ids are", {"attention_mask": attention_mask, "sequence_ids": sequence_ids}
+        )
+        if prune is not None and not hasattr(prune, "part"):
+            raise TypeError(f"prune: got {described(prune)}, expected a pmc_fast.pruning.Pruner or None")
+        if cache_budget is not None and (isinstance(cache_budget, bool) or not isinstance(cache_budget, int)):
+            raise TypeError(f"cache_budget: got {described(cache_budget)}, expected an integer, of bytes, or None")
         if not len(input_ids):
             raise ValueError("input_ids: got no prompts, expected at least one")
         if attention_mask is not None:  # a token that pads may be none of the model's
@@ -181,11 +190,13 @@ class Sampler:
         model, waves = self.lm.model, []
         draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
         with (
+            self.lm.turn,
             gathered(self.lm.root),
             torch.autocast(device.type, enabled=False),  # casting the weights for each token costs more
             evaluating(model),
             attention.replacing_sdpa(model),
         ):
+            check_places(self.lm.device, "the model is", {"input_ids": input_ids})  # weights may come here to be whole
             at_once = self._prompts_at_once(input_ids, limits, num_samples, cache_budget)
             with (
                 fast_linear(self.lm.backbone, None if self.lm.shards else self.lm.head.weight),

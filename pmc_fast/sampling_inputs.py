@@ -34,6 +34,13 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
+def check_places(device: torch.device, whose: str, tensors: dict[str, Tensor | None]) -> None:
+    """That the tensors, by name, are on the device."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected one on {device}, where {whose}")
+
+
 def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
     """The tokens that end an answer."""
     given = plain(eos_token_id)
@@ -43,6 +50,8 @@ def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
         ends = [None]
     if any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
         raise TypeError(f"eos_token_id: got {eos_token_id!r}, expected a token id or a list of them")
+    if any(end < 0 for end in ends):
+        raise ValueError(f"eos_token_id: got {eos_token_id!r}, expected ids of at least 0")
     if not ends:
         raise ValueError("eos_token_id: got none, expected at least one token id")
     return ends

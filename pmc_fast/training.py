@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -209,15 +210,25 @@ class _Loop:
         if state is None:
             return
         try:
-            self.model.load_state_dict(state["model"])
+            step, seconds = state["step"], Counter({name: float(spent) for name, spent in state["seconds"].items()})
+            shapes = (
+                {name: value.shape for name, value in held.items()}
+                for held in (state["model"], self.model.state_dict())
+            )
+            if not 0 <= step <= self.steps or operator.ne(*shapes):
+                raise ValueError
+            ledger = json.loads(state["pmc"])
+            self.pmc.read_state(ledger)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.pmc.load_state_dict(json.loads(state["pmc"]))
-            self.seconds = Counter(state["seconds"])
+        except UserError as error:
+            raise self.run.damaged("checkpoint.pt", str(error)) from error
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             raise self.run.damaged("checkpoint.pt", "it is none of this model and method") from error
-        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.pmc.load_state_dict(ledger)
+        self.step, self.seconds = step, seconds
 
     def _save(self) -> None:
         start = time.perf_counter()

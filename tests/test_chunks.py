@@ -14,10 +14,6 @@ from pmc_fast.positions import Positions, chunk_of
 CHUNK = 17
 
 
-class Chunked(Llama4ForCausalLM):
-    base_model_prefix = "model"  # Llama4ForCausalLM's own is none of its attributes, so it has no base_model
-
-
 def make_chunked(seed: int = 0, **changes):
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "head_dim": 8,
@@ -26,7 +22,7 @@ def make_chunked(seed: int = 0, **changes):
         "pad_token_id": 256, "bos_token_id": 258, "eos_token_id": 257, **changes,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = Chunked(Llama4TextConfig(**sizes)).eval()
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -56,7 +52,7 @@ def test_longer_sequences_are_refused_before_the_model_runs(monkeypatch):
     lm = LanguageModel(make_chunked())
     monkeypatch.setattr(type(lm.backbone), "forward", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(
-        UserError, match=f"^sequence 1 has {CHUNK + 1} tokens, .*at most {CHUNK}: Chunked attends in chunks"
+        UserError, match=f"^sequence 1 has {CHUNK + 1} tokens, .*at most {CHUNK}: Llama4ForCausalLM attends in chunks"
     ):
         pack(*sequences([5, CHUNK + 1])).hidden(lm)
     with pytest.raises(UserError, match=f"^sequence 0 has {CHUNK + 2} tokens"):  # the beginning is held once
@@ -77,7 +73,7 @@ def test_pmc_refuses_rows_and_answers_before_it_changes(reencode, rng_seed):
     pmc = PMC(model, make_tokenizer(), config, sampler=Endless(model))
     pmc.initialise(["Who?"], answers=["one"])
     before = pmc.state_dict()
-    with pytest.raises(UserError, match=f"^retain: row 0 has .*at most {CHUNK}: Chunked attends in chunks"):
+    with pytest.raises(UserError, match=f"^retain: row 0 has .*at most {CHUNK}: Llama4ForCausalLM attends in chunks"):
         pmc.loss([], [QA("Who was it?", "Somebody.")])
     with pytest.raises(UserError, match=f"^{'reencode: ' * reencode}the answer picked for question 0.*in chunks"):
         pmc.loss([0], [])
@@ -102,9 +98,42 @@ def test_sampling_is_the_models_own(padded, rng_seed):
         torch.testing.assert_close(picked, logits.amax(1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_base_model_that_leads_nowhere_is_refused():
-    with pytest.raises(UserError, match="^model: got Llama4ForCausalLM, whose base_model does not lead to its layers"):
-        LanguageModel(Llama4ForCausalLM(make_chunked().config))
+def test_a_packed_batch_ends_where_attention_is_scaled_by_the_place(monkeypatch, rng_seed):
+    """In the row, whatever the positions are; each token of a shorter batch is exact."""
+    assert (
+        Positions.of(make_chunked()).tuned == 8192 and Positions.of(make_chunked(no_rope_layers=[1, 1])).tuned is None
+    )
+    model = make_chunked(rng_seed, floor_scale=20)
+    lm = LanguageModel(model)
+    assert lm.unpackable is None
+    prompts, answers = sequences([9, 10])
+    got = pack(prompts, answers).hidden(lm)
+    model.set_attn_implementation("eager")
+    alone = [
+        lm.hidden(torch.tensor([prompt + answer[:-1]]))[0, len(prompt) - 1 :]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        UserError, match="^batch: got 20 tokens packed together, expected fewer than 20: .*Llama4ForCausalLM"
+    ):
+        pack(*sequences([10, 10])).hidden(lm)
+
+
+def test_loss_and_gradients_equal_the_models_own(rng_seed):
+    model, ids = make_chunked(rng_seed), torch.randint(0, 256, (3, 11))
+    expected = model(input_ids=ids, labels=ids).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    lm = LanguageModel(model)
+    assert lm.backbone is model.model
+    rows = [([row[0]], row[1:]) for row in ids.tolist()]
+    packed = pack(*map(list, zip(*rows, strict=True)))
+    weight = torch.full((len(packed.target),), 1 / len(packed.target))
+    lm.head.collapse_loss(packed.hidden(lm), packed.target, weight).loss.backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_which_models_have_chunks():

@@ -166,6 +166,13 @@ def test_json_that_cannot_be_written_is_refused_before_the_model_is_loaded(files
     refused(capsys, ["evaluate", "--model", "/no/model", *sets, "--json", str(files / out)], "--json: ")
 
 
+def test_json_never_takes_the_place_of_rows(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    command = ["evaluate", "--model", "/no/model", *sets, "--json", "forget.jsonl"]
+    refused(capsys, command, "--json: forget.jsonl is a file that rows are read from")
+
+
 @pytest.mark.parametrize("command", ["unlearn", "finetune", "demo"])
 def test_an_out_folder_that_cannot_be_made(files, capsys, command):
     out = files / "forget.jsonl" / "out"
@@ -245,23 +252,58 @@ def test_missing_data(files, tmp_path, capsys):
     refused(capsys, unlearn(files, tmp_path / "out", forget=tmp_path / "none.jsonl"), "none.jsonl", "no such file")
 
 
+HUGE = "99999999999999999999"
+
+
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize(
-    "option, value",
+    "option, value, wanted",
     [
-        ("num-samples", "0"), ("top-p", "0"), ("top-p", "1.5"), ("top-p", "nan"), ("temperature", "-1"),
-        ("temperature", "nan"), ("top-k", "-1"), ("min-p", "2"), ("tau", "0"), ("epochs", "0"), ("batch-size", "0"),
-        ("accumulation", "0"), ("lr", "-1"), ("lambda", "-1"), ("warmup-epochs", "-1"), ("max-length", "0"),
-        ("max-new-tokens", "0"), ("min-words", "-1"), ("seed", "-1"), ("threads", "0"), ("checkpoint-every", "0"),
-        ("evaluation-rows", "-1"),
+        *(("num-samples", value, "an integer in [1, 2147483647]") for value in ("0", HUGE)),
+        *(("top-p", value, "a number in (0, 1]") for value in ("0", "1.5", "nan", "inf")),
+        *(("temperature", value, "a number in [1.175e-38") for value in ("-1", "nan", "inf", "1e-40")),
+        ("top-k", "-1", "at least 0"), ("top-k", HUGE, "at most 2147483647"),
+        *(("min-p", value, "a number in [0, 1]") for value in ("2", "-0.1", "nan")),
+        *(("tau", value, "a finite number above 0") for value in ("0", "inf", "nan")),
+        *((name, value, "an integer in [1, 2147483647]") for name in ("epochs", "batch-size", "accumulation")
+          for value in ("0", HUGE)),
+        *((name, value, "a finite number of at least 0") for name in ("learning-rate", "lr", "retain-weight", "lambda",
+          "weight-decay", "warmup-epochs") for value in ("-1", "nan", "inf")),
+        *((name, value, "an integer in [1, 2147483647]") for name in ("max-length", "max-new-tokens")
+          for value in ("0", HUGE)),
+        *((name, "-1", "an integer in [0, 2147483647]") for name in ("min-words", "min-len")),
+        ("seed", "-1", "at least 0"), ("threads", "0", "at least 1"), ("checkpoint-every", "0", "at least 1"),
+        ("evaluation-rows", "-1", "at least 0"), ("evaluation-tokens", "0", "at least 1"),
+        ("evaluation-tokens", HUGE, "at most 2147483647"), ("device", "", "auto, cpu, cuda or cuda:N"),
     ],
 )  # fmt: skip
-def test_bad_hyperparameters(files, tmp_path, capsys, option, value):
-    names = {"lr": "learning_rate", "lambda": "retain_weight"}
-    refused(capsys, unlearn(files, tmp_path / "out", f"--{option}", value), "got " + value.removesuffix(".0"))
-    cli.main(unlearn(files, tmp_path / "out", f"--{option}={value}"))
-    error = capsys.readouterr().err
-    assert names.get(option, option.replace("-", "_")) in error.replace("-", "_")
+def test_values_out_of_range_are_named_by_the_option_as_typed(
+    files, tmp_path, capsys, option, value, wanted, joined, monkeypatch
+):
+    monkeypatch.setattr("pmc_fast.training.unlearn", None)
+    words = [f"--{option}={value}"] if joined or not value else [f"--{option}", value]
+    assert cli.main(unlearn(files, tmp_path / "out", *words)) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    number = float(value) if value and option != "device" else None
+    got = {value, repr(value), str(number)}
+    assert any(told.startswith(f"pmc-fast unlearn: --{option}: got {one}, expected {wanted}") for one in got), told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["model", "forget", "retain", "paraphrased", "utility", "out", "json"])
+def test_names_of_files_that_are_empty(files, tmp_path, capsys, option):
+    words = unlearn(files, tmp_path / "out")
+    if option == "json":
+        words = ["evaluate", *words[1:7]]
+    refused(capsys, [*words, f"--{option}="], f": --{option}: got '', expected the name of a file or folder")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["forget.jsonl", "forget.jsonl/x", "n" * 300, "/" + "n" * 300])
+def test_a_model_that_is_no_folder(files, tmp_path, capsys, name):
+    given = name if name.startswith("n") else files / name
+    expected = "it is a file" if name == "forget.jsonl" else "cannot be loaded" if name[0] == "n" else "no such folder"
+    refused(capsys, unlearn(files, tmp_path / "out", model=given), f"unlearn: {given}: ", expected)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +385,7 @@ def test_weights_that_are_nan(files, tmp_path, capsys, command):
         words = [*words[1:3], "--data", str(files / "retain.jsonl"), "--out", str(tmp_path / "out")]
     if command == "evaluate":
         words = words[1:7]
-    refused(capsys, [command, *words[command == "unlearn" :]], "NaN")
+    refused(capsys, [command, *words[command == "unlearn" :]], f"{command}: --model: its logits are NaN")
     assert not (tmp_path / "out").exists()
 
 
@@ -368,7 +410,6 @@ def test_tokens_that_the_model_has_not(files, tmp_path, capsys, which):
     [
         (["--threads", "100000000"], "--threads: got 100000000, expected at most 4096"),
         (["--seed", str(2**63)], f"--seed: got {2**63}, expected at most {2**63 - 1}"),
-        (["--temperature", "1e-40"], "temperature: got 1e-40, expected a number in [1.175e-38, 3.403e+38]"),
     ],
 )
 def test_numbers_out_of_range(files, tmp_path, capsys, words, expected):

@@ -11,8 +11,12 @@ from test_pmc import QUESTIONS, RETAIN, make_pmc
 from tiny import make_model, make_tokenizer
 from torch.utils.data import DataLoader
 
-from pmc_fast import PMC, Ledger, PMCConfig, Prompts, RougeRecall, UserError, sample
-from pmc_fast.data import QA, read_jsonl
+from pmc_fast import PMC, Ledger, PMCConfig, Prompts, RougeRecall, Sampler, UserError, sample
+from pmc_fast.data import QA, read_jsonl, write_jsonl
+from pmc_fast.models import LanguageModel
+from pmc_fast.packing import pad_left
+
+IDS = {"input_ids": torch.tensor([[1, 2]]), "max_new_tokens": 2, "eos_token_id": 257}
 
 INDICES = {
     "tensor": lambda: torch.tensor([2, 0]),
@@ -223,3 +227,51 @@ def test_ops_files_and_objects_word_what_they_got_alike(value, worded, tmp_path)
     ):
         with pytest.raises(error, match=rf"(got|is) {worded}, (expected|want)"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pmc: PMC(pmc.lm.model, make_tokenizer(), reward=RougeRecall), "reward: got the class RougeRecall, expected an object"),
+        (lambda pmc: PMC(pmc.lm.model, make_tokenizer(), sampler=Sampler), "sampler: got the class Sampler, expected an object"),
+        (lambda pmc: Ledger(["a?"], []), "initial_answers: got 0, expected one for each of the 1 questions"),
+        (lambda pmc: pmc.prompts.prompt_ids(3), "question: got 3, expected a text"),
+        (lambda pmc: pmc.prompts.prompt_ids("a?", prefill=None), "prefill: got None, expected a text"),
+        (lambda pmc: pmc.prompts.answer_ids(["b"]), "answer: got a value of type list, expected a text"),
+        (lambda pmc: PMCConfig.published(["phi-1.5"]), "preset: got \\['phi-1.5'\\], expected one of"),
+        (lambda pmc: read_jsonl(None), "path: got None, expected the name of a file"),
+        (lambda pmc: read_jsonl(["a"]), "path: got a value of type list, expected the name of a file"),
+        (lambda pmc: write_jsonl(None, []), "path: got None, expected the name of a file"),
+        (lambda pmc: write_jsonl("/", [QA("a?", "b")]), "/: cannot be written \\(Is a directory\\)"),
+        (lambda pmc: pad_left([], 0), "sequences: got none, expected at least one"),
+        (lambda pmc: pad_left(["ab"], 0), "sequences: row 0 is 'ab', expected a list of token ids"),
+        (lambda pmc: pad_left([1, 2], 0), "sequences: row 0 is 1, expected a list of token ids"),
+        (lambda pmc: pad_left([[1], [1, 2]], None), "pad_id: got None, expected a token id"),
+        *(
+            (lambda pmc, given=given: pmc.sampler.sample(**{**IDS, **given}), message)
+            for given, message in (
+                ({"cache_budget": "1GB"}, "cache_budget: got '1GB', expected an integer, of bytes, or None"),
+                ({"prune": True}, "prune: got True, expected a pmc_fast.pruning.Pruner or None"),
+                ({"eos_token_id": -1}, "eos_token_id: got -1, expected ids of at least 0"),
+                ({"attention_mask": torch.ones(1, 2, device="meta")}, "attention_mask: got a tensor on meta, expected one on cpu"),
+                ({"sequence_ids": torch.ones(1, device="meta")}, "sequence_ids: got a tensor on meta, expected one on cpu"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_plausible_mistakes_are_named(pmc, call, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call(pmc)
+
+
+def test_rows_that_are_none_are_not_written(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("kept")
+    with pytest.raises(UserError, match="^rows: row 1 is a value of type dict, expected a QA"):
+        write_jsonl(tmp_path / "rows.jsonl", [QA("a?", "b"), {"question": "a?", "answer": "b"}])
+    assert (tmp_path / "rows.jsonl").read_text() == "kept"
+
+
+def test_prompts_that_are_not_where_the_model_is(pmc, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda:1"))
+    with pytest.raises(ValueError, match="^input_ids: got a tensor on cpu, expected one on cuda:1, where the model is"):
+        pmc.sampler.sample(**IDS)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, make_model, make_tokenizer
+from tiny import FAMILIES, MORE, VOCAB, make_model, make_tokenizer
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from pmc_fast import Sampler, attention
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel, evaluating
+from pmc_fast.packing import pack
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
@@ -70,6 +73,82 @@ def test_a_model_without_a_linear_head_is_refused():
             UserError, match=f"^model: got {got}.*, expected a transformers causal language model, as Auto"
         ):
             LanguageModel(wrong)
+
+
+SMALL = {"vocab_size": VOCAB, "max_position_embeddings": 64}
+OTHERS = {
+    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "falcon_h1": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+    },
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}  # fmt: skip
+
+
+def make_other(family, seed, dtype=torch.float32, **changes):
+    """Of a family whose modules cannot do all that is asked of them."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[family](**{**SMALL, **OTHERS[family], **changes}), dtype=torch.float32
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("bart", torch.float32), ("bart", torch.bfloat16), ("falcon_h1", torch.float32)]
+)
+def test_sequences_that_would_see_one_another_are_refused(family, dtype, rng_seed):
+    model = make_other(family, rng_seed, dtype)
+    lm, packed = LanguageModel(model), pack([[1, 2], [3]], [[4], [5, 6]])
+    assert model.config._attn_implementation != attention.NAME
+    with pytest.raises(
+        UserError, match=r"^model: \w+ForCausalLM gives a sequence in a packed batch other hidden states"
+    ):
+        packed.hidden(lm)
+    lm = LanguageModel(model, check=False)
+    first, second = packed.hidden(lm), pack([[3], [1, 2]], [[5, 6], [4]]).hidden(lm)
+    assert not torch.allclose(first, second.roll(1, 0), rtol=0.01, atol=0.01)  # as it says
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_models_that_can_be_packed(family, dtype, rng_seed):
+    assert LanguageModel(make_model(family, seed=rng_seed).to(dtype)).unpackable is None
+
+
+def test_modules_that_fail_at_a_packed_batch_do_so_alone(monkeypatch, rng_seed):
+    model = make_model("llama", seed=rng_seed)
+    forward = type(model.model).forward
+
+    def short(self, input_ids=None, packed_lengths=None, **options):
+        if packed_lengths is not None:
+            raise IndexError("too many")
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model.model), "forward", short)
+    lm = LanguageModel(model)
+    with pytest.raises(UserError, match=r"^model: LlamaForCausalLM fails at a packed batch \(IndexError: too many\)"):
+        pack([[1]], [[2]]).hidden(lm)
+
+
+def test_what_cannot_be_sampled_from_says_why(rng_seed):
+    ids, options = torch.tensor([[1, 2], [3, 4]]), {"max_new_tokens": 3, "eos_token_id": 257}
+    with pytest.raises(
+        UserError, match="^model: FalconH1ForCausalLM does not run over a cache of keys and values alone"
+    ):
+        Sampler(make_other("falcon_h1", rng_seed)).sample(ids, **options)
+    with pytest.raises(UserError, match="^model: MambaForCausalLM has no num_attention_heads"):
+        Sampler(make_other("mamba", rng_seed)).sample(ids, **options)
+    with pytest.raises(UserError, match="^model: it does not fill the key/value cache"):
+        Sampler(make_other("bart", rng_seed, encoder_layers=3)).sample(ids, **options)
+    bart = Sampler(make_other("bart", rng_seed))
+    bart.sample(ids, **options)
+    with pytest.raises(UserError, match="^attention_mask: got padding, but BartForCausalLM takes a token's place"):
+        bart.sample(ids, torch.tensor([[1, 1], [0, 1]]), **options)
 
 
 def test_evaluating_restores_each_modules_mode():

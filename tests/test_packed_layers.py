@@ -293,14 +293,50 @@ def test_bfloat16_where_it_is_fast_autocast_and_transforms(used, monkeypatch, rn
     assert used == [False, False, False, True, True, False]
 
 
-def test_modules_that_compute_something_else(used, monkeypatch, rng_seed):
-    """A class that was changed as a whole shows in the values."""
+def _patched(monkeypatch, module, changed):
+    """Its class computes something else as a whole, which shows in the values alone."""
+    cls = type(module)
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, *args, **options: changed(forward(self, *args, **options)))
+
+
+@pytest.mark.parametrize("factor", [1.1, 1])
+def test_modules_that_compute_something_else(factor, used, monkeypatch, rng_seed):
     model = make_model("llama", seed=rng_seed)
-    mlp = type(model.model.layers[0].mlp)
-    forward = mlp.forward
-    monkeypatch.setattr(mlp, "forward", lambda self, x: 1.1 * forward(self, x))
+    _patched(monkeypatch, model.model.layers[0].mlp, lambda x: factor * x)
     batch().hidden(LanguageModel(model))
-    assert used == [False]
+    assert used == [factor == 1]
+
+
+@pytest.mark.parametrize("part", ["input_layernorm", "self_attn", "mlp", "pre_feedforward_layernorm"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_modules_that_compute_something_else_in_bfloat16(family, part, used, monkeypatch, rng_seed):
+    monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
+    model = make_model(family, seed=rng_seed).bfloat16()
+    batch().hidden(LanguageModel(model))
+    module = getattr(model.model.layers[0], part, model.model.norm)
+
+    def changed(x):  # by no factor of all, of which a norm would take no notice
+        hidden, *rest = x if isinstance(x, tuple) else (x,)
+        hidden = torch.linspace(1, -1, hidden.shape[1])[:, None].to(hidden) * hidden
+        return (hidden, *rest) if rest else hidden
+
+    _patched(monkeypatch, module, changed)
+    lm, packed = LanguageModel(model, check=False), batch()
+    layers = model.model.layers
+    hidden = packed.hidden(lm)
+    assert used == [True, False] and lm.backbone.layers is layers and hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_one_layer_in_bfloat16_differs_by_less_than_half_the_tolerance(family, monkeypatch, rng_seed):
+    """Which leaves room for weights other than these."""
+    monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(packed_layers, "ROUNDED", packed_layers.ROUNDED / 2)
+    model = make_model(family, seed=rng_seed, **KNOWN[family]).bfloat16()
+    lm = LanguageModel(model)
+    batch().hidden(lm)
+    assert lm.packed_by == "native"
 
 
 def test_modules_that_hide_what_is_no_number(used, monkeypatch, rng_seed):
@@ -312,6 +348,32 @@ def test_modules_that_hide_what_is_no_number(used, monkeypatch, rng_seed):
     monkeypatch.setattr(mlp, "forward", lambda self, x: forward(self, x).nan_to_num())
     batch().hidden(LanguageModel(model))
     assert used == [False]
+
+
+def _backward_hook(model):
+    return model.model.norm.register_full_backward_hook(_unchanged).remove
+
+
+def _other_activation(model):
+    """An activation of no known kind."""
+    mlp = model.model.layers[0].mlp
+    known, mlp.act_fn = mlp.act_fn, torch.nn.Tanh()
+    return lambda: setattr(mlp, "act_fn", known)
+
+
+@pytest.mark.parametrize("part", [_backward_hook, _other_activation])
+def test_a_part_that_was_unknown_at_first(part, used, by_modules, monkeypatch, rng_seed):
+    model, passes = make_model("llama", seed=rng_seed), []
+    known = part(model)
+    inner = packed_layers._observed
+    monkeypatch.setattr(packed_layers, "_observed", lambda lm: passes.append(lm) or inner(lm))
+    lm, packed = LanguageModel(model), batch()
+    packed.hidden(lm), packed.hidden(lm)
+    known()
+    hidden = packed.hidden(lm)
+    packed.hidden(lm)
+    assert used == [False, False, True, True] and len(passes) == 2  # not for each batch
+    torch.testing.assert_close(hidden, by_modules(lm, packed), rtol=1e-4, atol=1e-4)
 
 
 def _other_scale(model):
@@ -413,3 +475,21 @@ def test_lora_adapters(disabled, used, by_modules, rng_seed):
         assert (got[name] is None) == (gradient is None) == ("lora_" not in name)
         if gradient is not None:
             assert relative_error(got[name], gradient) < 1e-3, name
+
+
+def test_an_unknown_adapter_that_is_switched_and_unloaded(used, by_modules, rng_seed):
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model = peft.get_peft_model(make_model("llama", seed=rng_seed), peft.LoraConfig(use_dora=True, **options))
+    model.add_adapter("plain", peft.LoraConfig(**options))
+    lm, packed = LanguageModel(model), batch()
+    packed.hidden(lm)
+    model.set_adapter("plain")
+    hidden = packed.hidden(lm)
+    torch.testing.assert_close(hidden, by_modules(lm, packed), rtol=1e-4, atol=1e-4)
+    model.set_adapter("default")
+    packed.hidden(lm)
+    whole = model.unload()
+    again = LanguageModel(whole)
+    packed.hidden(again)
+    assert used == [False, True, False, True]

@@ -179,11 +179,75 @@ def test_tokens_that_the_model_has_not_are_refused_before_the_work():
         PMC(make_model(), tokenizer, PMCConfig(max_new_tokens=3))
 
 
-def test_a_state_of_something_else():
-    with pytest.raises(ValueError, match="state: got a dict of 'a', expected what PMC.state_dict"):
-        make_pmc().load_state_dict({"a": 1})
-    with pytest.raises(ValueError, match="state: got None, expected"):
-        make_pmc().load_state_dict(None)
+STATES = [
+    (lambda s: None, "state: got None, expected what PMC.state_dict"),
+    (lambda s: {"a": 1}, r"state: got a dict of 'a', expected what PMC.state_dict\(\) returned, a dict of 'ledger', 'prepared'"),
+    (lambda s: s["ledger"], "state: got a dict of 'questions', "),
+    (lambda s: s | {"seed": 1}, "state: got a dict of 'ledger', 'prepared', 'seed', expected"),
+    (lambda s: s | {"ledger": [1]}, "state: ledger: got a value of type list, expected what Ledger.state_dict"),
+    (lambda s: s | {"prepared": 2}, "state: prepared: got index 2, expected a list"),
+    (lambda s: s | {"prepared": [0, 3]}, "state: prepared: got index 3, expected one of the 3 forget questions"),
+    (lambda s: {"ledger": None, "prepared": [0]}, r"state: prepared: got a value of type list, expected \[\] beside a ledger"),
+]  # fmt: skip
+LEDGERS = [
+    (lambda s: s.pop("visits"), "got a dict of 'questions', 'initial_answers', 'entries', expected what Ledger"),
+    (lambda s: s.update(questions="Who?"), "questions: got 'Who\\?', expected a list of texts"),
+    (lambda s: s.update(questions=[]), "questions: got none, expected at least one"),
+    (lambda s: s["questions"].__setitem__(1, 7), "questions: number 1 is 7, expected a text"),
+    (lambda s: s["questions"].__setitem__(1, "Who zzz?"), "questions: number 1: the tokenizer makes token 259 of it"),
+    (lambda s: s["questions"].pop(), "initial_answers: got 3, expected one for each of the 2 questions"),
+    (lambda s: s["initial_answers"].append("x"), "initial_answers: got 4, expected one for each of the 3"),
+    (lambda s: s["initial_answers"].__setitem__(0, None), "initial_answers: number 0 is None, expected a text"),
+    (lambda s: s["visits"].pop(), "visits: got 2, expected one for each of the 3 questions"),
+    (lambda s: s["visits"].__setitem__(2, -1), "visits: number 2 is -1, expected an integer of at least 0"),
+    (lambda s: s["visits"].__setitem__(2, True), "visits: number 2 is True, expected an integer"),
+    (lambda s: s.update(entries=[]), "entries: got a value of type list, expected a dict of entries by question"),
+    (lambda s: s["entries"].update({"3": s["entries"]["1"]}), "entries: got one of question '3', expected one of the 3"),
+    (lambda s: s["entries"].update({"01": s["entries"]["1"]}), "entries: got one of question '01', expected"),
+    (lambda s: s["entries"].update({"1": 5}), "entries: question 1: got 5, expected what Ledger.state_dict"),
+    (lambda s: s["entries"]["1"].pop("score"), "entries: question 1: got a dict of 'text', 'tokens', expected"),
+    (lambda s: s["entries"]["1"].update(text=None), "entries: question 1: text: got None, expected a text"),
+    (lambda s: s["entries"]["1"].update(tokens=[]), "entries: question 1: tokens: got none, expected at least one"),
+    (lambda s: s["entries"]["1"].update(tokens=[3, "4"]), "entries: question 1: tokens: number 1 is '4', expected an integer"),
+    (lambda s: s["entries"]["1"].update(tokens=[3, 999]), "the answer picked for question 1: .* token 999"),
+    (lambda s: s["entries"]["1"].update(score="0"), "entries: question 1: score: got '0', expected a number"),
+    (lambda s: s["entries"]["1"].update(score=math.nan), "entries: question 1: score: got nan, expected a number"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """With an answer, one sampled ahead, and a tokenizer of one token more than the model."""
+    pmc = make_pmc(reencode=False)
+    pmc.loss([1], RETAIN)
+    pmc.prepare([[0]])
+    pmc.prompts.tokenizer.add_tokens(["zzz"])
+    return pmc
+
+
+@pytest.mark.parametrize(("change", "message"), [*STATES, *LEDGERS])
+def test_a_mangled_state_is_refused_and_changes_nothing(trained, change, message):
+    before = trained.state_dict(), trained.prepared_batches
+    state = json.loads(json.dumps(before[0]))
+    if (change, message) in LEDGERS:
+        change(state["ledger"])
+        message = message if message.startswith("the answer") else f"state: ledger: {message}"
+    else:
+        state = change(state)
+    with pytest.raises(UserError, match=f"^{message}"):
+        trained.load_state_dict(state)
+    assert (trained.state_dict(), trained.prepared_batches) == before
+
+
+def test_a_state_is_no_view(rng_seed):
+    pmc = make_pmc(seed=rng_seed % 1000)
+    state = pmc.state_dict()
+    before = json.dumps(state)
+    pmc.loss([0], RETAIN)
+    assert json.dumps(state) == before
+    fresh = PMC(make_model(), make_tokenizer(), pmc.config)
+    fresh.load_state_dict({"ledger": None, "prepared": []})
+    assert fresh.ledger is None
 
 
 def test_min_words_penalises_short_answers():

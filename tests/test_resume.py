@@ -1,6 +1,9 @@
 """A run that was killed and resumed ends like one that was never stopped."""
 
+import copy
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
-from pmc_fast import cli, commands, training
+from pmc_fast import PMC, PMCConfig, UserError, cli, commands, training
 from pmc_fast.data import QA, write_jsonl
+from pmc_fast.runs import Run
 
 
 @pytest.fixture
@@ -168,6 +172,85 @@ def test_a_checkpoint_of_another_model_is_refused(files, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main([*again, "--resume"]) == 2
     assert "checkpoint.pt: the file is damaged (it is none of this model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """One of two steps, of which the second was not taken."""
+    folder = tmp_path_factory.mktemp("stopped")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "forget.jsonl", [QA(f"Who is {c}?", f"A poet, {c}.") for c in "abc"])
+    write_jsonl(folder / "retain.jsonl", [QA(f"What is {c}?", f"The river {c}.") for c in "uvw"])
+    again = [*arguments(folder, "out"), "--checkpoint-every", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        take_step = training._Loop._step
+        stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+        patch.setattr(training._Loop, "_step", lambda loop, loss: (stop if loop.step else take_step)(loop, loss))
+        assert cli.main(again) == 130
+    return folder, again
+
+
+def changed_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def changed_checkpoint(path, change):
+    state = torch.load(path, weights_only=True)
+    ledger = json.loads(state["pmc"])
+    change(state, ledger["ledger"])
+    torch.save({**state, "pmc": state["pmc"] if isinstance(state.get("pmc"), bytes) else json.dumps(ledger)}, path)
+
+
+DAMAGES = {
+    "start.json cut": ("start.json", lambda p: p.write_text(p.read_text()[:-40]), "not JSON"),
+    "start.json lacks seconds": ("start.json", lambda p: changed_json(p, lambda v: v["seconds"].pop("initialise")), "its seconds lacks 'initialise'"),
+    "start.json lacks a measure": ("start.json", lambda p: changed_json(p, lambda v: v["before"].pop("utility")), "its before lacks 'utility'"),
+    "start.json of other answers": ("start.json", lambda p: changed_json(p, lambda v: v["pmc"]["ledger"]["initial_answers"].pop()), "state: ledger: initial_answers: got 2, expected one for each of the 3 questions"),
+    "report.json is none": ("report.json", lambda p: p.write_text('{"before": {}, "after": {}}'), "its before lacks 'unlearn_quality'"),
+    **{
+        f"checkpoint cut to {part}": ("checkpoint.pt", lambda p, part=part: os.truncate(p, int(part * p.stat().st_size)), "torch cannot load it")
+        for part in (0, 0.02, 0.5, 0.99)
+    },
+    "checkpoint lacks weights": ("checkpoint.pt", lambda p: changed_checkpoint(p, lambda s, _: s["model"].popitem()), "it is none of this model"),
+    "checkpoint lacks the model": ("checkpoint.pt", lambda p: changed_checkpoint(p, lambda s, _: s.pop("model")), "it is none of this model"),
+    "checkpoint of other moments": ("checkpoint.pt", lambda p: changed_checkpoint(p, lambda s, _: s["optimizer"].pop("state")), "it is none of this model"),
+    "checkpoint beyond the end": ("checkpoint.pt", lambda p: changed_checkpoint(p, lambda s, _: s.update(step=99)), "it is none of this model"),
+    "checkpoint with seconds that are none": ("checkpoint.pt", lambda p: changed_checkpoint(p, lambda s, _: s.update(seconds="ab")), "it is none of this model"),
+    "checkpoint of other visits": ("checkpoint.pt", lambda p: changed_checkpoint(p, lambda s, ledger: ledger["visits"].pop()), "state: ledger: visits: got 2, expected one for each of the 3 questions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_refused_before_the_first_step(stopped_run, tmp_path, monkeypatch, capsys, damage):
+    name, make, reason = DAMAGES[damage]
+    folder, again = stopped_run
+    shutil.copytree(folder / "out", tmp_path / "out")
+    make(tmp_path / "out" / name)
+    monkeypatch.setattr(training._Loop, "_step", None)
+    words = [word.replace(str(folder / "out"), str(tmp_path / "out")) for word in again]
+    assert cli.main([*words, "--resume"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith(f"pmc-fast unlearn: {tmp_path / 'out' / name}: the file is damaged ({reason}"), told
+    assert "; delete this file, and --resume does again what it held" in told
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(stopped_run, tmp_path):
+    folder, _ = stopped_run
+    changed_checkpoint(shutil.copy(folder / "out" / "checkpoint.pt", tmp_path), lambda s, ledger: ledger.pop("visits"))
+    run = Run(tmp_path / "run", {})
+    run.start()
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "run" / "checkpoint.pt")
+    config = PMCConfig(epochs=3, batch_size=2, max_new_tokens=6, num_samples=3)
+    pmc = PMC(make_model(seed=1), make_tokenizer(), config)
+    pmc.initialise(["Who is a?", "Who is b?", "Who is c?"], answers=["a", "b", "c"])
+    before = copy.deepcopy(pmc.lm.model.state_dict()), pmc.state_dict()
+    with pytest.raises(UserError, match="checkpoint.pt: the file is damaged .state: ledger: got a dict of"):
+        training.unlearn(pmc, [QA("What is u?", "The river u.")], config, run=run, progress=False)
+    assert all(torch.equal(before[0][name], value) for name, value in pmc.lm.model.state_dict().items())
+    assert pmc.state_dict() == before[1]
 
 
 def test_training_leaves_torchs_random_state_alone(files):

@@ -75,9 +75,19 @@ def test_another_run_may_begin_meanwhile(tmp_path):
     "name, content, reason, advice",
     [
         ("config.json", '{"pmc_fast_run": 2}', "lacks 'options'", "delete the folder"),
-        ("config.json", '{"pmc_fast_run": 2, "options": 3}', "options are none", "delete the folder"),
+        ("config.json", '{"pmc_fast_run": 2, "options": 3}', "its options is 3, no object", "delete the folder"),
         ("start.json", '{"bef', "not JSON", "delete this file"),
-        ("start.json", "[1]", "lacks 'before'", "delete this file"),
+        ("start.json", "[1]", "it is a value of type list, no object", "delete this file"),
+        ("start.json", "{}", "it lacks 'before'", "delete this file"),
+        (
+            "start.json",
+            '{"before": [], "seconds": 2}',
+            "its before is a value of type list, no object",
+            "delete this file",
+        ),
+        ("start.json", '{"before": {}, "seconds": 2}', "its before lacks 'rouge'", "delete this file"),
+        ("start.json", '{"before": {"rouge": true}, "seconds": 2}', "its rouge is True, no number", "delete this file"),
+        ("start.json", '{"before": {"rouge": "1"}, "seconds": 2}', "its rouge is '1', no number", "delete this file"),
         ("report.json", "", "not JSON", "delete this file"),
         ("report.json", '{"before": 1}', "lacks 'after'", "delete this file"),
         ("checkpoint.pt", "garbage", "torch cannot load it", "delete this file"),
@@ -85,11 +95,12 @@ def test_another_run_may_begin_meanwhile(tmp_path):
 )
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name, content, reason, advice):
     run = start(tmp_path)
-    run.save_beginning({"before": 1, "seconds": 2})
+    run.save_beginning({"before": {"rouge": 1}, "seconds": 2})
     run.save_checkpoint({"step": 1})
     (tmp_path / name).write_text(content)
+    forms = {"beginning": {"before": {"rouge": float}, "seconds": float}, "report": {"before": float, "after": float}}
     with pytest.raises(UserError) as caught:
-        run = Run(tmp_path, {}, resume=True)
+        run = Run(tmp_path, {}, resume=True, **forms)
         assert run.beginning and run.load_checkpoint()
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / name}: ") and reason in message and advice in message
@@ -140,11 +151,21 @@ def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch):
         run.load_checkpoint()
 
 
-def test_a_file_of_tensors_that_is_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("state", [{"weight": torch.ones(2)}, {"step": True}, [1]], ids=repr)
+def test_a_file_of_tensors_that_is_no_checkpoint(tmp_path, state):
     run = start(tmp_path)
-    run.save_checkpoint({"weight": torch.ones(2)})
+    run.save_checkpoint(state)
     with pytest.raises(UserError, match="checkpoint.pt: .*no checkpoint"):
         run.load_checkpoint()
+
+
+@pytest.mark.parametrize("name", ["start.json", "report.json", "checkpoint.pt", "metrics.jsonl"])
+def test_a_folder_in_a_files_place(tmp_path, name):
+    start(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: cannot be read \\(Is a directory\\)"):
+        run = Run(tmp_path, {}, resume=True)
+        assert run.beginning is None and run.load_checkpoint() is None
 
 
 @pytest.mark.parametrize("line", [b"[1]", b'{"loss": 1}', b"\xff\xfe", b"{"])

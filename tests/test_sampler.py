@@ -1,5 +1,7 @@
 """The sampler against transformers' own greedy answers, the exact distribution, and itself in other company."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from distribution import assert_follows
@@ -26,6 +28,41 @@ def test_greedy_equals_generate(family, rng_seed):
     for row in range(len(PROMPTS)):
         length = int(samples.lengths[row, 0])
         assert samples.tokens[row, 0, :length].tolist() == expected[row, :length].tolist()
+
+
+@pytest.mark.parametrize("whose", ["one sampler", "samplers", "samplers of wrapped models"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # decoded by this library's kernels, by modules
+def test_threads_draw_what_each_draws_alone(family, whose, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    if whose == "samplers of wrapped models":
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    one = Sampler(model)
+
+    def draw(number):
+        sampler = one if whose == "one sampler" else Sampler(model if whose == "samplers" or number % 2 else wrapped)
+        torch.set_grad_enabled(number % 2 == 0)  # of a thread's own
+        ids = torch.full((3, 4 + number % 3), 7 + number)
+        drawn = sampler.sample(ids, num_samples=4, max_new_tokens=20, temperature=1.2, eos_token_id=257, seed=number)
+        return drawn.tokens, drawn.logprobs
+
+    with torch.no_grad():
+        alone = [draw(number) for number in range(6)]
+    torch.set_grad_enabled(True)
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        together = list(pool.map(draw, range(6)))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_call_within_a_call(rng_seed):
+    """Its thread has its turn already."""
+    sampler, within = Sampler(make_model(seed=rng_seed)), []
+    options = {"num_samples": 20, "max_new_tokens": 3, "eos_token_id": 257}
+    sampler.sample(torch.tensor([[5, 6]]), **options, progress=lambda _: within.append(Sampler(sampler.lm.model)))
+    assert within
 
 
 TRUNCATIONS = [

@@ -7,7 +7,16 @@ import time
 from typing import Any
 
 from pmc_fast import training
-from pmc_fast.commands import bar, initialise, print_comparison, print_table, set_threads, timed
+from pmc_fast.commands import (
+    MEASURED,
+    bar,
+    initialise,
+    load_beginning,
+    print_comparison,
+    print_table,
+    set_threads,
+    timed,
+)
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA, write_jsonl
 from pmc_fast.demo.fiction import Fiction, make_fiction
@@ -48,12 +57,16 @@ UNLEARNING = {
 
 _ANSWER_TOKENS = 40
 
+# What the files of a run hold that is read again, see `runs.Form`.
+_BEGINNING = {"before": MEASURED, "answers": list, "pmc": dict, "seconds": float}
+_REPORT = {"before": MEASURED, "after": MEASURED, "examples": list, "timing": dict}
+
 
 def demo(options: argparse.Namespace) -> int:
     """All of it, in options.out; see `pmc-fast demo --help`."""
     set_threads(options.threads)
     config = {"command": "demo", "seed": options.seed, "sizes": SIZES, "learning": LEARNING, "unlearning": UNLEARNING}
-    run = Run(options.out, config, options.resume)
+    run = Run(options.out, config, options.resume, report=_REPORT)
     if run.report is not None:
         print(f"{run.folder}: this demo is finished")
         _print(run.report)
@@ -94,7 +107,7 @@ def _unlearn(
 ) -> dict[str, Any]:
     """Measure, unlearn, measure again; returns the report."""
     pmc_config = PMCConfig(seed=options.seed, **UNLEARNING)
-    part = Run(run.folder / "unlearning", pmc_config.__dict__, resume=True)
+    part = Run(run.folder / "unlearning", pmc_config.__dict__, resume=True, beginning=_BEGINNING)
     part.start()
     pmc = PMC(model, tokenizer, pmc_config)
     examples = [*fiction.forget[:: max(1, len(fiction.forget) // 3)][:3], fiction.retain[0]]
@@ -106,7 +119,7 @@ def _unlearn(
         beginning = {"before": before, "answers": answers, "pmc": pmc.state_dict(), "seconds": measuring + remembering}
         part.save_beginning(beginning)
     else:
-        pmc.load_state_dict(beginning["pmc"])
+        load_beginning(part, pmc)
     phases = training.unlearn(pmc, fiction.retain, pmc_config, run=part, checkpoint_every=options.checkpoint_every)
     run.save_model("model-after", model, tokenizer)
     after, measuring = timed(_measure, pmc, fiction, "measuring after")

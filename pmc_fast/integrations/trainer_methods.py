@@ -153,7 +153,11 @@ class PMCMethods:
                 f"resume_from_checkpoint: {path} cannot be read ({error}); expected a checkpoint of a run of PMC, "
                 "without save_only_model"
             ) from None
-        if state["ledger"]["questions"] != self.forget_questions:
+        try:
+            ledger, _ = self.pmc.read_state(state)
+        except UserError as error:
+            raise UserError(f"resume_from_checkpoint: {path}: {error}") from None
+        if ledger is None or ledger.questions != self.forget_questions:
             raise UserError(
                 f"resume_from_checkpoint: {path} holds other forget questions than forget_dataset; resume with the dataset "
                 "that the run was started with"

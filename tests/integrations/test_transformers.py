@@ -97,7 +97,18 @@ def test_a_ledger_that_does_not_fit_or_is_missing_is_refused(tmp_path):
     other = make_trainer(tmp_path, max_steps=2, forget_dataset=FORGET[:4])
     with pytest.raises(UserError, match="other forget questions"):
         other.train(resume_from_checkpoint=True)
-    (tmp_path / "checkpoint-1" / "pmc.json").unlink()
+    held = tmp_path / "checkpoint-1" / "pmc.json"
+    for damage, reason in (
+        ("[1]", "state: got a value of type list"),
+        ('{"ledger": {}, "prepared": []}', "state: ledger: got a dict of nothing"),
+        ('{"ledger": null, "prepared": []}', "other forget questions"),
+    ):
+        held.write_text(damage)
+        trainer = make_trainer(tmp_path, max_steps=2)
+        with pytest.raises(UserError, match=rf"^resume_from_checkpoint: .*pmc.json.* {reason}"):
+            trainer.train(resume_from_checkpoint=True)
+        assert trainer.pmc.ledger is None
+    held.unlink()
     with pytest.raises(UserError, match=r"resume_from_checkpoint: .*pmc.json cannot be read"):
         make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
