@@ -7,12 +7,11 @@ eager modules make several and keep what lies between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import saved_tensors_hooks
 
 from pmc_fast.decoder_layers import LinearParts, NormParts
 from pmc_fast.fast_linear import linear
@@ -23,7 +22,8 @@ from pmc_fast.ops._autograd import once
 def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
     """[x @ part.weight.T + part.bias, and what its adapters add, for each part]; x [N, D] float32.
 
-    Weights of 16 bits are widened, one at a time, and their gradients are rounded to their dtype.
+    Weights of 16 bits are widened, one at a time, and their gradients are rounded to their dtype. Of an x that `normalize`,
+    `add_and_normalize` or `activate` made, nothing is kept: the backward pass makes it anew from what they keep.
     """
     wholes, places = [], []
     for part in parts:
@@ -31,14 +31,18 @@ def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
         if part.begin == 0 or wholes[-1] is not part.whole:
             wholes.append(part.whole)
         places.append((len(wholes) - 1, part.begin, part.begin + len(part.weight)))
-    results = []
-    for y, part in zip(_Products.apply(x, places, *wholes), parts, strict=True):
+    for part in parts:
+        for down, _, _ in part.adapters:
+            places.append((len(wholes), 0, len(down)))
+            wholes.append(down)
+    ys = list(_Products.apply(x, places, *wholes))
+    low_ranks = iter(ys[len(parts) :])
+    for number, part in enumerate(parts):
         if part.bias is not None:
-            y = y + part.bias.float()
-        for down, up, scale in part.adapters:
-            y = torch.addmm(y, x @ down.float().T, up.float().T, alpha=scale)
-        results.append(y)
-    return results
+            ys[number] = ys[number] + part.bias.float()
+        for _, up, scale in part.adapters:
+            ys[number] = torch.addmm(ys[number], next(low_ranks), up.float().T, alpha=scale)
+    return ys[: len(parts)]
 
 
 def normalize(x: Tensor, parts: NormParts) -> Tensor:
@@ -48,7 +52,8 @@ def normalize(x: Tensor, parts: NormParts) -> Tensor:
 
 def add_and_normalize(x: Tensor, added: Tensor, parts: NormParts) -> tuple[Tensor, Tensor]:
     """x + added, and the norm of that."""
-    return _AddAndNormalize.apply(x, added, *_affine(parts), parts.epsilon, parts.centered)
+    y, total = _AddAndNormalize.apply(x, added, *_affine(parts), parts.epsilon, parts.centered)
+    return total, y
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -62,19 +67,8 @@ def activate(gate: Tensor, activation: str, up: Tensor | None = None) -> Tensor:
 
 
 def activated_product(gate: Tensor, activation: str, up: Tensor | None, part: LinearParts) -> Tensor:
-    """The product of activate(gate, activation, up), which the backward pass makes anew rather than keep it."""
-    x = activate(gate, activation, up)
-    gate, up = gate.detach(), None if up is None else up.detach()
-    address = x.data_ptr()  # x itself would be kept by what refers to it
-
-    def keep(saved: Tensor) -> Tensor | None:
-        return None if saved.data_ptr() == address else saved
-
-    def take(kept: Tensor | None) -> Tensor:
-        return elementwise.activate(gate, activation, up) if kept is None else kept
-
-    with saved_tensors_hooks(keep, take):
-        return products(x, (part,))[0]
+    """The product of activate(gate, activation, up)."""
+    return products(activate(gate, activation, up), (part,))[0]
 
 
 def _affine(parts: NormParts) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +91,10 @@ def _once(backward: Callable) -> Callable:
 class _Products(Function):
     @staticmethod
     def forward(ctx, x, places, *wholes):
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *wholes)
+        ctx.needs_x = any(ctx.needs_input_grad[2:])
+        # What made x as its first output has its backward pass after this one, so that it can make x anew until then.
+        ctx.maker = x.grad_fn if hasattr(x.grad_fn, "anew") and x.output_nr == 0 else None
+        ctx.save_for_backward(x if ctx.needs_x and ctx.maker is None else None, *wholes)
         ctx.places = places
         return tuple(linear(x, wholes[index][begin:end].float()) for index, begin, end in places)
 
@@ -105,6 +102,8 @@ class _Products(Function):
     @_once
     def backward(ctx, *grads):
         x, *wholes = ctx.saved_tensors
+        if ctx.needs_x and ctx.maker is not None:
+            x = ctx.maker.anew(*ctx.maker.saved_tensors)
         to_x, to_wholes = None, [None] * len(wholes)
         for (index, begin, end), grad in zip(ctx.places, grads, strict=True):
             whole = wholes[index]
@@ -130,16 +129,20 @@ class _Normalize(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, epsilon, centered):
         y, stats = elementwise.normalize(x, weight, bias, epsilon, centered)
-        ctx.save_for_backward(x, stats, weight)
-        ctx.centered = centered
+        ctx.save_for_backward(x, stats, weight, bias)
+        ctx.centered, ctx.anew = centered, partial(_norm_of, epsilon, centered)
         return y
 
     @staticmethod
     @_once
     def backward(ctx, grad):
-        x, stats, weight = ctx.saved_tensors
+        x, stats, weight, _ = ctx.saved_tensors
         needs = {"need_weight": ctx.needs_input_grad[1], "need_bias": ctx.needs_input_grad[2], "centered": ctx.centered}
         return *elementwise.normalize_backward(grad, x, stats, weight, **needs), None, None
+
+
+def _norm_of(epsilon: float, centered: bool, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return elementwise.normalize(x, weight, bias, epsilon, centered)[0]
 
 
 class _AddAndNormalize(Function):
@@ -148,14 +151,14 @@ class _AddAndNormalize(Function):
         ctx.set_materialize_grads(False)
         total = x + added
         y, stats = elementwise.normalize(total, weight, bias, epsilon, centered)
-        ctx.save_for_backward(total, stats, weight)
-        ctx.centered = centered
-        return total, y
+        ctx.save_for_backward(total, stats, weight, bias)
+        ctx.centered, ctx.anew = centered, partial(_norm_of, epsilon, centered)
+        return y, total
 
     @staticmethod
     @_once
-    def backward(ctx, grad_total, grad):
-        total, stats, weight = ctx.saved_tensors
+    def backward(ctx, grad, grad_total):
+        total, stats, weight, _ = ctx.saved_tensors
         needs = {"need_weight": ctx.needs_input_grad[2], "need_bias": ctx.needs_input_grad[3], "centered": ctx.centered}
         # Nobody reads the sum's gradient any more: whatever else needed it lies behind what gave `grad`.
         gradients = elementwise.normalize_backward(grad, total, stats, weight, **needs, out=grad_total)
@@ -178,7 +181,7 @@ class _Activate(Function):
     @staticmethod
     def forward(ctx, gate, activation, up):
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
+        ctx.activation, ctx.anew = activation, partial(_activated, activation)
         return elementwise.activate(gate, activation, up)
 
     @staticmethod
@@ -187,3 +190,7 @@ class _Activate(Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = elementwise.activate_backward(grad, gate, ctx.activation, up)
         return grad_gate, None, grad_up
+
+
+def _activated(activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
+    return elementwise.activate(gate, activation, up)

@@ -141,7 +141,7 @@ def _input(norm: NormParts | None, hidden: Tensor, added: Tensor | None) -> tupl
     if norm is not None and added is not None:
         return add_and_normalize(hidden, added, norm)
     hidden = hidden if added is None else hidden + added
-    return hidden, _normalized(norm, hidden)
+    return hidden, hidden if norm is None else normalize(hidden, norm)
 
 
 def _normalized(norm: NormParts | None, x: Tensor) -> Tensor:
