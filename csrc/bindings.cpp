@@ -40,6 +40,10 @@ pmc::TokenHeads tokens(const Tokens& from) {
     return {pointer<const void>(at), token_stride, head_stride};
 }
 
+pmc::PackedAttentionTasks tasks(const pmc::PackedAttentionArgs& args) {
+    return pmc::packed_attention_tasks(args.lengths, args.sequences, args.heads, args.kv_heads);
+}
+
 // A decoder's weights, as native/decoder.py hands them over.
 using Norm = std::tuple<uintptr_t, uintptr_t, int64_t, float, bool>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, int64_t>;
@@ -242,7 +246,7 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("backward_workspace_floats",
                                [](const pmc::PackedAttentionArgs& args) {
                                    return pmc::packed_attention_backward_workspace_floats(
-                                       args.lengths, args.sequences, args.heads, args.kv_heads, args.dim, args.threads);
+                                       tasks(args), args.sequences, args.kv_heads, args.dim, args.threads);
                                })
         .def(
             "forward",
@@ -256,8 +260,8 @@ PYBIND11_MODULE(_C, m) {
             [](pmc::PackedAttentionArgs args, const Tokens& upstream, uintptr_t d_query, uintptr_t d_key,
                uintptr_t d_value, uintptr_t workspace) {
                 args.workspace = pointer<void>(workspace);
-                pmc::kernels().packed_attention_backward(
-                    {args, tokens(upstream), pointer<void>(d_query), pointer<void>(d_key), pointer<void>(d_value)});
+                pmc::kernels().packed_attention_backward({args, tokens(upstream), pointer<void>(d_query),
+                                                          pointer<void>(d_key), pointer<void>(d_value), tasks(args)});
             },
             release());
 

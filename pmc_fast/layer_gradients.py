@@ -8,13 +8,12 @@ of them has the model's dtype, and the sum that the layers add to is float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import saved_tensors_hooks
 
 from pmc_fast import gpu
 from pmc_fast.decoder_layers import LinearParts, NormParts
@@ -31,7 +30,8 @@ def kernels_for(x: Tensor) -> Any:
 def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
     """[x @ part.weight.T + part.bias, and what its adapters add, for each part]; x [N, D].
 
-    Weights of 16 bits are widened to x's dtype, one at a time, and their gradients are rounded to their own.
+    Weights of 16 bits are widened to x's dtype, one at a time, and their gradients are rounded to their own. Of an x that
+    `normalize`, `add_and_normalize` or `activate` made, nothing is kept: the backward pass makes it anew from what they keep.
     """
     wholes, places = [], []
     for part in parts:
@@ -39,15 +39,19 @@ def products(x: Tensor, parts: Sequence[LinearParts]) -> list[Tensor]:
         if part.begin == 0 or wholes[-1] is not part.whole:
             wholes.append(part.whole)
         places.append((len(wholes) - 1, part.begin, part.begin + len(part.weight)))
-    results = []
-    for y, part in zip(_Products.apply(x, places, *wholes), parts, strict=True):
+    for part in parts:
+        for down, _, _ in part.adapters:
+            places.append((len(wholes), 0, len(down)))
+            wholes.append(down)
+    ys = list(_Products.apply(x, places, *wholes))
+    low_ranks = iter(ys[len(parts) :])
+    for number, part in enumerate(parts):
         if part.bias is not None:
-            y = y + part.bias.to(y.dtype)
-        for down, up, scale in part.adapters:
-            kind = torch.promote_types(x.dtype, down.dtype)
-            y = torch.addmm(y.to(kind), x.to(kind) @ down.to(kind).T, up.to(kind).T, alpha=scale).to(x.dtype)
-        results.append(y)
-    return results
+            ys[number] = ys[number] + part.bias.to(x.dtype)
+        for _, up, scale in part.adapters:
+            low = next(low_ranks)  # which, and the sum, are as exact as the adapter is
+            ys[number] = torch.addmm(ys[number].to(low.dtype), low, up.to(low.dtype).T, alpha=scale).to(x.dtype)
+    return ys[: len(parts)]
 
 
 def normalize(x: Tensor, parts: NormParts) -> Tensor:
@@ -57,7 +61,9 @@ def normalize(x: Tensor, parts: NormParts) -> Tensor:
 
 def add_and_normalize(x: Tensor, added: Tensor, parts: NormParts) -> tuple[Tensor, Tensor]:
     """x + added, float32 as x is, and the norm of that."""
-    return _AddAndNormalize.apply(x, added, parts.weight, parts.bias, parts.epsilon, parts.centered, parts.offset)
+    norm = parts.weight, parts.bias, parts.epsilon, parts.centered, parts.offset
+    y, total = _AddAndNormalize.apply(x, added, *norm)
+    return total, y
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -68,22 +74,6 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def activate(gate: Tensor, activation: str, up: Tensor | None = None) -> Tensor:
     """activation(gate) * up; without `up`, activation(gate)."""
     return _Activate.apply(gate, activation, up)
-
-
-def activated_product(gate: Tensor, activation: str, up: Tensor | None, part: LinearParts) -> Tensor:
-    """The product of activate(gate, activation, up), which the backward pass makes anew rather than keep it."""
-    x = activate(gate, activation, up)
-    gate, up = gate.detach(), None if up is None else up.detach()
-    address = x.data_ptr()  # x itself would be kept by what refers to it
-
-    def keep(saved: Tensor) -> Tensor | None:
-        return None if saved.data_ptr() == address else saved
-
-    def take(kept: Tensor | None) -> Tensor:
-        return kernels_for(gate).activate(gate, activation, up) if kept is None else kept
-
-    with saved_tensors_hooks(keep, take):
-        return products(x, (part,))[0]
 
 
 def _once(backward: Callable) -> Callable:
@@ -101,14 +91,21 @@ def _once(backward: Callable) -> Callable:
 class _Products(Function):
     @staticmethod
     def forward(ctx, x, places, *wholes):
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *wholes)
+        ctx.needs_x = any(ctx.needs_input_grad[2:])
+        # What made x as its first output has its backward pass after this one, so that it can make x anew until then.
+        ctx.maker = x.grad_fn if hasattr(x.grad_fn, "anew") and x.output_nr == 0 else None
+        ctx.save_for_backward(x if ctx.needs_x and ctx.maker is None else None, *wholes)
         ctx.places = places
-        return tuple(linear(x, wholes[index][begin:end].to(x.dtype)) for index, begin, end in places)
+        # Adapters of a wider dtype than x are multiplied in it.
+        kinds = [torch.promote_types(x.dtype, whole.dtype) for whole in wholes]
+        return tuple(linear(x.to(kinds[i]), wholes[i][begin:end].to(kinds[i])) for i, begin, end in places)
 
     @staticmethod
     @_once
     def backward(ctx, *grads):
         x, *wholes = ctx.saved_tensors
+        if ctx.needs_x and ctx.maker is not None:
+            x = ctx.maker.anew(*ctx.maker.saved_tensors)
         to_x, to_wholes = None, [None] * len(wholes)
         for (index, begin, end), grad in zip(ctx.places, grads, strict=True):
             whole = wholes[index]
@@ -116,10 +113,15 @@ class _Products(Function):
                 if to_wholes[index] is None:
                     complete = end - begin == len(whole)
                     to_wholes[index] = torch.empty_like(whole) if complete else torch.zeros_like(whole)
-                _write_product(grad.T, x, to_wholes[index][begin:end])
+                _write_product(grad.T, x.to(grad.dtype), to_wholes[index][begin:end])
             if ctx.needs_input_grad[0]:
                 weight = whole[begin:end].to(grad.dtype)
-                to_x = grad @ weight if to_x is None else to_x.addmm_(grad, weight)
+                if to_x is None:
+                    to_x = grad @ weight
+                elif to_x.dtype == grad.dtype:
+                    to_x.addmm_(grad, weight)
+                else:
+                    to_x = to_x + grad @ weight
         return to_x, None, *to_wholes
 
 
@@ -134,16 +136,22 @@ class _Normalize(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, epsilon, centered, offset):
         y, stats = kernels_for(x).normalize(x, weight, bias, epsilon, centered, offset)
-        ctx.save_for_backward(x, stats, weight)
+        ctx.save_for_backward(x, stats, weight, bias)
         ctx.options = {"centered": centered, "offset": offset}
+        ctx.anew = partial(_norm_of, epsilon=epsilon, **ctx.options)
         return y
 
     @staticmethod
     @_once
     def backward(ctx, grad):
+        x, stats, weight, _ = ctx.saved_tensors
         needs = {"need_weight": ctx.needs_input_grad[1], "need_bias": ctx.needs_input_grad[2]}
         backward = kernels_for(grad).normalize_backward
-        return *backward(grad, *ctx.saved_tensors, **needs, **ctx.options), None, None, None
+        return *backward(grad, x, stats, weight, **needs, **ctx.options), None, None, None
+
+
+def _norm_of(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None, **options) -> Tensor:
+    return kernels_for(x).normalize(x, weight, bias, **options)[0]
 
 
 class _AddAndNormalize(Function):
@@ -151,17 +159,19 @@ class _AddAndNormalize(Function):
     def forward(ctx, x, added, weight, bias, epsilon, centered, offset):
         ctx.set_materialize_grads(False)
         total, y, stats = kernels_for(x).add_and_normalize(x, added, weight, bias, epsilon, centered, offset)
-        ctx.save_for_backward(total, stats, weight)
+        ctx.save_for_backward(total, stats, weight, bias)
         ctx.options = {"centered": centered, "offset": offset}
-        return total, y
+        ctx.anew = partial(_norm_of, epsilon=epsilon, **ctx.options)
+        return y, total
 
     @staticmethod
     @_once
-    def backward(ctx, grad_total, grad):
+    def backward(ctx, grad, grad_total):
+        total, stats, weight, _ = ctx.saved_tensors
         needs = {"need_weight": ctx.needs_input_grad[2], "need_bias": ctx.needs_input_grad[3]}
         backward = kernels_for(grad).normalize_backward
         # Nobody reads the sum's gradient any more: whatever else needed it lies behind what gave `grad`.
-        gradients = backward(grad, *ctx.saved_tensors, **needs, **ctx.options, out=grad_total)
+        gradients = backward(grad, total, stats, weight, **needs, **ctx.options, out=grad_total)
         return gradients[0], *gradients, None, None, None
 
 
@@ -181,7 +191,7 @@ class _Activate(Function):
     @staticmethod
     def forward(ctx, gate, activation, up):
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
+        ctx.activation, ctx.anew = activation, partial(_activated, activation)
         return kernels_for(gate).activate(gate, activation, up)
 
     @staticmethod
@@ -190,3 +200,7 @@ class _Activate(Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = kernels_for(grad).activate_backward(grad, gate, ctx.activation, up)
         return grad_gate, None, grad_up
+
+
+def _activated(activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
+    return kernels_for(gate).activate(gate, activation, up)

@@ -12,7 +12,7 @@ from pmc_fast import attention, backend, varlen
 from pmc_fast.attention import AttentionCall, PackedLengths
 from pmc_fast.decoder_layers import Embedding, Layer, Layers, LinearParts, NormParts, Unknown, is_hooked, read_layers
 from pmc_fast.fast_linear import has_fast_bfloat16, has_library
-from pmc_fast.layer_gradients import activated_product, add_and_normalize, normalize, products, rotate
+from pmc_fast.layer_gradients import activate, add_and_normalize, normalize, products, rotate
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.ops import packed_attention
 from pmc_fast.ops._autograd import in_transform
@@ -197,7 +197,7 @@ def _input(norm: NormParts | None, hidden: Tensor, added: Tensor | None, kind: t
     if norm is not None and added is not None:
         return add_and_normalize(hidden, added, norm)
     hidden = hidden if added is None else hidden + added
-    return hidden, hidden.to(kind) if norm is None else _normalized(norm, hidden)
+    return hidden, hidden.to(kind) if norm is None else normalize(hidden, norm)
 
 
 def _normalized(norm: NormParts | None, x: Tensor) -> Tensor:
@@ -224,4 +224,5 @@ def _attend(
 
 def _mlp(layer: Layer[NormParts, LinearParts], x: Tensor) -> Tensor:
     gate, up = products(x, (layer.gate, layer.up)) if layer.gate else (*products(x, (layer.up,)), None)
-    return _normalized(layer.down_norm, activated_product(gate, layer.activation, up, layer.down))
+    (down,) = products(activate(gate, layer.activation, up), (layer.down,))
+    return _normalized(layer.down_norm, down)

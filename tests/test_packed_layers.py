@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import FAMILIES, KNOWN, make_model
 
-from pmc_fast import layer_gradients, packed_layers
-from pmc_fast.decoder_layers import LinearParts
+from pmc_fast import packed_layers
+from pmc_fast.decoder_layers import LinearParts, NormParts
 from pmc_fast.errors import BackendUnavailable
-from pmc_fast.layer_gradients import products
+from pmc_fast.layer_gradients import add_and_normalize, products
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
 
@@ -122,17 +122,55 @@ def test_without_gradients_and_with_weights_that_change(used, by_modules, rng_se
     assert not torch.allclose(first, second, rtol=1e-2, atol=1e-2)
 
 
-def test_what_the_mlp_activates_is_not_kept(monkeypatch, rng_seed):
-    """The backward pass makes it anew."""
-    made, activate = [], layer_gradients.activate
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_what_products_are_made_of_is_not_kept(family, monkeypatch, rng_seed):
+    """The backward pass makes norms and activations anew."""
+    made = []
 
-    def watched(*args):
-        made.append(weakref.ref(result := activate(*args)))
-        return result
+    def watch(module, name):
+        make = getattr(module, name)
 
-    monkeypatch.setattr(layer_gradients, "activate", watched)
-    hidden = batch().hidden(LanguageModel(make_model("llama", seed=rng_seed)))
-    assert hidden.requires_grad and len(made) >= 2 and not any(ref() is not None for ref in made)
+        def watched(*args):
+            result = make(*args)
+            made.append(weakref.ref(result[1] if isinstance(result, tuple) else result))
+            return result
+
+        monkeypatch.setattr(module, name, watched)
+
+    lm, packed = LanguageModel(make_model(family, seed=rng_seed)), batch()
+    packed.hidden(lm)
+    watch(packed_layers, "normalize")
+    watch(packed_layers, "add_and_normalize")
+    watch(packed_layers, "activate")
+    hidden = packed.hidden(lm)
+    assert hidden.requires_grad and len(made) >= 5
+    assert [ref() for ref in made if ref() is not None and ref() is not hidden] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_parameters_that_change_before_the_backward_pass_are_an_error(family, rng_seed):
+    """As with torch's own layers, which do not read their biases either."""
+    model = make_model(family, seed=rng_seed)
+    lm, packed = LanguageModel(model), batch()
+    names = [name for name, p in model.named_parameters() if "layers" in name and (p.ndim == 2 or "norm" in name)]
+    assert len(names) >= 14
+    for name in names:
+        hidden = packed.hidden(lm)
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            hidden.sum().backward()
+
+
+def test_the_sum_is_not_taken_for_its_norm(rng_seed):
+    """Both are outputs of one function; the norm alone is made anew."""
+    x, added, weight, scale = (torch.randn(*shape, requires_grad=True) for shape in ((5, 4), (5, 4), (3, 4), (4,)))
+    total, y = add_and_normalize(x, added, NormParts(scale, None, 1e-5, False, 0.0))
+    for states in (total, y):
+        (product,) = products(states, (LinearParts(weight, None, (), weight),))
+        upstream = torch.randn_like(product)
+        (got,) = torch.autograd.grad(product, weight, upstream, retain_graph=True)
+        torch.testing.assert_close(got, upstream.T @ states)
 
 
 def test_frozen_parameters_get_no_gradients(used, by_modules, rng_seed):

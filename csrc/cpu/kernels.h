@@ -1,6 +1,7 @@
 // The SIMD kernels of the CPU, one table per instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/rows.h"
@@ -135,12 +136,22 @@ struct PackedAttentionArgs {
     int threads;
 };
 
+// The tasks of the backward pass: for each head of keys, of each of some parts of the heads that share it, the
+// sequences first + lane, first + lane + lanes, ... in turn. With more than one part a lane has one sequence.
+struct PackedAttentionTasks {
+    int64_t first;  // 1 if the shared beginning is empty, else 0
+    int64_t lanes, parts;
+    int64_t heads;      // of a part; the last one may have fewer
+    int64_t positions;  // of the longest sequence, the shared beginning included
+};
+
 // The gradients of sum(upstream * out), `out` and `log_mass` being what the forward pass wrote.
 struct PackedAttentionBackwardArgs {
     PackedAttentionArgs forward;
     TokenHeads upstream;
     void* d_query;          // [tokens, heads, dim]
     void *d_key, *d_value;  // [tokens, kv_heads, dim]
+    PackedAttentionTasks tasks;
 };
 
 // A weight in the layout that packed_linear reads: packed_weight_elements() of its own dtype.
@@ -276,8 +287,10 @@ inline int64_t normalize_gradient_workspace_floats(int64_t rows, int64_t size) {
 // packed_attention takes at most so many rows (queries of a token and head) and keys at a time, and of these a panel of
 // rows.
 constexpr int64_t kPackedAttentionPanel = 32, kPackedAttentionRows = 256, kPackedAttentionKeys = 128;
-constexpr int64_t kPackedSequenceBytes = 5 * sizeof(int64_t);
-// Beyond so many positions the backward pass takes the heads that share keys one by one, so that threads have work.
+constexpr int64_t kPackedSequenceBytes = 4 * sizeof(int64_t);
+// The backward pass has at most so many tasks, or one for each head of keys if these are more: each has its own sums.
+constexpr int64_t kPackedAttentionTasks = 64;
+// Beyond so many positions it divides the heads that share keys while there are fewer, so that threads have work.
 constexpr int64_t kPackedAttentionTogether = 512;
 
 inline int64_t packed_attention_padded(int64_t dim) { return (dim + 15) / 16 * 16; }  // to whole vectors
@@ -302,21 +315,23 @@ inline int64_t packed_attention_workspace_floats(int64_t sequences, int64_t dim,
     return packed_sequences_floats(sequences) + threads * packed_attention_thread_floats(dim);
 }
 
-// Into how many tasks the backward pass of a key head and its group of heads is divided.
-inline int64_t packed_attention_backward_parts(int64_t positions, int64_t group) {
-    return positions > kPackedAttentionTogether ? group : 1;
+inline PackedAttentionTasks packed_attention_tasks(const int64_t* lengths, int64_t sequences, int64_t heads,
+                                                   int64_t kv_heads) {
+    const int64_t longest = sequences > 1 ? *std::max_element(lengths + 1, lengths + sequences) : 0;
+    const int64_t positions = lengths[0] + longest, group = heads / kv_heads;
+    const int64_t most = std::max<int64_t>(1, kPackedAttentionTasks / kv_heads);
+    const int64_t first = lengths[0] > 0 ? 0 : 1, count = sequences - first;
+    const bool together = positions <= kPackedAttentionTogether;
+    const int64_t wanted = together ? 1 : std::clamp<int64_t>(most / count, 1, group);
+    const int64_t each = (group + wanted - 1) / wanted, parts = (group + each - 1) / each;
+    return {first, std::min(count, most / parts), parts, each, positions};
 }
 
-// Each task has gradients of its own of all keys and values that it sees.
-inline int64_t packed_attention_backward_workspace_floats(const int64_t* lengths, int64_t sequences, int64_t heads,
+// Each task has gradients of the keys and values of the shared beginning, and of one sequence beyond it at a time.
+inline int64_t packed_attention_backward_workspace_floats(const PackedAttentionTasks& tasks, int64_t sequences,
                                                           int64_t kv_heads, int64_t dim, int threads) {
-    int64_t slots = 0;
-    for (int64_t s = 0; s < sequences; ++s) {
-        const int64_t positions = lengths[s] + (s > 0 ? lengths[0] : 0);
-        slots += positions * kv_heads * packed_attention_backward_parts(positions, heads / kv_heads);
-    }
     return packed_sequences_floats(sequences) + threads * packed_attention_backward_thread_floats(dim) +
-           2 * slots * packed_attention_padded(dim);
+           2 * tasks.lanes * tasks.parts * kv_heads * tasks.positions * packed_attention_padded(dim);
 }
 
 }  // namespace pmc

@@ -110,71 +110,77 @@ void backward(const PackedAttentionBackwardArgs& all, const Rows& rows, float* d
     }
 }
 
-// The gradients of keys and values of some tokens: sums over the tasks that saw them, in their order.
+// The gradients of a token's key and value: sums of what some tasks have of them, in the tasks' order.
 template <class T>
-void reduce(const PackedAttentionBackwardArgs& all, const Sequence* list, const float* slots, int64_t begin,
-            int64_t end, int64_t kv_head, float* sums) {
+void write_sums(const PackedAttentionBackwardArgs& all, const float* key, const float* value, int64_t tasks,
+                int64_t stride, int64_t token, int64_t kv_head, float* sum) {
     const PackedAttentionArgs& args = all.forward;
-    const int64_t padded = packed_attention_padded(args.dim);
-    for (int64_t t = begin; t < end; ++t) {
-        std::fill_n(sums, 2 * padded, 0.0f);
-        const Sequence* s = &find(list, args.sequences, &Sequence::start, t);
-        const int64_t position = t - s->start + s->shared;
-        for (const bool shared = s == list; s < list + args.sequences; ++s) {
-            for (int64_t task = 0; s->own > 0 && task < s[1].first_task - s->first_task; ++task) {
-                const float* const slot =
-                    slots + 2 * padded * (s->slot + (task * args.kv_heads + kv_head) * s->positions());
-                const float* const parts[2] = {slot, slot + s->positions() * padded};
-                for (int which = 0; which < 2; ++which)
-                    for (int64_t i = 0; i < padded; i += kLanes) {
-                        float* const to = sums + which * padded + i;
-                        store(to, load(to) + load(parts[which] + position * padded + i));
-                    }
+    const int64_t padded = packed_attention_padded(args.dim), at = (token * args.kv_heads + kv_head) * args.dim;
+    const auto write = [&](const float* from, void* to) {
+        std::fill_n(sum, padded, 0.0f);
+        for (int64_t task = 0; task < tasks; ++task)
+            for (int64_t i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) + load(from + task * stride + i));
+        copy_out(sum, args.dim, 1, static_cast<T*>(to) + at);
+    };
+    write(key, all.d_key);
+    write(value, all.d_value);
+}
+
+template <class T>
+void run(const PackedAttentionBackwardArgs& all) {
+    const PackedAttentionArgs& args = all.forward;
+    const int64_t kv_heads = args.kv_heads, group = args.heads / kv_heads, padded = packed_attention_padded(args.dim);
+    const PackedAttentionTasks& tasks = all.tasks;
+    const Sequence* const list = list_sequences(args, [](const Sequence&) { return 0; });
+    Scratch scratch = after_sequences(args);
+    float* const of_threads = scratch.take(args.threads * packed_attention_backward_thread_floats(args.dim));
+    float* const sums = scratch.at;  // [lanes, parts, kv_heads, 2, positions, padded]
+    const int64_t of_values = tasks.positions * padded, size = 2 * of_values;
+    const auto of_thread = [&](int thread) {
+        return Scratch{of_threads + thread * packed_attention_backward_thread_floats(args.dim)};
+    };
+    parallel_for(tasks.lanes * tasks.parts * kv_heads, args.threads, [&](int64_t task, int thread) {
+        const int64_t kv_head = task % kv_heads, lane = task / kv_heads / tasks.parts;
+        const int64_t head = task / kv_heads % tasks.parts * tasks.heads, heads = std::min(tasks.heads, group - head);
+        float *const d_key = sums + task * size, *const d_value = d_key + of_values;
+        const auto clear = [&](int64_t begin, int64_t end) {
+            for (float* to : {d_key, d_value}) std::fill_n(to + begin * padded, (end - begin) * padded, 0.0f);
+        };
+        clear(0, list->own);
+        for (int64_t n = tasks.first + lane; n < args.sequences; n += tasks.lanes) {
+            const Sequence& s = list[n];
+            if (n > 0) clear(s.shared, s.positions());
+            Rows rows{s, kv_head, kv_head * group + head, heads, 0, 0, args.window};
+            for (; rows.begin < s.own * heads; rows.begin = rows.end) {
+                rows.end = std::min(rows.begin + kRows, s.own * heads);
+                backward<T>(all, rows, d_key, d_value, of_thread(thread));
             }
-            if (!shared) break;
+            for (int64_t t = 0; n > 0 && tasks.parts == 1 && t < s.own; ++t) {
+                const int64_t at = (s.shared + t) * padded;
+                write_sums<T>(all, d_key + at, d_value + at, 1, 0, s.start + t, kv_head, of_thread(thread).at);
+            }
         }
-        const int64_t at = (t * args.kv_heads + kv_head) * args.dim;
-        copy_out(sums, args.dim, 1, static_cast<T*>(all.d_key) + at);
-        copy_out(sums + padded, args.dim, 1, static_cast<T*>(all.d_value) + at);
-    }
+    });
+    // What is left: the shared beginning's, sums over all lanes and parts; with several parts, the others', over these.
+    const int64_t tokens = tasks.parts == 1 ? list->own : list[args.sequences].start;
+    const int64_t chunks = (tokens + kTokensReduced - 1) / kTokensReduced;
+    parallel_for(chunks * kv_heads, args.threads, [&](int64_t task, int thread) {
+        const int64_t kv_head = task % kv_heads, begin = task / kv_heads * kTokensReduced;
+        for (int64_t t = begin; t < std::min(tokens, begin + kTokensReduced); ++t) {
+            const Sequence& s = find(list, args.sequences, &Sequence::start, t);
+            const int64_t lane = &s - list - tasks.first, lanes = &s == list ? tasks.lanes : 1;
+            const float* const key =
+                sums + (lane * tasks.parts * kv_heads + kv_head) * size + (s.shared + t - s.start) * padded;
+            write_sums<T>(all, key, key + of_values, lanes * tasks.parts, kv_heads * size, t, kv_head,
+                          of_thread(thread).at);
+        }
+    });
 }
 
 }  // namespace
 
 void packed_attention_backward(const PackedAttentionBackwardArgs& all) {
-    const PackedAttentionArgs& args = all.forward;
-    const int64_t group = args.heads / args.kv_heads, padded = packed_attention_padded(args.dim);
-    const Sequence* const list =
-        list_sequences(args, [&](const Sequence& s) { return packed_attention_backward_parts(s.positions(), group); });
-    Scratch scratch = after_sequences(args);
-    float* const of_threads = scratch.take(args.threads * packed_attention_backward_thread_floats(args.dim));
-    float* const slots = scratch.at;
-    const auto of_thread = [&](int thread) {
-        return Scratch{of_threads + thread * packed_attention_backward_thread_floats(args.dim)};
-    };
-    parallel_for(list[args.sequences].first_task * args.kv_heads, args.threads, [&](int64_t task, int thread) {
-        const int64_t kv_head = task % args.kv_heads;
-        const Sequence& s = find(list, args.sequences, &Sequence::first_task, task / args.kv_heads);
-        const int64_t part = task / args.kv_heads - s.first_task;
-        const int64_t heads = group / packed_attention_backward_parts(s.positions(), group);
-        float* const d_key = slots + 2 * padded * (s.slot + (part * args.kv_heads + kv_head) * s.positions());
-        float* const d_value = d_key + padded * s.positions();
-        std::fill_n(d_key, 2 * padded * s.positions(), 0.0f);
-        Rows rows{s, kv_head, kv_head * group + part * heads, heads, 0, 0, args.window};
-        for (; rows.begin < s.own * heads; rows.begin = rows.end) {
-            rows.end = std::min(rows.begin + kRows, s.own * heads);
-            if (args.dtype == Dtype::kFloat32)
-                backward<float>(all, rows, d_key, d_value, of_thread(thread));
-            else
-                backward<uint16_t>(all, rows, d_key, d_value, of_thread(thread));
-        }
-    });
-    const int64_t tokens = list[args.sequences].start, chunks = (tokens + kTokensReduced - 1) / kTokensReduced;
-    parallel_for(chunks * args.kv_heads, args.threads, [&](int64_t task, int thread) {
-        const int64_t begin = task / args.kv_heads * kTokensReduced, end = std::min(tokens, begin + kTokensReduced);
-        const auto run = args.dtype == Dtype::kFloat32 ? reduce<float> : reduce<uint16_t>;
-        run(all, list, slots, begin, end, task % args.kv_heads, of_thread(thread).at);
-    });
+    all.forward.dtype == Dtype::kFloat32 ? run<float>(all) : run<uint16_t>(all);
 }
 
 }  // namespace pmc::PMC_ISA

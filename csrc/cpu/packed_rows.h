@@ -62,8 +62,7 @@ const T* row_of(const TokenHeads& from, int64_t token, int64_t head) {
 // A sequence and the beginning before it: positions [0, shared) are tokens from 0 on, those after it from `start` on.
 struct Sequence {
     int64_t start, shared, own;
-    int64_t first_task;  // its tasks of one key head
-    int64_t slot;        // of its gradients of keys and values, backward
+    int64_t first_task;  // forward: the first of its tasks of one key head
 
     int64_t positions() const { return shared + own; }
     int64_t token(int64_t position) const { return position < shared ? position : start + position - shared; }
@@ -189,15 +188,13 @@ template <class Tasks>
 const Sequence* list_sequences(const PackedAttentionArgs& args, const Tasks& tasks_of) {
     static_assert(sizeof(Sequence) == kPackedSequenceBytes);
     Sequence* const list = static_cast<Sequence*>(args.workspace);
-    Sequence next{0, 0, 0, 0, 0};
+    Sequence next{0, 0, 0, 0};
     for (int64_t s = 0; s < args.sequences; ++s) {
         next.shared = s > 0 ? args.lengths[0] : 0;
         next.own = args.lengths[s];
         list[s] = next;
-        const int64_t tasks = tasks_of(next);
+        next.first_task += tasks_of(next);
         next.start += next.own;
-        next.first_task += tasks;
-        next.slot += tasks * args.kv_heads * next.positions();
     }
     list[args.sequences] = next;
     return list;

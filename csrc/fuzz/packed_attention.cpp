@@ -111,13 +111,15 @@ void fuzz_packed_attention(Case& c) {
     Random& random = c.random;
     Shape s{};
     s.lengths = {random.one_in(3) ? 0 : random.between(1, random.one_in(4) ? 150 : 20)};
-    for (int64_t sequences = random.between(0, 4); sequences > 0; --sequences)
+    const bool many = random.one_in(6);  // more than the backward pass has tasks
+    for (int64_t sequences = random.between(0, many ? 80 : 4); sequences > 0; --sequences)
         s.lengths.push_back(random.one_in(8)   ? 0
+                            : many             ? random.between(1, 3)
                             : random.one_in(6) ? random.between(100, random.one_in(5) ? 540 : 200)
                                                : random.between(1, 40));
     const int64_t tokens = s.tokens();
     s.kv_heads = random.between(1, 3);
-    s.heads = s.kv_heads * (tokens > 100 ? random.between(1, 2) : random.between(1, 9));
+    s.heads = s.kv_heads * random.between(1, tokens <= 100 ? 9 : random.one_in(4) ? 5 : 2);
     s.dim = tokens > 100       ? random.between(1, 20)
             : random.one_in(2) ? random.between(1, 70)
                                : random.pick<int64_t>({16, 32, 64});
@@ -159,11 +161,12 @@ void fuzz_packed_attention(Case& c) {
                                  s.dim,        s.lengths.data(), sequences,        s.window, s.scale, s.softcap,
                                  out.data(),   log_mass.data(),  workspace.data(), threads};
         kernels().packed_attention(args);
-        std::vector<float> more(packed_attention_backward_workspace_floats(s.lengths.data(), sequences, s.heads,
-                                                                           s.kv_heads, s.dim, threads),
-                                kNaN);
+        const PackedAttentionTasks tasks = packed_attention_tasks(s.lengths.data(), sequences, s.heads, s.kv_heads);
+        std::vector<float> more(
+            packed_attention_backward_workspace_floats(tasks, sequences, s.kv_heads, s.dim, threads), kNaN);
         args.workspace = more.data();
-        kernels().packed_attention_backward({args, upstream.view(), d_query.data(), d_key.data(), d_value.data()});
+        kernels().packed_attention_backward(
+            {args, upstream.view(), d_query.data(), d_key.data(), d_value.data(), tasks});
         for (int64_t r = 0; r < rows; ++r)
             c.check_near("log_mass", r, 0, log_mass[r], want.log_mass[r],
                          4 * (of_scores + 0x1p-22 * std::abs(want.log_mass[r])));

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pmc_fast import BackendUnavailable, packed_attention
 from pmc_fast.native import library
+from pmc_fast.native import packed_attention as native
 
 IMPLS = ["reference", "native"]
 NAMES = ["out", "query", "key", "value"]
@@ -93,7 +94,11 @@ LENGTHS = {
     "shared": [5, 13, 1, 40],
     "empty": [3, 0, 4, 0],
     "blocks": [37, 2, 301],  # of rows, of keys, across the end of what is shared
-    "long": [20, 530, 9],  # heads one by one in the backward pass
+    # The backward pass takes heads that share keys one by one, by two of three, and together; sequences in turn.
+    "long": [20, 530, 9],
+    "long and short": [0, 530, *[2] * 10],
+    "many": [37, *[3, 0, 5, 1] * 10],
+    "many after a long beginning": [160, *[14, 1, 0] * 13],
 }
 
 
@@ -175,7 +180,7 @@ def test_the_shared_beginning_is_worth_a_copy_before_each_sequence(impl, rng_see
         torch.testing.assert_close(mine, torch.zeros_like(mine).index_add_(0, index, copied))
 
 
-@pytest.mark.parametrize("lengths", [[5, 40, 1, 90, 33], [0, 530, 20]], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 40, 1, 90, 33], [0, 530, 20], [540, *[7, 0, 2] * 15]], ids=str)
 def test_threads_change_no_bit(lengths, rng_seed):
     inputs, found = make(lengths, 9, 3, 64), []
     for threads in (1, 2, 3, 7):
@@ -183,6 +188,23 @@ def test_threads_change_no_bit(lengths, rng_seed):
         found.append(results(packed_attention, inputs, lengths, impl="native"))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(9, 3), (32, 8), (71, 1), (80, 80)])
+@pytest.mark.parametrize(
+    "shared, own", [(600, [90] * 160), (0, [2048] * 16), (2000, []), (0, [3000]), (30, [5, 900] * 99)]
+)
+def test_the_backward_workspace_is_bounded(shared, own, heads, kv_heads):
+    """By so many sums over keys and values of the shared beginning and one sequence, whatever the number of sequences."""
+
+    def floats(lengths):
+        query, key = (torch.zeros(()).expand(sum(lengths), count, 48) for count in (heads, kv_heads))
+        sizes = torch.tensor(lengths)
+        return native._call(query, key, key, sizes, query, query, 1.0, None, None).backward_workspace_floats
+
+    lengths = [shared, *own]
+    sums = floats(lengths) - floats([0] * len(lengths))
+    assert 0 < sums <= max(64, kv_heads) * (shared + max(own, default=0)) * 2 * 48
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
