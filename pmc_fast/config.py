@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from pmc_fast.errors import TEMPERATURE, UserError, is_temperature
+from pmc_fast.errors import NORMAL, UserError, is_normal
 from pmc_fast.prompts import STYLES
 
 
@@ -74,8 +74,8 @@ class PMCConfig:
             require(name, _is_one_of(getattr(self, name), types), wanted)
         for name in ("num_samples", "epochs", "batch_size", "accumulation"):
             require(name, getattr(self, name) >= 1, "an integer of at least 1")
-        taken = self.temperature == 0 or is_temperature(self.temperature)
-        require("temperature", taken, f"{TEMPERATURE}, or 0 for greedy")
+        taken = self.temperature == 0 or is_normal(self.temperature)
+        require("temperature", taken, f"{NORMAL}, or 0 for greedy")
         for name in ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs", "min_words"):
             value = getattr(self, name)
             require(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")

@@ -108,3 +108,7 @@ def test_numbers_of_numpy(rng_seed):
     numpys = {"temperature": np.float32(0.5), "logit_scale": np.int64(2), "softcap": np.float64(4)}
     got, want = (linear_logprob(HIDDEN, WEIGHT, TARGET, **each) for each in (numpys, options))
     assert torch.equal(got, want)
+    options = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.25, "seed": 7}
+    numpys = {"top_k": np.int64(3), "top_p": np.float32(0.5), "min_p": np.float16(0.25), "seed": np.uint8(7)}
+    got, want = (sample(HIDDEN, **{**options, **each}) for each in (numpys, options))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

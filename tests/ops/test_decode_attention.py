@@ -205,10 +205,29 @@ def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
 
 @pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_score_of_minus_infinity_has_no_weight(impl, rng_seed):
+    """As long as another one is finite, wherever that is."""
+    query, key, value, first = make(length=150)
+    query, first, (finite, *others) = query.abs() + 1, torch.zeros_like(first), torch.randperm(150)
+    key[:, :, others] = -math.inf
+    want = value[:, :, finite].repeat_interleave(3, 1)
+    torch.testing.assert_close(decode_attention(query, key, value, first, impl=impl), want)
+    key[2, :, finite] = -math.inf
+    with pytest.raises(ValueError, match="the scores of row 2 hold NaN or .inf, or nothing but -inf"):
+        decode_attention(query, key, value, first, impl=impl)
+
+
+@pytest.mark.refuses_values
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"query": torch.zeros(5, 6)}, ValueError, r"query: got shape \[5, 6\]"),
+        (
+            {"query": torch.zeros(5, 6, 0), **dict.fromkeys(("key", "value"), torch.zeros(5, 2, 13, 0))},
+            ValueError,
+            r"query: got shape \[5, 6, 0\], expected \[N, H, D\] with D at least 1",
+        ),
         ({"query": torch.zeros(5, 6, 40, dtype=torch.int32)}, TypeError, "query: got dtype torch.int32"),
         ({"key": torch.zeros(5, 2, 0, 40)}, ValueError, r"key: got shape \[5, 2, 0, 40\], expected \[5, K, T, 40\]"),
         ({"key": torch.zeros(5, 4, 13, 40), "value": torch.zeros(5, 4, 13, 40)}, ValueError, "key: got 4 heads"),
@@ -217,6 +236,7 @@ def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
         ({"first": torch.full((5,), 13)}, ValueError, r"first: got 13 at row 0, expected integers in \[0, 13\)"),
         ({"first": torch.zeros(4, dtype=torch.int64)}, ValueError, r"first: got shape \[4\]"),
         ({"scale": math.nan}, ValueError, "scale: got nan"),
+        ({"scale": -1e300}, ValueError, r"scale: got -1e\+300, expected None or a number in .* \(float32's range\)"),
         ({"softcap": 0.0}, ValueError, "softcap: got 0.0"),
     ],
 )

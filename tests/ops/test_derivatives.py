@@ -100,6 +100,16 @@ def test_a_second_backward_pass_is_refused_with_a_shared_head(loss, inputs, one_
     refuse_second_derivatives(loss, *inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_upstream_gradients_at_once(loss, dtype, inputs):
+    hidden, weight, *others = inputs
+    leaf = hidden.to(dtype).requires_grad_()
+    value = loss(leaf, weight.to(dtype), *others)
+    (batch,) = torch.autograd.grad(value, leaf, torch.tensor([1.0, 3.0]), retain_graph=True, is_grads_batched=True)
+    for got, upstream in zip(batch, (1, 3), strict=True):
+        torch.testing.assert_close(got, *torch.autograd.grad(upstream * value, leaf, retain_graph=True))
+
+
 def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, in_torch, inputs):
     hidden, *others = inputs
     hidden.requires_grad_()
