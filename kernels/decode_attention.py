@@ -77,7 +77,7 @@ def attend_kernel(
     real = (head < GROUP)[:, None] & (depth < DIM)[None, :]
 
     query += row * query_row_stride + kv_head * GROUP * query_head_stride
-    queries = tl.load(query + head[:, None] * query_head_stride + depth[None, :], mask=real, other=0)
+    queries = tl.load(query + head.to(tl.int64)[:, None] * query_head_stride + depth[None, :], mask=real, other=0)
     key += row * key_row_stride + kv_head * key_head_stride
     value += row * value_row_stride + kv_head * value_head_stride
     if prefix_row is not None:

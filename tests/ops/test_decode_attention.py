@@ -192,6 +192,20 @@ def test_strides(impl, rng_seed):
         assert_near(decode_attention(*inputs, first, impl=impl), want, torch.float32)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory that is never touched costs nothing on a CPU alone")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strides_beyond_32_bits(impl, tmp_path, rng_seed):
+    far = 2**30 + 64  # times the 3 heads between a group's first and last
+    query, key, value, first = make(2, 4, 1, 5, 16)
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=4 * far, dtype=torch.float32)
+    want = oracle(query, key, value, first)
+    for stride in ((16, far, 1), (3 * far, 16, 1)):
+        apart = memory.as_strided(query.shape, stride).copy_(query)
+        assert_near(decode_attention(apart, key, value, first, impl=impl), want, torch.float32)
+    keys = memory.as_strided(key.shape, (3 * far, 80, 16, 1), 512).copy_(key)
+    assert_near(decode_attention(query, keys, value, first, impl=impl), want, torch.float32)
+
+
 @pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
