@@ -70,6 +70,7 @@ def linear_sample(
     shards = shards_of(weight, shards)
     weight, bias = local_head(shards, hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
+    seed = int(seed)  # one of NumPy's overflows where its bits are masked
     rows = hidden if hidden_row is None else hidden_row
     if hidden_row is not None:
         _checks.tensor("hidden_row", hidden_row)
