@@ -19,7 +19,7 @@ from torch import Tensor
 from pmc_fast.kernels import prefix_attention
 from pmc_fast.kernels.device import device_of, dot_precision
 from pmc_fast.kernels.interpreted import dot, rounded
-from pmc_fast.kernels.logits import INFINITY, tanh
+from pmc_fast.kernels.logits import INFINITY, mass_below, tanh
 from pmc_fast.kernels.variant import ATTENTIONS, Attention, Variant, absent, present
 
 LEAST_POSITIONS = 256  # of a split: fewer are read before a second kernel has started
@@ -77,7 +77,7 @@ def attend_kernel(
     real = (head < GROUP)[:, None] & (depth < DIM)[None, :]
 
     query += row * query_row_stride + kv_head * GROUP * query_head_stride
-    queries = tl.load(query + head[:, None] * query_head_stride + depth[None, :], mask=real, other=0)
+    queries = tl.load(query + head.to(tl.int64)[:, None] * query_head_stride + depth[None, :], mask=real, other=0)
     key += row * key_row_stride + kv_head * key_head_stride
     value += row * value_row_stride + kv_head * value_head_stride
     if prefix_row is not None:
@@ -114,8 +114,8 @@ def attend_kernel(
             score = softcap * tanh(score / softcap)
         score = tl.where(seen[:, None], score, -INFINITY)
         higher = tl.maximum(top, tl.max(score, 0))
-        weight = rounded(tl.exp(score - higher[None, :]), v.dtype)
-        shrink = tl.exp(top - higher)
+        weight = rounded(mass_below(score, higher[None, :]), v.dtype)
+        shrink = mass_below(top, higher)
         mass = mass * shrink + tl.sum(weight.to(tl.float32), 0)  # of what is multiplied: a mean stays a mean
         total = dot(tl.trans(v), weight, total * shrink[None, :], PRECISION)
         top = higher
@@ -126,7 +126,7 @@ def attend_kernel(
         tl.store(tops + index, top, mask=head < GROUP)
         tl.store(masses + index, mass, mask=head < GROUP)
     else:
-        _report(bad, row, tl.max(((mass != mass) & (head < GROUP)).to(tl.int32), 0) > 0)
+        _report(bad, row, tl.min(((mass > 0) | (head >= GROUP)).to(tl.int32), 0) == 0)
         total = total / mass[None, :]
     result = rounded(tl.trans(total), out.dtype.element_ty)
     tl.store(out + index[:, None] * DIM + depth[None, :], result, mask=real)
@@ -161,7 +161,7 @@ def join_kernel(
 
 @triton.jit
 def _report(bad, row, wrong):
-    """wrong: whether a mass is NaN, as a score of NaN or +inf, or nothing but -inf, makes it."""
+    """wrong: whether a mass is NaN, as a score of NaN or +inf makes it, or of nothing but -inf."""
     if bad is not None:
         tl.atomic_min(bad, row.to(tl.int32), mask=wrong)
 

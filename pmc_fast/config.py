@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from pmc_fast.errors import TEMPERATURE, UserError, is_temperature
+from pmc_fast.errors import NORMAL, UserError, is_normal
 from pmc_fast.prompts import STYLES
 
 MOST = 2**31 - 1  # of whatever is counted
@@ -80,8 +80,8 @@ class PMCConfig:
         for name in ("top_k", "max_length", "max_new_tokens"):
             value = getattr(self, name)
             require(name, value is None or 1 <= value <= MOST, f"None or an integer in [1, {MOST}]")
-        taken = self.temperature == 0 or is_temperature(self.temperature)
-        require("temperature", taken, f"{TEMPERATURE}, or 0 for greedy")
+        taken = self.temperature == 0 or is_normal(self.temperature)
+        require("temperature", taken, f"{NORMAL}, or 0 for greedy")
         for name in ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs"):
             value = getattr(self, name)
             require(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")

@@ -18,12 +18,13 @@ def described(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-# What a temperature is to be: a normal number of float32, in which logits are divided by it.
-TEMPERATURE = "a number in [1.175e-38, 3.403e+38] (float32's range)"
+# What a temperature or a soft cap is to be: a normal number of float32, in which logits are divided by it.
+NORMAL = "a number in [1.175e-38, 3.403e+38] (float32's range)"
+LARGEST = (2 - 2.0**-23) * 2.0**127
 
 
-def is_temperature(value: float) -> bool:
-    return 2.0**-126 <= value <= (2 - 2.0**-23) * 2.0**127
+def is_normal(value: float) -> bool:
+    return 2.0**-126 <= value <= LARGEST
 
 
 # What is wrong with a row of logits that an op refuses, and what it wants.
@@ -39,7 +40,7 @@ def not_finite(name: str, row: int) -> ValueError:
 
 
 # What is wrong with scores of `decode_attention` that it refuses.
-NO_SCORES = "hold NaN or infinities; expected finite numbers"
+NO_SCORES = "hold NaN or +inf, or nothing but -inf; expected finite numbers"
 
 
 def scores_not_finite(row: int) -> ValueError:

@@ -191,6 +191,7 @@ def _(x, weight, bias):
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # its stride would be taken for 1
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

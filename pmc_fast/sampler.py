@@ -276,7 +276,7 @@ def _run(
     total, device = len(limit), limit.device
     steps = int(limit.max()) if total else 0
     tokens = ends[0].expand(total, steps).clone()
-    logprobs = torch.zeros(total, steps, device=device)
+    logprobs = torch.zeros(total, steps, dtype=torch.float32, device=device)
     lengths = limit.clone()
     finished, pruned = (torch.zeros(total, dtype=torch.bool, device=device) for _ in range(2))
     for step in range(steps):

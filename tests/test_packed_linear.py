@@ -24,6 +24,17 @@ def test_values(isa, shape, bias, rng_seed):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * max(1, inputs) ** 0.5)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_is_not_its_own(default, rng_seed):
+    x, weight, before = torch.randn(5, 3), torch.randn(16, 3), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = packed_linear(x, pack(weight))
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(got, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accumulating(isa, shape, rng_seed):
     rows, inputs, outputs = shape

@@ -222,6 +222,23 @@ def test_autocast_changes_no_answer(rng_seed):
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_torchs_default_dtype_changes_no_answer(default, fused, rng_seed):
+    model, prompt = make_model("gemma2", seed=rng_seed), torch.tensor([[1, 2, 3]])
+    if not fused:  # its linear layers still multiply from packed weights
+        model.model.layers[0].register_forward_hook(lambda module, inputs, output: None)
+    options = {"max_new_tokens": 6, "eos_token_id": 257, "num_samples": 5, "seed": rng_seed}
+    want = Sampler(model).sample(prompt, **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = Sampler(model).sample(prompt, **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs)
+
+
 def beginnings(samples):
     """How many texts the answers had begun with when their next token was drawn, those of a prompt counted once."""
     texts = set()

@@ -256,7 +256,7 @@ def _samples(drawn: list[list[list[int]]], limits: list[int], ends: tuple[int, .
     return Samples(
         tokens,
         tensor([len(ids) for ids in answers], torch.int64),
-        torch.full(tokens.shape, torch.nan, device=device),
+        torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=device),
         tensor(finished, torch.bool),
         torch.zeros(shape, dtype=torch.bool, device=device),
     )

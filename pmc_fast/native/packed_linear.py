@@ -59,7 +59,7 @@ def packed_linear(
     """
     rows = x.reshape(-1, weight.in_features)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = torch.empty(len(rows), weight.out_features) if out is None else out
+    y = torch.empty(len(rows), weight.out_features, dtype=torch.float32) if out is None else out
     bias = None if bias is None else bias.contiguous()
     library().packed_linear(
         rows.data_ptr(),

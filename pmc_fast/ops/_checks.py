@@ -5,13 +5,12 @@ Numbers are compared, not given to `math`, so that torch.compile can check one t
 
 from __future__ import annotations
 
-from math import inf
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from pmc_fast.errors import TEMPERATURE, described, is_temperature
+from pmc_fast.errors import LARGEST, NORMAL, described, is_normal
 
 INTEGERS = (int, Integral, torch.SymInt)
 NUMBERS = (float, *INTEGERS, Real, torch.SymFloat)  # the usual first; what NumPy makes, what torch traces
@@ -26,6 +25,13 @@ def tensor(name: str, value: Tensor) -> None:
 def number(name: str, value: float, wanted: str, kinds: tuple[type, ...] = NUMBERS) -> None:
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise TypeError(f"{name}: got {described(value)}, expected {wanted}")
+
+
+def integer(name: str, value: int, wanted: str, least: int) -> None:
+    """Also that it is below 2^63: operators of torch take 64 bits."""
+    number(name, value, wanted, INTEGERS)
+    if not least <= value < 2**63:
+        raise ValueError(f"{name}: got {value}, expected {wanted}")
 
 
 def matrix(name: str, values: Tensor) -> None:
@@ -64,53 +70,52 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | N
     if bias is not None:
         vector("bias", bias, weight.shape[0], hidden.dtype, hidden)
     soft_cap(softcap)
-    wanted = "a finite number other than 0"
+    wanted = f"{NORMAL}, or the negative of one"
     number("logit_scale", logit_scale, wanted)
-    if not (-inf < logit_scale < inf and logit_scale != 0):
+    if not is_normal(abs(logit_scale)):
         raise ValueError(f"logit_scale: got {logit_scale}, expected {wanted}")
 
 
 def soft_cap(value: float | None) -> None:
     if value is None:
         return
-    wanted = "None or a finite number above 0"
+    wanted = f"None or {NORMAL}"
     number("softcap", value, wanted)
-    if not 0 < value < inf:
+    if not is_normal(value):
         raise ValueError(f"softcap: got {value}, expected {wanted}")
 
 
 def scale(value: float) -> None:
     """Of attention's scores, None being already what it stands for."""
-    wanted = "None or a finite number"
+    wanted = "None or a number in [-3.403e+38, 3.403e+38] (float32's range)"
     number("scale", value, wanted)
-    if not -inf < value < inf:
+    if not abs(value) <= LARGEST:
         raise ValueError(f"scale: got {value}, expected {wanted}")
 
 
 def ignored(index: int | None) -> None:
     if index is not None:
-        number("ignore_index", index, "None or an integer", INTEGERS)
+        integer("ignore_index", index, "None or an integer in [-2^63, 2^63)", -(2**63))
 
 
 def temperature(value: float, *, allow_zero: bool) -> None:
     number("temperature", value, "a number")
-    if not (is_temperature(value) or (allow_zero and value == 0)):
-        raise ValueError(f"temperature: got {value}, expected {TEMPERATURE}{', or 0 for greedy' if allow_zero else ''}")
+    if not (is_normal(value) or (allow_zero and value == 0)):
+        raise ValueError(f"temperature: got {value}, expected {NORMAL}{', or 0 for greedy' if allow_zero else ''}")
 
 
 def sampling(temperature_: float, top_k: int | None, top_p: float, min_p: float, seed: int) -> None:
     """The options of a draw."""
     temperature(temperature_, allow_zero=True)
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k: got {top_k!r}, expected None or an integer of at least 1")
+    if top_k is not None:
+        integer("top_k", top_k, "None or an integer in [1, 2^63)", 1)
     number("top_p", top_p, "a number in (0, 1]")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected a number in (0, 1]")
     number("min_p", min_p, "a number in [0, 1]")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p: got {min_p}, expected a number in [0, 1]")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed!r}, expected an integer in [0, 2^63)")
+    integer("seed", seed, "an integer in [0, 2^63)", 0)
 
 
 def coordinates(sequence: Tensor | None, position: Tensor | None, rows: Tensor) -> None:

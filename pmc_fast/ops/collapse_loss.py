@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.ops import _autograd, _checks
+from pmc_fast.ops._autocast import outside_autocast
 from pmc_fast.ops.linear_logprob import empty_gradients, filled
 
 
@@ -77,6 +78,7 @@ def collapse_loss(
 
 
 @torch.library.custom_op("pmc_fast::collapse_loss", mutates_args=())
+@outside_autocast
 def _collapse_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -134,6 +136,15 @@ def _scale_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient.mul_(upstream)
 
 
+def _scaled_copy(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return _scale_in_place(gradient.clone(), upstream)
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """In upstream's dtype: a GPU would round it to that of a float16 gradient, where 65536, a usual scale of losses, is inf."""
+    return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
+
+
 def _backward(ctx, upstream, *of_gradients):
     if any(second is not None for second in of_gradients):
         raise RuntimeError(_autograd.only_once("collapse_loss"))
@@ -141,9 +152,14 @@ def _backward(ctx, upstream, *of_gradients):
         return (None,) * ctx.count
     token_nll, *saved = ctx.saved_tensors[:4]
     # The gradients are scaled in place unless the graph is kept for another backward pass, or is being traced (tracers hand
-    # in subclasses of Tensor) or transformed: the head's is too large to copy.
-    traced = type(upstream) is not Tensor or _autograd.in_transform()
-    scale = torch.mul if traced or torch._C._autograd._get_current_graph_task_keep_graph() else _scale_in_place
+    # in subclasses of Tensor), transformed or batched: the head's is too large to copy.
+    batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # by torch.autograd.grad(is_grads_batched=True)
+    if type(upstream) is not Tensor or _autograd.in_transform() or batched:
+        scale = _scaled
+    elif torch._C._autograd._get_current_graph_task_keep_graph():
+        scale = _scaled_copy
+    else:
+        scale = _scale_in_place
     d_hidden, d_weight, d_bias = (
         scale(g, upstream) if need else None for g, need in zip(saved, ctx.needs, strict=True)
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 from pmc_fast import backend
 from pmc_fast.gpu.checks import no_bad_row, report_scores
 from pmc_fast.ops import _autograd, _checks
+from pmc_fast.ops._autocast import outside_autocast
 
 NO_GRADIENTS = (
     "decode_attention is for inference and has no gradients; call it within torch.no_grad(), or train with "
@@ -56,15 +57,15 @@ def decode_attention(
         [N, H, D], dtype of query.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or range; scores that are not finite; a tensor that
-            requires a gradient.
+        TypeError, ValueError: an argument of the wrong dtype, shape or range; scores that are NaN or +inf, or nothing but
+            -inf; a tensor that requires a gradient.
         BackendUnavailable: the implementation named cannot run.
 
     Source: Vaswani et al., arXiv 1706.03762, equation 1.
     """
     _checks.tensor("query", query)
-    if query.dim() != 3:
-        raise ValueError(f"query: got shape {list(query.shape)}, expected [N, H, D]")
+    if query.dim() != 3 or query.shape[2] == 0:
+        raise ValueError(f"query: got shape {list(query.shape)}, expected [N, H, D] with D at least 1")
     if query.dtype not in _checks.FLOATING:
         raise TypeError(f"query: got dtype {query.dtype}, expected float32, bfloat16, float16 or float64")
     rows, heads, dim = query.shape
@@ -119,6 +120,7 @@ def _refuse_gradients(**tensors: Tensor | None) -> None:
 
 
 @torch.library.custom_op("pmc_fast::decode_attention", mutates_args=())
+@outside_autocast
 def _decode_attention(
     query: Tensor,
     key: Tensor,

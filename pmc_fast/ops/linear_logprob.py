@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.ops import _autograd, _checks
+from pmc_fast.ops._autocast import outside_autocast
 
 
 def linear_logprob(
@@ -59,6 +60,7 @@ def linear_logprob(
 
 
 @torch.library.custom_op("pmc_fast::linear_logprob", mutates_args=())
+@outside_autocast
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -93,6 +95,7 @@ def _(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_in
 
 
 @torch.library.custom_op("pmc_fast::linear_logprob_backward", mutates_args=())
+@outside_autocast
 def _linear_logprob_backward(
     upstream: Tensor,
     hidden: Tensor,

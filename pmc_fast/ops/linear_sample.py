@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.ops import _checks
+from pmc_fast.ops._autocast import outside_autocast
 from pmc_fast.ops.sample import Sample, coordinates, empty_sample, preferred
 
 
@@ -63,6 +64,7 @@ def linear_sample(
 
 
 @torch.library.custom_op("pmc_fast::linear_sample", mutates_args=())
+@outside_autocast
 def _linear_sample(
     hidden: Tensor,
     weight: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 from pmc_fast import backend
 from pmc_fast.errors import described
 from pmc_fast.ops import _autograd, _checks
+from pmc_fast.ops._autocast import outside_autocast
 
 
 def packed_attention(
@@ -77,10 +78,7 @@ def packed_attention(
     _checks.scale(scale)
     _checks.soft_cap(softcap)
     if window is not None:
-        wanted = "None or an integer of at least 1"
-        _checks.number("window", window, wanted, _checks.INTEGERS)
-        if window < 1:
-            raise ValueError(f"window: got {window}, expected {wanted}")
+        _checks.integer("window", window, "None or an integer in [1, 2^63)", 1)
     out, _ = _differentiable(query, key, value, list(lengths), scale, softcap, window, impl)
     return out
 
@@ -96,6 +94,7 @@ def _lengths(lengths: Sequence[int], tokens: int) -> None:
 
 
 @torch.library.custom_op("pmc_fast::packed_attention", mutates_args=())
+@outside_autocast
 def _packed_attention(
     query: Tensor,
     key: Tensor,
@@ -119,6 +118,7 @@ def _(query, *args):
 
 
 @torch.library.custom_op("pmc_fast::packed_attention_backward", mutates_args=())
+@outside_autocast
 def _packed_attention_backward(
     upstream: Tensor,
     query: Tensor,

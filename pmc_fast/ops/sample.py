@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.ops import _checks
+from pmc_fast.ops._autocast import outside_autocast
 
 
 class Sample(NamedTuple):
@@ -111,6 +112,7 @@ def preferred(device_type: str, temperature: float, top_k: int | None, top_p: fl
 
 
 @torch.library.custom_op("pmc_fast::sample", mutates_args=())
+@outside_autocast
 def _sample(
     logits: Tensor,
     temperature: float,

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pmc_fast.ops import _autograd, _checks
+from pmc_fast.ops._autocast import outside_autocast
 from pmc_fast.parallel_head.head import check_finite, local_head
 from pmc_fast.parallel_head.shards import VocabShards, shards_of
 from pmc_fast.reference import head
@@ -87,6 +88,7 @@ class _LogProb(torch.autograd.Function):
     """Log-probabilities of targets. The logits of a single chunk are kept; of several, the backward pass makes them again."""
 
     @staticmethod
+    @outside_autocast
     def forward(ctx, op, rows, hidden, weight, bias, target, shards, softcap, logit_scale, temperature):
         mine = (target >= shards.begin) & (target < shards.end)
         local_target = torch.where(mine, target - shards.begin, 0)
@@ -113,6 +115,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     @torch.no_grad()
+    @outside_autocast
     def _gradients(ctx, upstream):
         hidden, weight, bias, local_target, mine, mass, kept = ctx.saved_tensors
         shards, softcap, logit_scale, temperature = ctx.options

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pmc_fast import backend
 from pmc_fast.ops import Sample, _checks
+from pmc_fast.ops._autocast import outside_autocast
 from pmc_fast.ops.sample import coordinates
 from pmc_fast.parallel_head.head import check_finite, local_head
 from pmc_fast.parallel_head.shards import VocabShards, shards_of
@@ -69,6 +70,7 @@ def linear_sample(
     shards = shards_of(weight, shards)
     weight, bias = local_head(shards, hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
+    seed = int(seed)  # one of NumPy's overflows where its bits are masked
     rows = hidden if hidden_row is None else hidden_row
     if hidden_row is not None:
         _checks.tensor("hidden_row", hidden_row)
@@ -77,7 +79,7 @@ def linear_sample(
     _checks.coordinates(sequence, position, rows)
     sequence, position = coordinates(rows, sequence, position)
 
-    logits = head.logits(hidden, weight, bias, softcap, logit_scale).float()
+    logits = outside_autocast(head.logits)(hidden, weight, bias, softcap, logit_scale).float()
     logits = logits if hidden_row is None else logits[hidden_row]
     top = shards.gather(logits.amax(-1)).amax(0)
     shift = top if temperature == 0 else top / temperature

@@ -40,7 +40,7 @@ def decode_attention(
         left_out |= position >= prefix_positions + length[:, None]
     left_out = left_out[:, None, None]
     scores = scores.masked_fill(left_out, -math.inf)
-    bad = ~torch.isfinite(scores.masked_fill(left_out, 0)).flatten(1).all(1)
+    bad = ~torch.isfinite(scores.amax(-1)).flatten(1).all(1)  # NaN wins a maximum
     if bad.any():
         raise scores_not_finite(int(bad.nonzero()[0]))
     return (scores.softmax(-1) @ value.to(wide).masked_fill(left_out.transpose(2, 3), 0)).view_as(query).to(query.dtype)

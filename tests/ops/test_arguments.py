@@ -103,8 +103,21 @@ def test_what_the_errors_say():
             call()
 
 
+def shared_draw(hidden, **options):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return parallel_head.linear_sample(hidden, WEIGHT, shards=VocabShards.of(WEIGHT), **options)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_numbers_of_numpy(rng_seed):
     options = {"temperature": 0.5, "logit_scale": 2, "softcap": 4.0}
     numpys = {"temperature": np.float32(0.5), "logit_scale": np.int64(2), "softcap": np.float64(4)}
     got, want = (linear_logprob(HIDDEN, WEIGHT, TARGET, **each) for each in (numpys, options))
     assert torch.equal(got, want)
+    options = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.25, "seed": 7}
+    numpys = {"top_k": np.int64(3), "top_p": np.float32(0.5), "min_p": np.float16(0.25), "seed": np.uint8(7)}
+    for draw in (sample, shared_draw):
+        got, want = (draw(HIDDEN, **{**options, **each}) for each in (numpys, options))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

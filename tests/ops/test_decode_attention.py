@@ -192,6 +192,20 @@ def test_strides(impl, rng_seed):
         assert_near(decode_attention(*inputs, first, impl=impl), want, torch.float32)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory that is never touched costs nothing on a CPU alone")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strides_beyond_32_bits(impl, tmp_path, rng_seed):
+    far = 2**30 + 64  # times the 3 heads between a group's first and last
+    query, key, value, first = make(2, 4, 1, 5, 16)
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=4 * far, dtype=torch.float32)
+    want = oracle(query, key, value, first)
+    for stride in ((16, far, 1), (3 * far, 16, 1)):
+        apart = memory.as_strided(query.shape, stride).copy_(query)
+        assert_near(decode_attention(apart, key, value, first, impl=impl), want, torch.float32)
+    keys = memory.as_strided(key.shape, (3 * far, 80, 16, 1), 512).copy_(key)
+    assert_near(decode_attention(query, keys, value, first, impl=impl), want, torch.float32)
+
+
 @pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
@@ -205,10 +219,29 @@ def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
 
 @pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_score_of_minus_infinity_has_no_weight(impl, rng_seed):
+    """As long as another one is finite, wherever that is."""
+    query, key, value, first = make(length=150)
+    query, first, (finite, *others) = query.abs() + 1, torch.zeros_like(first), torch.randperm(150)
+    key[:, :, others] = -math.inf
+    want = value[:, :, finite].repeat_interleave(3, 1)
+    torch.testing.assert_close(decode_attention(query, key, value, first, impl=impl), want)
+    key[2, :, finite] = -math.inf
+    with pytest.raises(ValueError, match="the scores of row 2 hold NaN or .inf, or nothing but -inf"):
+        decode_attention(query, key, value, first, impl=impl)
+
+
+@pytest.mark.refuses_values
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"query": torch.zeros(5, 6)}, ValueError, r"query: got shape \[5, 6\]"),
+        (
+            {"query": torch.zeros(5, 6, 0), **dict.fromkeys(("key", "value"), torch.zeros(5, 2, 13, 0))},
+            ValueError,
+            r"query: got shape \[5, 6, 0\], expected \[N, H, D\] with D at least 1",
+        ),
         ({"query": torch.zeros(5, 6, 40, dtype=torch.int32)}, TypeError, "query: got dtype torch.int32"),
         ({"key": torch.zeros(5, 2, 0, 40)}, ValueError, r"key: got shape \[5, 2, 0, 40\], expected \[5, K, T, 40\]"),
         ({"key": torch.zeros(5, 4, 13, 40), "value": torch.zeros(5, 4, 13, 40)}, ValueError, "key: got 4 heads"),
@@ -217,6 +250,7 @@ def test_scores_that_are_no_numbers_are_named(impl, rng_seed):
         ({"first": torch.full((5,), 13)}, ValueError, r"first: got 13 at row 0, expected integers in \[0, 13\)"),
         ({"first": torch.zeros(4, dtype=torch.int64)}, ValueError, r"first: got shape \[4\]"),
         ({"scale": math.nan}, ValueError, "scale: got nan"),
+        ({"scale": -1e300}, ValueError, r"scale: got -1e\+300, expected None or a number in .* \(float32's range\)"),
         ({"softcap": 0.0}, ValueError, "softcap: got 0.0"),
     ],
 )

@@ -121,6 +121,16 @@ def test_the_hessian_is_refused_rather_than_zero(loss, inputs):
         torch.autograd.functional.hessian(lambda x: loss(x, *others), hidden)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_upstream_gradients_at_once(loss, dtype, inputs):
+    hidden, weight, *others = inputs
+    leaf = hidden.to(dtype).requires_grad_()
+    value = loss(leaf, weight.to(dtype), *others)
+    (batch,) = torch.autograd.grad(value, leaf, torch.tensor([1.0, 3.0]), retain_graph=True, is_grads_batched=True)
+    for got, upstream in zip(batch, (1, 3), strict=True):
+        torch.testing.assert_close(got, *torch.autograd.grad(upstream * value, leaf, retain_graph=True))
+
+
 def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, in_torch, inputs):
     hidden, *others = inputs
     hidden.requires_grad_()

@@ -84,6 +84,37 @@ def test_linear_logprob(impl, head, bias, dtype, rng_seed):
             assert_near(leaf.grad, gradient, dtype)
 
 
+@pytest.mark.parametrize("softcap", [1e4, 1e6, 3e38])
+def test_a_large_soft_cap_takes_nothing_from_small_logits(impl, softcap, rng_seed):
+    hidden, weight, b, target = make()
+    upstream = torch.rand(len(target))
+    capped = {"softcap": softcap, "logit_scale": 1.0}
+    logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl, **capped)
+    gradients = torch.autograd.grad(logprob, (hidden, weight, b), upstream)
+    want, exact = oracle(hidden, weight, b, target, upstream, **capped)
+    for got, ideal in zip((logprob, *gradients), (want, *exact), strict=True):
+        assert_near(got, ideal, torch.float32)
+    loss = collapse_loss(hidden, weight, target, upstream, bias=b, impl=impl, **capped)
+    assert_near(loss.token_nll, -want, torch.float32)
+    drawn = linear_sample(hidden, weight, bias=b, impl=impl, **capped)
+    assert_near(drawn.logprob, oracle(hidden, weight, b, drawn.token, upstream, **capped)[0], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_bias_of_any_stride(impl, dtype, step, rng_seed):
+    hidden, weight, _, target = make(rows=5, dtype=dtype, bias=False)
+    held = torch.full((1 + 2 * len(weight),), math.nan).index_fill(0, torch.tensor(1), 0.5)
+    held[1::2] = torch.randn(len(weight))
+    b = held.to(dtype).as_strided((len(weight),), (step,), 1)
+    upstream = torch.rand(len(target))
+    want, _ = oracle(hidden, weight, b, target, upstream, **HEADS[0])
+    assert_near(linear_logprob(hidden, weight, target, bias=b, impl=impl), want, dtype)
+    assert_near(collapse_loss(hidden, weight, target, upstream, bias=b, impl=impl).token_nll, -want, dtype)
+    drawn = linear_sample(hidden, weight, bias=b, impl=impl)
+    assert_near(drawn.logprob, oracle(hidden, weight, b, drawn.token, upstream, **HEADS[0])[0], dtype)
+
+
 @pytest.mark.parametrize("isa", library().instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS, ids=str)
@@ -397,11 +428,20 @@ def test_bad_input(op, impl):
         ({"weight": weight.bfloat16()}, TypeError, "weight: got dtype torch.bfloat16"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias: got shape \[3\]"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
+        ({"softcap": 1e-50}, ValueError, r"softcap: got 1e-50, expected None or a number in \[1.175e-38, 3.403e\+38\]"),
+        ({"softcap": 1e300}, ValueError, r"softcap: got 1e\+300"),
         ({"logit_scale": math.inf}, ValueError, "logit_scale: got inf"),
+        ({"logit_scale": 0}, ValueError, "logit_scale: got 0, expected a number in .* or the negative of one"),
+        ({"logit_scale": -1e-50}, ValueError, "logit_scale: got -1e-50"),
         ({"hidden": hidden + math.nan}, ValueError, "hold NaN"),
     ]
     if op != "linear_sample":
         cases += [
+            (
+                {"ignore_index": 2**63},
+                ValueError,
+                r"ignore_index: got 9223372036854775808, expected None or an integer",
+            ),
             ({"target": target[1:]}, ValueError, "target: got shape"),
             ({"target": target.int()}, TypeError, "target: got dtype torch.int32"),
             (

@@ -277,7 +277,8 @@ def test_a_gradient_is_made_for_who_wants_one(impl, rng_seed):
         ({"lengths": torch.tensor([3, 5])}, TypeError, "lengths: got a value of type Tensor, expected a list or tuple"),
         ({"scale": math.inf}, ValueError, "scale: got inf"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
-        ({"window": 0}, ValueError, "window: got 0, expected None or an integer of at least 1"),
+        ({"window": 0}, ValueError, r"window: got 0, expected None or an integer in \[1, 2\^63\)"),
+        ({"window": 2**63}, ValueError, "window: got 9223372036854775808"),
         ({"window": 2.0}, TypeError, "window: got 2.0, expected None or an integer"),
     ],
 )

@@ -198,6 +198,7 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(top, imp
         ({"temperature": math.inf}, ValueError, "temperature: got inf"),
         ({"temperature": 1e-40}, ValueError, r"temperature: got 1e-40, expected a number in \[1.175e-38, 3.403e\+38\]"),
         ({"top_k": 0}, ValueError, "top_k: got 0"),
+        ({"top_k": 2**63}, ValueError, r"top_k: got 9223372036854775808, expected None or an integer in \[1, 2\^63\)"),
         ({"top_p": 0.0}, ValueError, "top_p: got 0.0"),
         ({"top_p": 1.01}, ValueError, "top_p: got 1.01"),
         ({"min_p": 1.5}, ValueError, "min_p: got 1.5"),
