@@ -264,7 +264,10 @@ class PmcFast:
         self.references = self._start["ledger"]["initial_answers"]
 
     def collapse_gradients(self, answers: Sequence[str]) -> float:
-        entries = {str(index): {"text": answer, "tokens": [], "score": 0.0} for index, answer in enumerate(answers)}
+        entries = {
+            str(index): {"text": answer, "tokens": self._task.prompts.answer_ids(answer), "score": 0.0}
+            for index, answer in enumerate(answers)
+        }
         self._pmc.load_state_dict({**self._start, "ledger": {**self._start["ledger"], "entries": entries}})
         loss = self._pmc.loss(self._indices, self._task.retain)
         loss.backward()

@@ -200,7 +200,8 @@ def test_a_model_that_somebody_changed_is_left_to_its_modules(family, change, bu
     assert built[0] is not None and built[1] is None
     want = by_modules(model, rng_seed, monkeypatch)
     assert torch.equal(got.tokens, want.tokens)
-    assert before.tokens.shape != got.tokens.shape or not torch.equal(before.tokens, got.tokens)
+    # Tokens may be the same by chance.
+    assert before.tokens.shape != got.tokens.shape or not torch.allclose(before.logprobs, got.logprobs, 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize(
