@@ -85,6 +85,7 @@ def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = 
         ValueError: `impl` is not the name of an implementation.
         BackendUnavailable: the one named cannot run; it never falls back to another.
     """
+    check(impl)
     if impl is None:
         if prefer is not None and why_not(op, prefer, device_type, dtype) is None:
             return prefer
@@ -97,11 +98,15 @@ def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = 
             if name == "native" and reason == missing_library():
                 _warn_once(reason)
         raise BackendUnavailable(f"no implementation of {op} runs on {device_type} with {dtype}")
-    if impl not in PACKAGES:
-        raise ValueError(f"impl: got {impl!r}, expected None or one of {', '.join(map(repr, PACKAGES))}")
     if reason := why_not(op, impl, device_type, dtype):
         raise BackendUnavailable(f"{op}(impl={impl!r}): {reason}")
     return impl
+
+
+def check(impl: str | None) -> None:
+    """That it is None or the name of an implementation, of whichever op."""
+    if impl is not None and (not isinstance(impl, str) or impl not in PACKAGES):
+        raise ValueError(f"impl: got {impl!r}, expected None or one of {', '.join(map(repr, PACKAGES))}")
 
 
 def load(op: str, impl: str, function: str | None = None) -> Callable:

@@ -79,12 +79,18 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _by_option(message: str, options: argparse.Namespace, arguments: Sequence[str]) -> str:
     """A message about an argument of the Python API, about the option that was typed instead."""
     name, colon, rest = message.partition(": ")
-    if not colon or name not in options:
+    if not colon or name not in options or name in _paths(options):  # a folder may be called "model"
         return message
     option = f"--{name.replace('_', '-')}"
     typed = [word.partition("=")[0] for word in arguments]
     option = next((alias for alias in _ALIASES.get(name, ()) if alias in typed), option)
     return f"{option}: {rest.replace('expected None or', 'expected')}"
+
+
+def _paths(options: argparse.Namespace) -> list[str]:
+    """The names of files and folders that were given."""
+    given = (getattr(options, name, None) for name in _PATHS)
+    return [path for one in given if one is not None for path in (one if isinstance(one, list) else [one])]
 
 
 @contextmanager

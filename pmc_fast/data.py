@@ -49,9 +49,10 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[QA]) -> None:
         if not isinstance(row, QA):
             raise UserError(f"rows: row {number} is {described(row)}, expected a QA")
         lines.append(json.dumps({"question": row.question, "answer": row.answer}, ensure_ascii=False) + "\n")
+    text = "".join(lines).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines), encoding="utf-8", newline="\n")
+        path.write_bytes(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -211,11 +210,7 @@ class _Loop:
             return
         try:
             step, seconds = state["step"], Counter({name: float(spent) for name, spent in state["seconds"].items()})
-            shapes = (
-                {name: value.shape for name, value in held.items()}
-                for held in (state["model"], self.model.state_dict())
-            )
-            if not 0 <= step <= self.steps or operator.ne(*shapes):
+            if not 0 <= step <= self.steps or _shapes(state["model"]) != _shapes(self.model.state_dict()):
                 raise ValueError
             ledger = json.loads(state["pmc"])
             self.pmc.read_state(ledger)
@@ -246,6 +241,10 @@ class _Loop:
 
 def _generator(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def _schedule(step: int, warmup: int, steps: int) -> float:

@@ -98,6 +98,13 @@ def test_sampling_is_the_models_own(padded, rng_seed):
         torch.testing.assert_close(picked, logits.amax(1), rtol=1e-4, atol=1e-4)
 
 
+def test_a_base_model_that_leads_nowhere_is_refused():
+    model = make_chunked()
+    model.elsewhere, model.model, model.get_output_embeddings = model.model, None, lambda: model.lm_head
+    with pytest.raises(UserError, match="^model: got Llama4ForCausalLM, whose base_model does not lead to its layers"):
+        LanguageModel(model)
+
+
 def test_a_packed_batch_ends_where_attention_is_scaled_by_the_place(monkeypatch, rng_seed):
     """In the row, whatever the positions are; each token of a shorter batch is exact."""
     assert (

@@ -268,6 +268,8 @@ def test_rows_that_are_none_are_not_written(tmp_path):
     (tmp_path / "rows.jsonl").write_text("kept")
     with pytest.raises(UserError, match="^rows: row 1 is a value of type dict, expected a QA"):
         write_jsonl(tmp_path / "rows.jsonl", [QA("a?", "b"), {"question": "a?", "answer": "b"}])
+    with pytest.raises(UnicodeEncodeError):
+        write_jsonl(tmp_path / "rows.jsonl", [QA("a?", "half of a pair: \ud800")])
     assert (tmp_path / "rows.jsonl").read_text() == "kept"
 
 

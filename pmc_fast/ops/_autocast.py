@@ -16,7 +16,7 @@ def outside_autocast(function: Callable) -> Callable:
     @wraps(function)
     def call(*args):
         device = next(x.device.type for x in args if isinstance(x, Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)

@@ -95,10 +95,19 @@ def _transformable(op: Callable, name: str, save: Callable, backward: Callable) 
         def pick(x, dim, i):
             return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
 
-        one_by_one = [call(*map(pick, args, in_dims, repeat(i))) for i in range(info.batch_size)]
-        if isinstance(one_by_one[0], Tensor):
-            return torch.stack(one_by_one), 0
-        outputs = tuple(map(torch.stack, zip(*one_by_one, strict=True)))
+        def without_values(x, dim):
+            if not isinstance(x, Tensor):
+                return x
+            return x.new_empty(x.shape if dim is None else [*x.shape[:dim], *x.shape[dim + 1 :]], device="meta")
+
+        if info.batch_size:
+            found, join = [call(*map(pick, args, in_dims, repeat(i))) for i in range(info.batch_size)], torch.stack
+        else:  # whose results have shapes all the same
+            found = [call(*map(without_values, args, in_dims))]
+            join = lambda outputs: outputs[0].new_empty(0, *outputs[0].shape, device=args[0].device)  # noqa: E731
+        if isinstance(found[0], Tensor):
+            return join(found), 0
+        outputs = tuple(map(join, zip(*found, strict=True)))
         return outputs, (0,) * len(outputs)
 
     methods = {

@@ -66,13 +66,17 @@ def collapse_loss(
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
     _checks.ignored(ignore_index)
+    backend.check(impl)
     _checks.vector(
         "token_weight", token_weight, hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32), hidden
     )
     grads, transform = torch.is_grad_enabled(), _autograd.in_transform()  # within one, requires_grad may be hidden
     needs = [grads and t is not None and (transform or t.requires_grad) for t in (hidden, weight, bias)]
+    # A 0 made of the inputs, for `_autograd.once`: to save them would keep them in memory until the backward pass.
+    of = [x for x in (hidden, weight, token_weight, bias) if x is not None and x.requires_grad]
+    behind = sum(x[:0].sum() for x in of) if of and grads and not transform else None
     loss, token_nll, *_ = _differentiable(
-        hidden, weight, target, token_weight, bias, softcap, logit_scale, ignore_index, needs, impl
+        hidden, weight, target, token_weight, bias, behind, softcap, logit_scale, ignore_index, needs, impl
     )
     return CollapseLoss(loss, token_nll.detach())
 
@@ -85,6 +89,7 @@ def _collapse_loss(
     target: Tensor,
     token_weight: Tensor,
     bias: Tensor | None,
+    behind: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int | None,
@@ -109,7 +114,7 @@ def _collapse_loss(
 
 
 @_collapse_loss.register_fake
-def _(hidden, weight, target, token_weight, bias, softcap, logit_scale, ignore_index, needs, impl):
+def _(hidden, weight, target, token_weight, bias, behind, softcap, logit_scale, ignore_index, needs, impl):
     return (
         torch.empty_like(token_weight.sum()),
         torch.empty_like(token_weight),
@@ -119,11 +124,8 @@ def _(hidden, weight, target, token_weight, bias, softcap, logit_scale, ignore_i
 
 def _save(ctx, inputs, output):
     _, token_nll, *gradients = output
-    ctx.needs, ctx.count = inputs[8], len(inputs)
-    hidden, weight, _, token_weight, bias, *_ = inputs
-    # For `_autograd.once`. A weight made for this call, such as autocast's, would stay for it, and nobody trains that.
-    of = hidden, weight if weight.is_leaf else None, token_weight, bias
-    ctx.save_for_backward(token_nll, *gradients, *of)
+    ctx.needs, ctx.count = inputs[9], len(inputs)
+    ctx.save_for_backward(token_nll, *gradients, inputs[5])
     ctx.set_materialize_grads(False)  # or backward would fill zeros the size of the head for outputs that nobody sees
 
 
@@ -150,7 +152,7 @@ def _backward(ctx, upstream, *of_gradients):
         raise RuntimeError(_autograd.only_once("collapse_loss"))
     if upstream is None:
         return (None,) * ctx.count
-    token_nll, *saved = ctx.saved_tensors[:4]
+    token_nll, *saved, _ = ctx.saved_tensors
     # The gradients are scaled in place unless the graph is kept for another backward pass, or is being traced (tracers hand
     # in subclasses of Tensor), transformed or batched: the head's is too large to copy.
     batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # by torch.autograd.grad(is_grads_batched=True)

@@ -89,6 +89,7 @@ def decode_attention(
     if torch.is_grad_enabled():
         _refuse_gradients(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
     prefix = (prefix_key, prefix_value, prefix_row)
+    backend.check(impl)
     return _without_derivatives(query, key, value, first, scale, softcap, *prefix, length, impl)
 
 

@@ -55,6 +55,7 @@ def linear_logprob(
     _checks.vector("target", target, hidden.shape[0], torch.int64, hidden)
     _checks.ignored(ignore_index)
     _checks.temperature(temperature, allow_zero=False)
+    backend.check(impl)
     logprob, _ = _differentiable(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl)
     return logprob
 

@@ -55,6 +55,7 @@ def linear_sample(
     """
     _checks.head(hidden, weight, bias, softcap, logit_scale)
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
+    backend.check(impl)
     if hidden_row is not None:
         _checks.tensor("hidden_row", hidden_row)
         _checks.vector("hidden_row", hidden_row, hidden_row.numel(), torch.int64, hidden)

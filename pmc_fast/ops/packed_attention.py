@@ -79,6 +79,7 @@ def packed_attention(
     _checks.soft_cap(softcap)
     if window is not None:
         _checks.integer("window", window, "None or an integer in [1, 2^63)", 1)
+    backend.check(impl)
     out, _ = _differentiable(query, key, value, list(lengths), scale, softcap, window, impl)
     return out
 

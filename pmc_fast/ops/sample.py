@@ -69,6 +69,7 @@ def sample(
     if logits.shape[1] == 0:
         raise ValueError(f"logits: got shape {list(logits.shape)}, expected at least one token")
     _checks.sampling(temperature, top_k, top_p, min_p, seed)
+    backend.check(impl)
     _checks.coordinates(sequence, position, logits)
     return Sample(*_sample(logits, temperature, top_k, top_p, min_p, seed, sequence, position, impl))
 

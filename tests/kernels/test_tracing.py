@@ -47,7 +47,7 @@ def test_gradients_on_a_gpu(needs):
             upstream, hidden, weight, target, torch.empty(7, 2), bias, None, 1.0, 1.0, None, needs, "triton"
         )
         _, _, *fused = import_module("pmc_fast.ops.collapse_loss")._collapse_loss(
-            hidden, weight, target, upstream, bias, None, 1.0, None, needs, "triton"
+            hidden, weight, target, upstream, bias, None, None, 1.0, None, needs, "triton"
         )
     for found in (gradients, fused):
         for gradient, like, need in zip(found, (hidden, weight, bias), needs, strict=True):

@@ -81,6 +81,9 @@ def refuses_other_types(op, arguments):
 @pytest.mark.parametrize("op", ARGUMENTS, ids=lambda op: op.__name__)
 def test_other_types(op):
     refuses_other_types(op, ARGUMENTS[op])
+    for impl in (3, True, ["native"], "fast"):
+        with pytest.raises(ValueError, match="^impl: got .*, expected None or one of 'cuda', "):
+            op(**ARGUMENTS[op], impl=impl)
 
 
 @pytest.mark.parametrize("op", SHARED, ids=lambda op: op.__name__)

@@ -13,6 +13,7 @@ from pmc_fast import (
     parallel_head,
     sample,
 )
+from pmc_fast.ops._autocast import outside_autocast
 from pmc_fast.parallel_head import VocabShards
 
 
@@ -51,6 +52,10 @@ def test_ops(impl, dtype, rng_seed):
     with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
         got = results(hidden, weight, target, impl)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_device_that_has_no_autocast():
+    assert outside_autocast(torch.square)(torch.empty(3, device="meta")).shape == (3,)
 
 
 def test_ops_with_a_shared_head(rng_seed):

@@ -98,14 +98,16 @@ def test_a_second_backward_pass_is_refused(loss, inputs):
     refuse_second_derivatives(loss, *inputs)
 
 
-def test_a_weight_that_was_made_for_the_call_is_not_kept(inputs):
-    """As autocast makes one of a head: it would be in memory until the backward pass."""
+def test_what_has_its_gradient_is_not_kept(inputs):
+    """It would be in memory until the backward pass, as a weight that autocast made for the call."""
     hidden, weight, *rest = inputs
     hidden, kept = hidden.bfloat16().requires_grad_(), []
     copy = weight.requires_grad_().bfloat16()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
         loss = collapse_loss(hidden, copy, *rest).loss
-    assert copy.data_ptr() not in kept and hidden.data_ptr() in kept
+    assert not {copy.data_ptr(), hidden.data_ptr()} & set(kept)
+    with torch.no_grad():
+        hidden.zero_(), weight.zero_()  # it does not look at them again
     loss.backward()
     assert weight.grad is not None
 
@@ -115,10 +117,19 @@ def test_a_second_backward_pass_is_refused_with_a_shared_head(loss, inputs, one_
     refuse_second_derivatives(loss, *inputs)
 
 
-def test_the_hessian_is_refused_rather_than_zero(loss, inputs):
+def test_vmap_over_no_rows(loss, in_torch, inputs):
     hidden, *others = inputs
-    with pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order"):
-        torch.autograd.functional.hessian(lambda x: loss(x, *others), hidden)
+    none = hidden.new_empty(0, *hidden.shape)
+    for each in (loss, in_torch):
+        assert vmap(lambda x, f=each: f(x, *others))(none).shape == (0,)
+        assert grad(lambda x, f=each: vmap(lambda y: f(y, *others))(x).sum())(none).shape == none.shape
+
+
+def test_the_hessian_is_refused_rather_than_zero(loss, inputs):
+    hidden, weight, *others = inputs
+    for of, leaf in ((lambda x: loss(x, weight, *others), hidden), (lambda x: loss(hidden, x, *others), weight)):
+        with pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order"):
+            torch.autograd.functional.hessian(of, leaf)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

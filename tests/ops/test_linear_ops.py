@@ -473,7 +473,7 @@ def test_opcheck(impl, rng_seed):
     )
     torch.library.opcheck(
         import_module("pmc_fast.ops.collapse_loss")._collapse_loss,
-        (hidden, weight, target, token_weight, b, 3.0, 1.0, IGNORED, [True, True, True], impl),
+        (hidden, weight, target, token_weight, b, None, 3.0, 1.0, IGNORED, [True, True, True], impl),
     )
 
 
