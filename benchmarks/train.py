@@ -94,7 +94,9 @@ def measure(case: Case, repeats: int, limits: Limits) -> list[Row]:
     for name, work in contestants.items():
         work()  # so that what is allocated once is there
         case.clear()
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:  # which keeps what memory would count
+        with FlopCounterMode(
+            display=False, custom_mapping=FORMULAS
+        ) as counter:  # memory is measured without its hooks on modules
             work()
         case.clear()
         with PeakMemory(case.task.device) as peak:
