@@ -237,11 +237,19 @@ def warps_of(block: int) -> int:
 
 
 def variants(capability: int) -> list[Variant]:
-    """The kernels at the layers of Llama-3.2-3B and Phi-1.5; none of them depends on the GPU."""
+    """The kernels at the layers of Llama-3.2-3B and Phi-1.5, in training, too; none of them depends on the GPU."""
     listed = []
-    for name, size, kind, bias in (("Llama-3.2-3B", 3072, "*bf16", None), ("Phi-1.5", 2048, "*fp16", "*fp16")):
-        optional = {"bias": bias, "added": kind, "total": "*fp32", "stats": None}
-        signature = {"x": "*fp32", "weight": kind, "out": kind, "size": "i32", "epsilon": "fp32", "offset": "fp32"}
+    for name, size, kind, bias, heads, stats in (
+        ("Llama-3.2-3B", 3072, "*bf16", None, False, None),
+        ("Phi-1.5", 2048, "*fp16", "*fp16", False, None),
+        ("Llama-3.2-3B in training", 3072, "*bf16", None, False, "*fp32"),
+        ("Phi-1.5 in training", 2048, "*fp16", "*fp16", False, "*fp32"),
+        ("Qwen3's heads in training", 128, "*bf16", None, True, "*fp32"),
+    ):
+        added, total = (None, None) if heads else (kind, "*fp32")
+        optional = {"bias": bias, "added": added, "total": total, "stats": stats}
+        signature = {"x": kind if heads else "*fp32", "weight": kind, "out": kind}
+        signature |= {"size": "i32", "epsilon": "fp32", "offset": "fp32"}
         signature |= dict.fromkeys(("x_stride", "added_stride", "total_stride", "out_stride"), "i32")
         block = triton.next_power_of_2(size)
         listed.append(
@@ -252,9 +260,8 @@ def variants(capability: int) -> list[Variant]:
                 constants=absent(optional) | {"CENTERED": bias is not None, "SIZE": block},
                 num_warps=warps_of(block),
                 num_stages=3,
-                aligned=("x", "added", "total", "weight", "out", "size")
-                + ("x_stride", "added_stride", "total_stride", "out_stride")
-                + (("bias",) if bias else ()),
+                aligned=("x", "weight", "out", "size", "x_stride", "added_stride", "total_stride", "out_stride")
+                + tuple(present(optional)),
             )
         )
     for name, gelu, up in (("silu times up", False, "*bf16"), ("gelu times up", True, "*bf16"), ("gelu", True, None)):

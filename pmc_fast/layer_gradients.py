@@ -93,7 +93,7 @@ class _Products(Function):
     def forward(ctx, x, places, *wholes):
         ctx.needs_x = any(ctx.needs_input_grad[2:])
         # What made x as its first output has its backward pass after this one, so that it can make x anew until then.
-        ctx.maker = x.grad_fn if hasattr(x.grad_fn, "anew") and x.output_nr == 0 else None
+        ctx.maker = x.grad_fn if hasattr(x.grad_fn, "anew") and x.output_nr == 0 and not _is_hooked() else None
         ctx.save_for_backward(x if ctx.needs_x and ctx.maker is None else None, *wholes)
         ctx.places = places
         # Adapters of a wider dtype than x are multiplied in it.
@@ -123,6 +123,11 @@ class _Products(Function):
                 else:
                     to_x = to_x + grad @ weight
         return to_x, None, *to_wholes
+
+
+def _is_hooked() -> bool:
+    """Whether somebody else keeps what is saved, who may give it back but once, as torch.utils.checkpoint does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _write_product(a: Tensor, b: Tensor, out: Tensor) -> None:

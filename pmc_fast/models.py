@@ -199,6 +199,7 @@ class LanguageModel:
             expected = self._own_logits(ids)[0].float()
             hidden = self.hidden(ids, use_cache=False)[0]
             z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+            self.unpackable = self._why_not_packed()
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
         error, largest = (logits - expected).abs().max(), expected.abs().max()
         if self.shards is not None:
@@ -212,40 +213,37 @@ class LanguageModel:
                 f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
-        with self.turn, gathered(self.model), evaluating(self.model):
-            self.unpackable = self._why_not_packed()
 
     def _why_not_packed(self) -> str | None:
         """Sequences of a packed batch see nothing of one another: in which order they come makes no difference to them."""
-        name, found = type(self.model).__name__, []
+        name = type(self.model).__name__
         try:
-            for order in ((3, 2), (2, 3)):
-                ids, positions = zip(*((2 * length + i, i) for length in order for i in range(length)), strict=True)
-                ids, positions = (torch.tensor([x], device=self.device) for x in (ids, positions))
-                lengths = attention.PackedLengths(0, order)
-                with attention.implemented_by(attention.registered(), self.model), attention.packed(lengths):
-                    hidden = self.hidden(
-                        ids % self.head_module.weight.shape[0],
-                        position_ids=positions,
-                        attention_mask=None,
-                        packed_lengths=lengths,
-                        use_cache=False,
-                    )
-                found.append(hidden[0].float())
+            with attention.implemented_by(attention.registered(), self.model):
+                first, second = self._packed_states(3, 2), self._packed_states(2, 3).roll(-2, 0)
         except attention.LengthsLost:
             return None  # which a packed batch says again
         except Exception as error:  # somebody else's modules raise what they like
             return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
-        first, second = found[0], found[1].roll(-2, 0)
         # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the order: of SmolLM2's thirty
         # in bfloat16, those of each by 35.
-        rounded = 1e-2 if hidden.dtype in (torch.float32, torch.float64) else 0.5
+        rounded = 1e-2 if first.dtype in (torch.float32, torch.float64) else 0.5
+        first, second = first.float(), second.float()
         if bool(((first - second).norm(dim=1) <= rounded * first.norm(dim=1)).all()):
             return None
         return (
             f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
             "attention, or does not ask for position_ids"
         )
+
+    def _packed_states(self, *lengths: int) -> Tensor:
+        """The hidden states [T, D] of packed sequences of these lengths, which decide on their tokens, too."""
+        ids, positions = zip(*((2 * length + i, i) for length in lengths for i in range(length)), strict=True)
+        ids, positions = (torch.tensor([x], device=self.device) for x in (ids, positions))
+        ids %= self.head_module.weight.shape[0]
+        packed = attention.PackedLengths(0, lengths)
+        options = {"position_ids": positions, "attention_mask": None, "packed_lengths": packed, "use_cache": False}
+        with attention.packed(packed):
+            return self.hidden(ids, **options)[0]
 
     def _own_logits(self, ids: Tensor) -> Tensor:
         """What the model itself computes, of this rank's part of the vocabulary."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from copy import copy
 from weakref import WeakKeyDictionary
 
 import torch
@@ -105,13 +106,13 @@ def _observed(lm: LanguageModel) -> tuple[list[AttentionCall], bool | None]:
     )
     ids = ids % len(lm.head_module.weight)
 
-    def passed() -> tuple[attention.Watched, Tensor]:
+    def passed(lm: LanguageModel) -> tuple[attention.Watched, Tensor]:
         with attention.watching() as watched, attention.packed(lengths):
             options = {"position_ids": positions, "attention_mask": None, "packed_lengths": lengths, "use_cache": False}
             return watched, lm.hidden(ids, **options)[0, rows]
 
-    with evaluating(lm.model):
-        watched, expected = passed()
+    with lm.turn, evaluating(lm.model):
+        watched, expected = passed(lm)
         if not _is_known(lm, watched.calls):
             return watched.calls, None
         if {call.window for call in watched.calls} - {None} != watched.windows or watched.other_masks:
@@ -120,14 +121,20 @@ def _observed(lm: LanguageModel) -> tuple[list[AttentionCall], bool | None]:
             hidden = _hidden(lm, watched.calls, ids, positions, lengths, rows)
             return watched.calls, bool((hidden - expected).abs().max() <= 1e-3 * expected.abs().max())
         # What many layers make of roundings may be anything, so here one shows what the layers' classes do.
-        layers, lm.backbone.layers = lm.backbone.layers, lm.backbone.layers[:1]
-        try:
-            _, expected = passed()
-            hidden = _hidden(lm, watched.calls[:1], ids, positions, lengths, rows)
-        finally:
-            lm.backbone.layers = layers
+        one = _with_one_layer(lm)
+        _, expected = passed(one)
+        hidden = _hidden(one, watched.calls[:1], ids, positions, lengths, rows)
     error = (hidden.float() - expected.float()).norm(dim=-1)
     return watched.calls, bool((error <= ROUNDED * expected.float().norm(dim=-1)).all())
+
+
+def _with_one_layer(lm: LanguageModel) -> LanguageModel:
+    """The same modules without the other layers; other threads, and who fails, find the model as it was."""
+    one, backbone = copy(lm), object.__new__(type(lm.backbone))  # the class FSDP2 makes of it would not be copied
+    layers = {"layers": lm.backbone.layers[:1]}
+    vars(backbone).update(vars(lm.backbone), _modules=lm.backbone._modules | layers, _compiled_call_impl=None)
+    one.backbone = backbone
+    return one
 
 
 def _read(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormParts, LinearParts]:

@@ -2,10 +2,13 @@
 
 import copy
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 from tiny import FAMILIES, KNOWN, make_model
+from torch.utils.checkpoint import checkpoint
 
 from pmc_fast import packed_layers
 from pmc_fast.decoder_layers import LinearParts, NormParts
@@ -145,6 +148,43 @@ def test_what_products_are_made_of_is_not_kept(family, monkeypatch, rng_seed):
     hidden = packed.hidden(lm)
     assert hidden.requires_grad and len(made) >= 5
     assert [ref() for ref in made if ref() is not None and ref() is not hidden] == []
+
+
+def _given_back_once(run):
+    kept = {}
+
+    def keep(tensor):
+        kept[len(kept)] = tensor
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, kept.pop):
+        return run()
+
+
+def _offloaded(run):
+    with torch.autograd.graph.save_on_cpu():
+        return run()
+
+
+KEEPERS = {
+    "checkpointing": lambda run: checkpoint(run, use_reentrant=False),
+    "offloading": _offloaded,
+    "once": _given_back_once,
+}
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_what_is_saved_is_kept_by_others(family, keeper, used, rng_seed):
+    """Who may give each tensor back but once."""
+    model, packed = make_model(family, seed=rng_seed), batch()
+    lm = LanguageModel(model)
+    upstream = torch.randn_like(hidden := packed.hidden(lm))
+    want = gradients(model, hidden, upstream)
+    got = gradients(model, KEEPERS[keeper](lambda: packed.hidden(lm)), upstream)
+    assert used[:2] == [True, True]
+    for name, gradient in want.items():
+        assert gradient is None or torch.equal(got[name], gradient), name
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
@@ -450,6 +490,22 @@ def test_a_model_is_looked_at_once(monkeypatch, rng_seed):
         model.train()
         packed.hidden(lm)
     assert passes.count(lm) == 1 and len(passes) == 2
+
+
+def test_threads_whose_first_batch_is_of_one_model(used, monkeypatch, rng_seed):
+    """What is tried at first, of a bfloat16 model with one layer, none of them sees of another."""
+    monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
+    model, packed, threads = make_model("llama", seed=rng_seed, num_hidden_layers=4).bfloat16(), batch(), 6
+    layers, lms, together = model.model.layers, [LanguageModel(model) for _ in range(threads)], Barrier(threads)
+    want = packed.hidden(LanguageModel(model))
+
+    def first(lm):
+        together.wait()
+        return packed.hidden(lm)
+
+    with ThreadPoolExecutor(threads) as pool:
+        assert all(torch.equal(hidden, want) for hidden in pool.map(first, lms))
+    assert model.model.layers is layers and len(layers) == 4 and used == [True] * (threads + 1)
 
 
 def test_dtypes_that_change(used, rng_seed):

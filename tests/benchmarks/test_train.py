@@ -52,6 +52,13 @@ def test_nothing_wrong_is_timed(fault, case, monkeypatch):
     assert all(parameter.grad is None for parameter in case.task.model.parameters())
 
 
+def test_modules_are_not_timed_as_layers(case, monkeypatch):
+    monkeypatch.setattr(case, "contestants", lambda: {name: lambda: case._pass({}) for name in (OURS, train.LAYERS)})
+    ours, layers = train.measure(case, 1, Limits(1e9, {"float32": 1e9}))
+    assert ours.right and layers.right is False and layers.seconds is None
+    assert layers.evidence == "layers by modules: its layers do not take this model"
+
+
 def test_the_way_is_put_back(case):
     held = packed_layers.KERNELS
     loss = case.contestants()[train.MODULES]()
