@@ -147,7 +147,7 @@ class Sampler:
             max_new_tokens: tokens per answer at most, or int64 [B] for each prompt's; or
             max_length: padded prompt and answer together at most (give exactly one of the two).
             temperature, top_k, top_p, min_p: as in ``pmc_fast.sample``; temperature 0 is greedy.
-            eos_token_id: the token(s) that end an answer.
+            eos_token_id: the token(s) that end an answer; -1 for none.
             seed: integer in [0, 2^63).
             sequence_ids: int64 [B]; sample i of prompt b draws the noise of sequence ``sequence_ids[b] * n + i``.
                 Default 0, 1, ..., B - 1.

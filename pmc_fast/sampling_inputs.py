@@ -42,7 +42,7 @@ def check_places(device: torch.device, whose: str, tensors: dict[str, Tensor | N
 
 
 def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
-    """The tokens that end an answer."""
+    """The tokens that end an answer; -1 is none."""
     given = plain(eos_token_id)
     try:
         ends = [given] if isinstance(given, int) else [plain(end) for end in given]
@@ -50,8 +50,10 @@ def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
         ends = [None]
     if any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
         raise TypeError(f"eos_token_id: got {eos_token_id!r}, expected a token id or a list of them")
-    if any(end < 0 for end in ends):
-        raise ValueError(f"eos_token_id: got {eos_token_id!r}, expected ids of at least 0")
+    if any(end < -1 for end in ends):
+        raise ValueError(
+            f"eos_token_id: got {eos_token_id!r}, expected ids of at least 0, or -1 for answers that never end"
+        )
     if not ends:
         raise ValueError("eos_token_id: got none, expected at least one token id")
     return ends

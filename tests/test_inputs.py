@@ -252,7 +252,7 @@ def test_ops_files_and_objects_word_what_they_got_alike(value, worded, tmp_path)
             for given, message in (
                 ({"cache_budget": "1GB"}, "cache_budget: got '1GB', expected an integer, of bytes, or None"),
                 ({"prune": True}, "prune: got True, expected a pmc_fast.pruning.Pruner or None"),
-                ({"eos_token_id": -1}, "eos_token_id: got -1, expected ids of at least 0"),
+                ({"eos_token_id": -2}, "eos_token_id: got -2, expected ids of at least 0, or -1 for answers that never"),
                 ({"attention_mask": torch.ones(1, 2, device="meta")}, "attention_mask: got a tensor on meta, expected one on cpu"),
                 ({"sequence_ids": torch.ones(1, device="meta")}, "sequence_ids: got a tensor on meta, expected one on cpu"),
             )

@@ -354,3 +354,11 @@ def test_tokens_outside_of_the_vocabulary(family):
             got, want = (sampler.sample(padded, **options) for padded in (ids, ids * mask))
             assert torch.equal(got.tokens, want.tokens)
     Sampler(model).sample(torch.tensor([[0, VOCAB - 1]]), max_new_tokens=2, eos_token_id=257)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_an_end_token_no_answer_ends(family, rng_seed):
+    model, ids = make_model(family, seed=rng_seed), torch.tensor([[1, 2, 3]])
+    drawn = Sampler(model).sample(ids, num_samples=3, max_new_tokens=5, eos_token_id=-1, seed=rng_seed)
+    assert drawn.lengths.tolist() == [[5, 5, 5]] and not drawn.finished.any()
+    assert drawn.tokens.min() >= 0
