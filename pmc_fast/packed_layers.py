@@ -26,8 +26,8 @@ KERNELS = {"cpu": "native"}
 # come to what its modules do; None while a part of it is unknown, which an adapter may have been.
 _seen: WeakKeyDictionary[LanguageModel, tuple[Hashable, list[AttentionCall], bool | None]] = WeakKeyDictionary()
 
-# By how much a layer of 16-bit modules may differ in a row: each of a dozen results in it is rounded by up to 2^-9 of its size,
-# and these families differ by up to 1.6 %.
+# By how much a layer of 16-bit modules may differ in a row: each of a dozen results in it is rounded by up to 2^-9 of its size.
+# The families that are tested stay below half of it.
 ROUNDED = 2**-4
 
 
