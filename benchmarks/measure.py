@@ -40,6 +40,16 @@ class Spread:
         return cls(statistics.median(ordered), _percentile(ordered, 0.2), _percentile(ordered, 0.8))
 
 
+def times_as_long(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as long as ours theirs took: the median over the turns, since a machine slows down for both of a turn.
+
+    Where they took different numbers of turns, it is the medians' quotient.
+    """
+    if len(theirs) == len(ours):
+        return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+    return statistics.median(theirs) / statistics.median(ours)
+
+
 def _percentile(ordered: Sequence[float], fraction: float) -> float:
     place = fraction * (len(ordered) - 1)
     low = int(place)

@@ -17,7 +17,7 @@ from benchmarks import results
 from benchmarks.bench import OURS, Bench, CannotRun, Verdict, named
 from benchmarks.compiled import COMPILED
 from benchmarks.limits import Limits, measure_limits
-from benchmarks.measure import PeakMemory, Spread, Stopwatch, captured, environment, interleave
+from benchmarks.measure import PeakMemory, Spread, Stopwatch, captured, environment, interleave, times_as_long
 from benchmarks.wording import clock, size
 from pmc_fast.backend import IMPLEMENTATIONS, choose
 from pmc_fast.errors import UserError
@@ -50,7 +50,7 @@ class Row:
     evidence: str = ""
     seconds: Spread | None = None
     repeats: int = 0
-    ratio: float | None = None  # times as long as pmc_fast
+    ratio: float | None = None  # times as long as pmc_fast, turn by turn
     peak_bytes: int | None = None
     forward: Spread | None = None  # the part of `seconds` before the backward pass, where there is one
     flops: int = 0
@@ -202,7 +202,6 @@ def measure(
     times |= interleave(quick, repeats, device=device, tick=tick)
 
     spreads = {name: Spread.of(seconds) for name, seconds in times.items()}
-    ours = spreads.get(OURS)
     rows = []
     for name, verdict in verdicts.items():
         if name not in spreads:
@@ -217,7 +216,7 @@ def measure(
                 verdict.evidence,
                 spreads[name],
                 len(times[name]),
-                median / ours.median if ours else None,
+                times_as_long(times[name], times[OURS]) if OURS in times else None,
                 peaks[name],
                 Spread.of(forward) if forward else None,
                 bench.flops,

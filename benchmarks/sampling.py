@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import results, step
 from benchmarks.bench import OURS, Wrong
 from benchmarks.limits import Limits, measure_limits
-from benchmarks.measure import PeakMemory, Spread, environment, interleave
+from benchmarks.measure import PeakMemory, Spread, environment, interleave, times_as_long
 from benchmarks.ops import Row, table
 
 SCHEMA = "pmc_fast.benchmarks.sampling/1"
@@ -157,12 +157,12 @@ def measure(case: Case, repeats: int, limits: Limits, tick: Callable[[], object]
             rows[name] = replace(row, right=False, evidence=str(error), peak_bytes=None)
     right = {name: call for name, call in contestants.items() if rows[name].right}
     times = interleave(right, repeats, device=case.task.device, at_least_s=0.0, tick=tick)
-    median = {name: Spread.of(seconds).median for name, seconds in times.items()}
     for name, seconds in times.items():
         flops, moved = _work(case.task.model, first[name])
-        share = limits.seconds(flops, moved, rows[name].dtype) / median[name]
-        measured = {"seconds": Spread.of(seconds), "repeats": repeats, "ratio": median[name] / median[OURS]}
-        rows[name] = replace(rows[name], **measured, flops=flops, bytes=moved, share_of_limit=share)
+        spread, ratio = Spread.of(seconds), times_as_long(seconds, times[OURS])
+        share = limits.seconds(flops, moved, rows[name].dtype) / spread.median
+        measured = {"seconds": spread, "repeats": repeats, "ratio": ratio, "share_of_limit": share}
+        rows[name] = replace(rows[name], **measured, flops=flops, bytes=moved)
     return list(rows.values())
 
 

@@ -347,7 +347,7 @@ def distance(got: Sequence[torch.Tensor | None], want: Sequence[torch.Tensor | N
 
 
 def summary(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
-    """Medians of each contestant, the ratios between them (how many times faster ours is), the spreads and all turns."""
+    """Medians of each contestant and of the turns' ratios (how many times faster ours is), the spreads and all turns."""
     names = [field.name for field in fields(Turn)]
     median: dict[str, dict[str, Any]] = {}
     spread: dict[str, dict[str, Any]] = {}
@@ -361,15 +361,13 @@ def summary(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
         spread[contestant] = {name: s and [s.p20, s.p80] for name, s in spreads.items()}
     per_turn = [ratios(asdict(a), asdict(b)) for a, b in zip(turns[PUBLISHED], turns[OURS], strict=True)]
     of_ratios = {name: Spread.of([ratio[name] for ratio in per_turn]) for name in per_turn[0]}
-    ratio = ratios(median[PUBLISHED], median[OURS])
     if PRUNED in turns:
-        name = "sample_per_pick_pruned"
-        ratio[name] = median[PUBLISHED]["sample_s"] / median[PRUNED]["sample_s"]
         pairs = zip(turns[PUBLISHED], turns[PRUNED], strict=True)
-        of_ratios[name] = Spread.of([published.sample_s / pruned.sample_s for published, pruned in pairs])
+        per_pick = [published.sample_s / pruned.sample_s for published, pruned in pairs]
+        of_ratios["sample_per_pick_pruned"] = Spread.of(per_pick)
     return {
         **median,
-        "ratio": ratio,
+        "ratio": {name: s.median for name, s in of_ratios.items()},
         "spread": {**spread, "ratio": {name: [s.p20, s.p80] for name, s in of_ratios.items()}},
         "turns": {contestant: [asdict(turn) for turn in taken] for contestant, taken in turns.items()},
     }

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import results, step
 from benchmarks.bench import OURS, Wrong
 from benchmarks.limits import Limits, measure_limits
-from benchmarks.measure import PeakMemory, Spread, environment, interleave
+from benchmarks.measure import PeakMemory, Spread, environment, interleave, times_as_long
 from benchmarks.ops import Row, table
 from pmc_fast import packed_layers
 from pmc_fast.flops import FORMULAS
@@ -120,11 +120,11 @@ def measure(case: Case, repeats: int, limits: Limits) -> list[Row]:
         case.clear()
 
     right = {name: partial(timed, work) for name, work in contestants.items() if rows[name].right}
-    times = {name: Spread.of(took) for name, took in interleave(right, repeats, device=case.task.device).items()}
+    times = interleave(right, repeats, device=case.task.device)
     for name, seconds in times.items():
-        share = limits.seconds(rows[name].flops, rows[name].bytes, rows[name].dtype) / seconds.median
-        ratio = seconds.median / times[OURS].median
-        rows[name] = replace(rows[name], seconds=seconds, repeats=repeats, ratio=ratio, share_of_limit=share)
+        spread, ratio = Spread.of(seconds), times_as_long(seconds, times[OURS])
+        share = limits.seconds(rows[name].flops, rows[name].bytes, rows[name].dtype) / spread.median
+        rows[name] = replace(rows[name], seconds=spread, repeats=repeats, ratio=ratio, share_of_limit=share)
     return list(rows.values())
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.measure import PeakMemory, Spread, environment, interleave
+from benchmarks.measure import PeakMemory, Spread, environment, interleave, times_as_long
 
 CPU = torch.device("cpu")
 
@@ -16,6 +16,12 @@ def test_spread_interpolates():
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
     with pytest.raises(ValueError, match="at least one"):
         Spread.of([])
+
+
+def test_a_ratio_compares_within_turns():
+    ours, theirs = [1.0, 1.0, 2.0], [3.0, 6.0, 6.0]  # at half speed in the third turn, and for theirs in the second
+    assert times_as_long(theirs, ours) == 3
+    assert times_as_long([8.0], ours) == 8  # a single turn, over the median of ours
 
 
 def test_contestants_take_turns_and_who_is_first_moves_on():

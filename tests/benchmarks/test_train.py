@@ -21,7 +21,7 @@ def test_train_writes_its_schema(tmp_path, capsys, rng_seed):
     ours, modules = result["rows"]
     assert (ours["contestant"], modules["contestant"]) == (OURS, train.MODULES)
     assert ours["evidence"] == "layers by native" and modules["evidence"].startswith("layers by modules, loss off by")
-    assert modules["ratio"] == pytest.approx(modules["seconds"]["median"] / ours["seconds"]["median"])
+    assert ours["ratio"] == 1 and modules["ratio"] > 0
     # The last layer's products after attention see fewer rows.
     assert 0 < ours["flops"] < modules["flops"] and ours["share_of_limit"] > 0
     assert len(report.sections(out)) == 2  # the table, and the limits
