@@ -33,6 +33,7 @@ class _Copies:
     def __init__(self, room: int) -> None:
         self._room = room
         self._held: dict[tuple, PackedWeight] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def of(self, weight: Tensor) -> PackedWeight | None:
         """The copy of this weight, if there is one."""
@@ -44,6 +45,12 @@ class _Copies:
             self._room -= needed
             self._held[_identity(weight)] = pack(weight)
         return self.of(weight)
+
+    def scratch(self, nbytes: int) -> Tensor:
+        if len(self._scratch) < nbytes:
+            self._scratch = torch.empty(0, dtype=torch.uint8)  # goes first
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+        return self._scratch[:nbytes]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -140,6 +147,18 @@ def packed(weight: Tensor) -> PackedWeight | None:
     """The copy of this weight in the library's own layout, if there is a `fast_linear` block around that made one."""
     copies = _copies.get()
     return None if copies is None else copies.of(weight)
+
+
+def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory [rows, columns] for what lives shorter than the next call of this, kept by the `fast_linear` block around, if any.
+
+    malloc would have the system make fresh pages for more than 32 MiB each time: with a vocabulary of 262144, a seventh of a
+    sampling call.
+    """
+    copies, size = _copies.get(), (rows, columns)
+    if copies is None:
+        return torch.empty(size, dtype=dtype)
+    return copies.scratch(rows * columns * dtype.itemsize).view(dtype).view(size)
 
 
 def packed_rows(weight: Tensor, begin: int, end: int) -> PackedWeight | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from pmc_fast.cache import SampleCache, layers_of
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
+
+# Prompts are packed if that leaves so many of the tokens of the padded batch at most.
+MOST_TOKENS = 0.95
+
+# Models whose packed prompts were of no use, so that the padded ones had to be run as well: once is enough.
+_padded_only: WeakSet[LanguageModel] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Prefill:
 def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None) -> Prefill:
     """Run the model over prompts padded on the left.
 
-    On a CPU, prompts that begin alike (a chat template, a system prompt) are packed: no padding, and the beginning once.
+    On a CPU, prompts that begin alike (a chat template, a system prompt) or are of other lengths are packed: no padding, and the
+    beginning once.
 
     Raises:
         UserError: the model does not use the cache, or cannot run from it alone, or takes padding for text.
@@ -78,24 +86,29 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
 def _packed(
     lm: LanguageModel, input_ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, SampleCache, list[attention.AttentionCall]] | None:
-    """The last hidden states, cache and attention calls; None if prompts do not begin alike or the model cannot be packed."""
+    """The last hidden states, cache and attention calls; None if that saves few tokens or the model cannot be packed."""
     model, device = lm.model, input_ids.device
     if device.type != "cpu" or model.config._attn_implementation != attention.NAME or bool((mask.diff() < 0).any()):
+        return None
+    if lm in _padded_only:
         return None
     # Of chunks only the masks know, and some models scale attention by the place in a row.
     if lm.unpackable or lm.positions.chunk is not None or lm.positions.tuned is not None:
         return None
     prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     packed = pack(prompts, [[0]] * len(prompts))
-    if not (shared := packed.lengths.shared):
+    if packed.input_ids.numel() > MOST_TOKENS * input_ids.numel():
         return None
+    shared = packed.lengths.shared
     cache = SampleCache(layers_of(model.config), packed.input_ids.shape[1])
     try:
         with attention.watching() as watched:
             hidden = packed.hidden(lm, cache)
+        suits = _suits_decode_attention(cache, watched) and all(call.packed for call in watched.calls)
     except attention.LengthsLost:
-        return None
-    if not _suits_decode_attention(cache, watched) or not all(call.packed for call in watched.calls):
+        suits = False
+    if not suits:
+        _padded_only.add(lm)
         return None
     # Where each prompt's tokens lie among the packed ones: the beginning first, the rest before its last token.
     place = packed.rows[:, None] - torch.arange(input_ids.shape[1]).flip(0)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pmc_fast import fast_linear as the_module
-from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, linear, packed
+from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, linear, packed, scratch
 from pmc_fast.native.packed_linear import packed_bytes
 
 
@@ -121,6 +121,19 @@ def test_where_bfloat16_is_fast(supported, amx, vendor, fast, monkeypatch):
     monkeypatch.setattr(the_module, "_is_intel", the_module._is_intel.__wrapped__)
     monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"))
     assert the_module.has_fast_bfloat16.__wrapped__() == fast
+
+
+def test_memory_is_kept_until_the_block_ends():
+    with fast_linear(nn.Identity()):
+        memory = scratch(3, 50, torch.float32)
+        assert memory.shape == (3, 50) and memory.dtype == torch.float32
+        address = memory.data_ptr()
+        del memory
+        less = scratch(1, 50, torch.bfloat16)
+        assert less.data_ptr() == address and less.shape == (1, 50) and less.dtype == torch.bfloat16
+        assert scratch(4, 50, torch.float32).shape == (4, 50)
+    apart = [scratch(3, 50, torch.float32) for _ in range(2)]
+    assert apart[0].data_ptr() != apart[1].data_ptr()
 
 
 def test_weights_are_packed_again_in_the_next_block(rng_seed):

@@ -1,10 +1,10 @@
-"""Prompts that begin alike, packed, leave what each would leave by itself."""
+"""Prompts that begin alike or are of other lengths, packed, leave what each would leave by itself."""
 
 import pytest
 import torch
 from tiny import FAMILIES, make_model
 
-from pmc_fast import Sampler, attention, packing
+from pmc_fast import Sampler, attention
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pad_left
 from pmc_fast.prefill import prefill
@@ -14,20 +14,21 @@ QUESTIONS = [[1, 2, 3], [4], [1, 2, 9, 10, 11, 12, 13, 14], [4]]  # one asked tw
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("template", [TEMPLATE, []])
 @pytest.mark.parametrize("family", [*FAMILIES, "stablelm", "nemotron"])
-def test_same_hidden_states_and_cache(family, monkeypatch, rng_seed):
+def test_same_hidden_states_and_cache(family, template, monkeypatch, rng_seed):
     lm = LanguageModel(make_model(family, seed=rng_seed))
-    ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
+    ids, mask = pad_left([template + question for question in QUESTIONS], 256)
     tokens = []
     lm.backbone.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     with attention.replacing_sdpa(lm.model):
         packed = prefill(lm, ids, mask)
-        monkeypatch.setattr(packing, "LEAST_SHARED", len(TEMPLATE) + 1)
+        monkeypatch.setattr("pmc_fast.prefill.MOST_TOKENS", 0)
         padded = prefill(lm, ids, mask)
     packs = family != "gemma2"  # whose attention transformers runs by its own code
-    assert tokens == [len(TEMPLATE) + sum(map(len, QUESTIONS)) if packs else ids.numel(), ids.numel()]
+    assert tokens == [len(template) + sum(map(len, QUESTIONS)) if packs else ids.numel(), ids.numel()]
     assert packed.suits_decode_attention == padded.suits_decode_attention == packs
     torch.testing.assert_close(packed.hidden, padded.hidden, rtol=1e-3, atol=1e-5)
     assert torch.equal(packed.position, padded.position) and torch.equal(packed.padding, padded.padding)
@@ -39,13 +40,14 @@ def test_same_hidden_states_and_cache(family, monkeypatch, rng_seed):
             torch.testing.assert_close(held.transpose(1, 2)[seen], want.transpose(1, 2)[seen], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, []])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_answers(family, monkeypatch, rng_seed):
+def test_same_answers(family, template, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed)
-    ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
+    ids, mask = pad_left([template + question for question in QUESTIONS], 256)
     options = {"num_samples": 4, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed, "top_p": 0.9}
     packed = Sampler(model).sample(ids, mask, **options)
-    monkeypatch.setattr(packing, "LEAST_SHARED", 99)
+    monkeypatch.setattr("pmc_fast.prefill.MOST_TOKENS", 0)
     padded = Sampler(model).sample(ids, mask, **options)
     assert torch.equal(packed.tokens, padded.tokens) and torch.equal(packed.lengths, padded.lengths)
     torch.testing.assert_close(packed.logprobs, padded.logprobs, rtol=1e-3, atol=1e-4)
@@ -61,6 +63,16 @@ def test_other_attention_is_given_each_prompt_by_itself(rng_seed):
     assert filled.calls == [] and not filled.suits_decode_attention
     one = prefill(lm, ids[1:2, -12:], None)
     torch.testing.assert_close(filled.hidden[1], one.hidden[0], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("lengths", "packs"), [((30, 29, 30), False), ((30, 20, 30), True), ((30,), False)])
+def test_prompts_of_about_one_length_are_not_packed(lengths, packs, rng_seed):
+    lm = LanguageModel(make_model(seed=rng_seed))
+    ids, mask = pad_left([[number, *range(1, length)] for number, length in enumerate(lengths, 100)], 256)
+    with attention.replacing_sdpa(lm.model):
+        calls = prefill(lm, ids, mask).calls
+    assert calls and all(call.packed == packs for call in calls)
 
 
 @torch.no_grad()
@@ -85,7 +97,7 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
     ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
     options = {"num_samples": 3, "max_new_tokens": 6, "eos_token_id": 257, "seed": rng_seed}
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "LEAST_SHARED", 99)
+        patch.setattr("pmc_fast.prefill.MOST_TOKENS", 0)
         want = Sampler(model).sample(ids, mask, **options)
     inner = attention._forward
 
@@ -95,6 +107,15 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
         return inner(module, query, key, value, mask, packed_lengths=packed_lengths, **kwargs)
 
     monkeypatch.setattr(attention, "_forward", loses)
-    got = Sampler(model).sample(ids, mask, **options)
-    assert torch.equal(got.tokens, want.tokens)
-    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+    sampler, passes = Sampler(model), []
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: passes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    given_up = [ids.shape]  # padded alone
+    packed = [(1, len(TEMPLATE) + sum(map(len, QUESTIONS)))] if keeps == "none" else []  # else known from the start
+    for tried in (packed, []):
+        passes.clear()
+        got = sampler.sample(ids, mask, **options)
+        assert torch.equal(got.tokens, want.tokens)
+        torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+        assert [shape for shape in passes if shape[1] > 1] == tried + given_up

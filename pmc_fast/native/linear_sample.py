@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pmc_fast.fast_linear import scratch
 from pmc_fast.native.gemm import compute_dtype, even_chunks, write_logits
 from pmc_fast.native.sample import sample
 from pmc_fast.phases import phase
@@ -33,7 +34,7 @@ def linear_sample(
             draws = ((hidden_row >= rows.start) & (hidden_row < rows.stop)).nonzero()[:, 0]
             row = hidden_row[draws] - rows.start
         with phase("head"):
-            logits = torch.empty(rows.stop - rows.start, weight.shape[0], dtype=dtype)
+            logits = scratch(rows.stop - rows.start, weight.shape[0], dtype)
             write_logits(hidden[rows].to(dtype), weight, bias, logits)
         with phase("sample"):
             drawn = sample(

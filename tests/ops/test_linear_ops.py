@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import PeakMemory
 from pmc_fast import BackendUnavailable, collapse_loss, linear_logprob, linear_sample, sample
-from pmc_fast.fast_linear import fast_linear
+from pmc_fast.fast_linear import fast_linear, scratch
 from pmc_fast.native import gemm, library
 from pmc_fast.native.packed_linear import packed_linear
 
@@ -209,6 +209,20 @@ def test_a_packed_head_is_multiplied_as_it_is_packed(monkeypatch, rng_seed):
         got = linear_logprob(hidden, weight, target, bias=b, impl="native")
     assert len(products) == 8
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [256, 3])
+def test_logits_lie_where_those_of_the_draw_before_did(chunk, monkeypatch, rng_seed):
+    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", chunk)
+    hidden, weight, b, _ = (t.detach() for t in make(vocab=1000))
+    options = {"bias": b, "top_p": 0.9, "seed": rng_seed, "impl": "native"}
+    want = [linear_sample(hidden[:rows], weight, **options) for rows in (5, 23, 2)]
+    with fast_linear(torch.nn.Identity()):
+        memory = scratch(23, 1000, torch.float32).fill_(torch.nan)
+        got = [linear_sample(hidden[:rows], weight, **options) for rows in (5, 23, 2)]
+        assert memory[:2].isfinite().all()
+    for mine, theirs in zip(got, want, strict=True):
+        assert all(map(torch.equal, mine, theirs))
 
 
 def test_rows_that_do_not_count_are_in_no_product(monkeypatch, rng_seed):
