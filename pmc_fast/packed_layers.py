@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pmc_fast import attention, backend, varlen
 from pmc_fast.attention import AttentionCall, PackedLengths
+from pmc_fast.cache import SampleCache
 from pmc_fast.decoder_layers import Embedding, Layer, Layers, LinearParts, NormParts, Unknown, is_hooked, read_layers
 from pmc_fast.fast_linear import has_fast_bfloat16, has_library
 from pmc_fast.layer_gradients import activate, add_and_normalize, normalize, products, rotate
@@ -32,7 +33,12 @@ ROUNDED = 2**-4
 
 
 def hidden_of(
-    lm: LanguageModel, input_ids: Tensor, position_ids: Tensor, lengths: PackedLengths, rows: Tensor
+    lm: LanguageModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: PackedLengths,
+    rows: Tensor,
+    cache: SampleCache | None = None,
 ) -> Tensor | None:
     """The last hidden states of these rows, [N, D], with gradients, or None if the model's modules have to make them.
 
@@ -43,6 +49,7 @@ def hidden_of(
     Args:
         input_ids, position_ids: int64 [1, T] of a packed batch of these lengths.
         rows: int64 [N], each in [0, T).
+        cache: an empty one of T positions, which then holds the keys and values of all tokens in the model's dtype.
     """
     device = lm.device.type
     if device not in KERNELS or (lengths.shared and KERNELS[device] == "triton"):
@@ -55,7 +62,12 @@ def hidden_of(
             return None
         calls, same = _observed(lm)
         _seen[lm] = says, calls, same
-    return _hidden(lm, calls, input_ids, position_ids, lengths, rows) if same else None
+    return _hidden(lm, calls, input_ids, position_ids, lengths, rows, cache) if same else None
+
+
+def attention_calls(lm: LanguageModel) -> list[AttentionCall]:
+    """What the layers' attention is given, of a model whose layers `hidden_of` has run."""
+    return _seen[lm][1]
 
 
 def _hidden(
@@ -65,13 +77,14 @@ def _hidden(
     position_ids: Tensor,
     lengths: PackedLengths,
     rows: Tensor,
+    cache: SampleCache | None = None,
 ) -> Tensor | None:
     try:
         read = _read(lm, calls)
     except Unknown:
         return None
     with torch.cuda.device_of(input_ids):  # Triton launches on the current one
-        return _forward(read, input_ids[0], position_ids[0], lengths, rows)
+        return _forward(read, input_ids[0], position_ids[0], lengths, rows, cache)
 
 
 def _has_kernels(device: str) -> bool:
@@ -179,6 +192,7 @@ def _forward(
     position_ids: Tensor,
     lengths: PackedLengths,
     rows: Tensor,
+    cache: SampleCache | None,
 ) -> Tensor:
     dtype = read.embed.weight.dtype
     angles = list(zip(*read.angles(position_ids, dtype), strict=True))
@@ -186,7 +200,10 @@ def _forward(
     kind = hidden.dtype if KERNELS[hidden.device.type] == "native" else dtype  # of what is multiplied
     for number, layer in enumerate(read.layers, 1):
         hidden, x = _input(layer.norm, hidden, added, kind)
-        attended = _attend(layer, x, angles[layer.rotary], lengths, read.head_dim)
+        query, key, value = _heads(layer, x, angles[layer.rotary], read.head_dim)
+        if cache is not None:
+            cache.update(*(states.transpose(0, 1)[None].to(dtype) for states in (key, value)), number - 1)
+        attended = _attend(layer.attention, query, key, value, lengths)
         if number == len(read.layers):  # of the others nobody asks what comes after attention
             attended, hidden, x = (states.index_select(0, rows) for states in (attended, hidden, x))
         (output,) = products(attended, (layer.output,))
@@ -211,20 +228,19 @@ def _normalized(norm: NormParts | None, x: Tensor) -> Tensor:
     return x if norm is None else normalize(x.reshape(-1, len(norm.weight)), norm).view(x.shape)
 
 
-def _attend(
-    layer: Layer[NormParts, LinearParts],
-    x: Tensor,
-    angles: tuple[Tensor, Tensor],
-    lengths: PackedLengths,
-    head_dim: int,
-) -> Tensor:
+def _heads(
+    layer: Layer[NormParts, LinearParts], x: Tensor, angles: tuple[Tensor, Tensor], head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of the rows, [N, heads, head_dim]."""
     query, key, value = products(x, (layer.query, layer.key, layer.value))
     query, key = _normalized(layer.query_norm, query), _normalized(layer.key_norm, key)
     query, key, value = (states.view(len(x), -1, head_dim) for states in (query, key, value))
-    query, key = rotate(query, *angles), rotate(key, *angles)
-    call = layer.attention
+    return rotate(query, *angles), rotate(key, *angles), value
+
+
+def _attend(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths) -> Tensor:
     options = {"scale": call.scaling, "softcap": call.softcap, "window": call.window}
-    if KERNELS[x.device.type] == "triton":
+    if KERNELS[query.device.type] == "triton":
         return varlen.attend(query, key, value, lengths.own, **options).flatten(1)
     return packed_attention(query, key, value, [lengths.shared, *lengths.own], **options).flatten(1)
 

@@ -60,11 +60,10 @@ class Packed:
             raise UserError(f"model: {lm.unpackable}; want a decoder of attention alone, with position_ids")
         check_ids(self.input_ids, vocabulary_size(lm.model))
         attention.install(lm.model)
-        if cache is None:
-            hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows)
-            lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]
-            if hidden is not None:
-                return hidden
+        hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows, cache)
+        lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]
+        if hidden is not None:
+            return hidden
         with attention.packed(self.lengths):
             hidden = lm.hidden(
                 self.input_ids,

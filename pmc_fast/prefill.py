@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from pmc_fast import attention
+from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache, layers_of
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel
@@ -104,7 +104,10 @@ def _packed(
     try:
         with attention.watching() as watched:
             hidden = packed.hidden(lm, cache)
-        suits = _suits_decode_attention(cache, watched) and all(call.packed for call in watched.calls)
+        calls = watched.calls if lm.packed_by == "modules" else packed_layers.attention_calls(lm)
+        suits = calls is not watched.calls or (
+            _suits_decode_attention(cache, watched) and all(call.packed for call in calls)
+        )
     except attention.LengthsLost:
         suits = False
     if not suits:
@@ -114,7 +117,7 @@ def _packed(
     place = packed.rows[:, None] - torch.arange(input_ids.shape[1]).flip(0)
     text = torch.arange(input_ids.shape[1]) - (mask == 0).sum(1, keepdim=True)
     cache.spread(torch.where(text < shared, text.clamp(min=0), place))
-    return hidden, cache, watched.calls
+    return hidden, cache, calls
 
 
 def _suits_decode_attention(cache: SampleCache, watched: attention.Watched) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, make_model
 
-from pmc_fast import Sampler, attention
+from pmc_fast import Sampler, attention, packed_layers
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pad_left
 from pmc_fast.prefill import prefill
@@ -38,6 +38,32 @@ def test_same_hidden_states_and_cache(family, template, monkeypatch, rng_seed):
         for held, want in zip(mine.filled(), theirs.filled(), strict=True):
             assert held.shape == want.shape and held.isfinite().all()
             torch.testing.assert_close(held.transpose(1, 2)[seen], want.transpose(1, 2)[seen], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mistral", "phi", "gemma3_text"])
+def test_layers_of_a_known_kind_fill_the_cache(family, dtype, monkeypatch, rng_seed):
+    monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
+    lm = LanguageModel(make_model(family, seed=rng_seed).to(dtype))
+    ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
+    with attention.replacing_sdpa(lm.model):
+        mine = prefill(lm, ids, mask)
+        assert lm.packed_by == "native"
+        monkeypatch.setattr(packed_layers, "KERNELS", {})
+        theirs = prefill(lm, ids, mask)
+    assert lm.packed_by == "modules"
+    assert mine.suits_decode_attention and theirs.suits_decode_attention
+    seen, near = mask.bool(), {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(mine.hidden, theirs.hidden, **near)
+    for one, other in zip(mine.cache.layers, theirs.cache.layers, strict=True):
+        for held, want in zip(one.filled(), other.filled(), strict=True):
+            assert held.dtype == want.dtype == dtype and held.shape == want.shape
+            torch.testing.assert_close(held.transpose(1, 2)[seen], want.transpose(1, 2)[seen], **near)
+    for one, other in zip(mine.calls, theirs.calls, strict=True):
+        assert (one.layer, one.head_dim, one.scaling, one.softcap, one.window) == (
+            *(other.layer, other.head_dim, other.scaling, other.softcap, other.window),
+        )
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, []])
