@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock, RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -84,13 +87,14 @@ class LanguageModel:
             than the head. It is used as it is: the same parameters, nothing copied. The weight of the head may be a DTensor
             sharded on dimension 0, and the layers parallelized in any way whose last hidden states are plain tensors, the
             same on every rank; all ranks then make the same calls with the same arguments.
-        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and two
-            packed sequences with the same ones in another order, in two passes of five.
+        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and, before
+            the first packed batch of several sequences, two with the same ones in another order, in two passes of five.
 
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
-        unpackable: what keeps its modules from running a packed batch, if that was looked at and is so.
+        unpackable: what keeps its modules from running a packed batch of several sequences, which is tried when it is first asked;
+            None if nothing does or nothing is to be checked.
         packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), or
             the model's "modules".
 
@@ -119,13 +123,13 @@ class LanguageModel:
         if self.backbone is self._causal_lm:  # of Llama 4, say, whose prefix is none of its attributes
             self.backbone = getattr(self._causal_lm, "model", None)
         self.packed_by: str | None = None
-        self.unpackable: str | None = None
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None)  # Granite
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor or 1.0)
+        self._checks = check
         if check:
             self._check()
 
@@ -160,6 +164,15 @@ class LanguageModel:
         if self.shards is None:
             refuse_parts(self.head_module.weight)
 
+    @cached_property
+    def unpackable(self) -> str | None:
+        return self._why_not_packed() if self._checks else None
+
+    def check_packable(self) -> None:
+        """A UserError if its modules cannot run a packed batch of several sequences."""
+        if self.unpackable:
+            raise UserError(f"model: {self.unpackable}; want a decoder of attention alone, with position_ids")
+
     def _shards(self) -> VocabShards | None:
         weight = self.head_module.weight
         if not (is_dtensor(weight) and is_tensor_parallel(self.model)):
@@ -190,16 +203,21 @@ class LanguageModel:
         device = values.device.type
         return values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values
 
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Around a pass that only looks: alone, with whole weights, in evaluation mode."""
+        with self.turn, gathered(self.root), evaluating(self.model):
+            yield
+
     @torch.no_grad()
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
-        with self.turn, gathered(self.model), evaluating(self.model):
+        with self._at_rest():
             ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head_module.weight.shape[0]
             head = self.head
             expected = self._own_logits(ids)[0].float()
             hidden = self.hidden(ids, use_cache=False)[0]
             z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
-            self.unpackable = self._why_not_packed()
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
         error, largest = (logits - expected).abs().max(), expected.abs().max()
         if self.shards is not None:
@@ -214,21 +232,22 @@ class LanguageModel:
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
 
+    @torch.no_grad()
     def _why_not_packed(self) -> str | None:
         """Sequences of a packed batch see nothing of one another: in which order they come makes no difference to them."""
         name = type(self.model).__name__
-        try:
-            with attention.implemented_by(attention.registered(), self.model):
+        with self._at_rest(), attention.implemented_by(attention.registered(), self.model):
+            try:
                 first, second = self._packed_states(3, 2), self._packed_states(2, 3).roll(-2, 0)
-        except attention.LengthsLost:
-            return None  # which a packed batch says again
-        except Exception as error:  # somebody else's modules raise what they like
-            return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
+            except attention.LengthsLost:
+                return None  # which a packed batch says again
+            except Exception as error:  # somebody else's modules raise what they like
+                return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
         # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the order: of SmolLM2's thirty
         # in bfloat16, those of each by 35.
         rounded = 1e-2 if first.dtype in (torch.float32, torch.float64) else 0.5
         first, second = first.float(), second.float()
-        if bool(((first - second).norm(dim=1) <= rounded * first.norm(dim=1)).all()):
+        if not bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any()):  # nor if there are NaN
             return None
         return (
             f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "

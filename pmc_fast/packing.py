@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache
-from pmc_fast.errors import UserError, described
+from pmc_fast.errors import described
 from pmc_fast.models import LanguageModel
 from pmc_fast.vocabulary import check_ids, vocabulary_size
 
@@ -56,8 +56,8 @@ class Packed:
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
         lm.positions.check_packed(self.input_ids.shape[1])
-        if lm.unpackable:
-            raise UserError(f"model: {lm.unpackable}; want a decoder of attention alone, with position_ids")
+        if self.count > 1:
+            lm.check_packable()
         check_ids(self.input_ids, vocabulary_size(lm.model))
         attention.install(lm.model)
         if cache is None:

@@ -83,11 +83,11 @@ def _packed(
     if device.type != "cpu" or model.config._attn_implementation != attention.NAME or bool((mask.diff() < 0).any()):
         return None
     # Of chunks only the masks know, and some models scale attention by the place in a row.
-    if lm.unpackable or lm.positions.chunk is not None or lm.positions.tuned is not None:
+    if lm.positions.chunk is not None or lm.positions.tuned is not None:
         return None
     prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     packed = pack(prompts, [[0]] * len(prompts))
-    if not (shared := packed.lengths.shared):
+    if not (shared := packed.lengths.shared) or lm.unpackable:
         return None
     cache = SampleCache(layers_of(model.config), packed.input_ids.shape[1])
     try:

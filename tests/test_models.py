@@ -6,7 +6,7 @@ from tiny import FAMILIES, MORE, VOCAB, make_model, make_tokenizer
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from pmc_fast import Sampler, attention
+from pmc_fast import PMC, Sampler, attention
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.packing import pack
@@ -132,7 +132,49 @@ def test_modules_that_fail_at_a_packed_batch_do_so_alone(monkeypatch, rng_seed):
     monkeypatch.setattr(type(model.model), "forward", short)
     lm = LanguageModel(model)
     with pytest.raises(UserError, match=r"^model: LlamaForCausalLM fails at a packed batch \(IndexError: too many\)"):
-        pack([[1]], [[2]]).hidden(lm)
+        pack([[1], [2]], [[3], [4]]).hidden(lm)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The models whose sequences were tried together."""
+    why_not_packed, models = LanguageModel._why_not_packed, []
+
+    def trying(lm):
+        models.append(lm.model)
+        return why_not_packed(lm)
+
+    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
+    return models
+
+
+def test_sequences_are_tried_together_before_the_first_batch_of_several(tried, rng_seed):
+    lm = LanguageModel(model := make_model(seed=rng_seed).train())
+    sampler, options = Sampler(lm), {"max_new_tokens": 2, "eos_token_id": 257}
+    sampler.sample(torch.tensor([[1, 2], [3, 4]]), **options)  # which do not begin alike
+    pack([[1, 2]], [[3]]).hidden(lm)
+    assert tried == []
+    alike = torch.tensor([[*range(1, 10)], [*range(1, 9), 10]])
+    sampler.sample(alike, **options)
+    pack([[1, 2], [3]], [[3], [4]]).hidden(lm).sum().backward()
+    assert tried == [model] and model.training
+    Sampler(model).sample(alike, **options)
+    torch.compile(lambda: pack([[1, 2], [3]], [[3], [4]]).hidden(LanguageModel(model)), backend="eager")()
+    assert tried == [model] * 3
+
+
+def test_pmc_is_refused_when_it_is_made(tried, rng_seed):
+    model = make_other("bart", rng_seed)
+    with pytest.raises(UserError, match="^model: BartForCausalLM gives a sequence in a packed batch other hidden states"):
+        PMC(model, make_tokenizer())
+    assert tried == [model]
+
+
+def test_one_sequence_may_be_packed_whatever_the_model(rng_seed):
+    model = make_other("falcon_h1", rng_seed)
+    got = pack([[1, 2]], [[3, 4]]).hidden(LanguageModel(model))
+    want = model.base_model(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state[0, 1:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_sampled_from_says_why(rng_seed):
