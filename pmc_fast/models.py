@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pmc_fast import attention, ops
 from pmc_fast.errors import BackendUnavailable, UserError, described
+from pmc_fast.ops._autograd import in_transform
 from pmc_fast.positions import Positions
 from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
 
@@ -88,7 +89,8 @@ class LanguageModel:
             sharded on dimension 0, and the layers parallelized in any way whose last hidden states are plain tensors, the
             same on every rank; all ranks then make the same calls with the same arguments.
         check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and, before
-            the first packed batch of several sequences, two with the same ones in another order, in two passes of five.
+            the first packed batch of several sequences, two of them with one another, in a pass of five tokens, one of five and one
+            of three with their gradients.
 
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
@@ -234,35 +236,68 @@ class LanguageModel:
 
     @torch.no_grad()
     def _why_not_packed(self) -> str | None:
-        """Sequences of a packed batch see nothing of one another: in which order they come makes no difference to them."""
+        """A sequence of a packed batch sees nothing of another one, and comes to the same wherever it is in it."""
         name = type(self.model).__name__
-        with self._at_rest(), attention.implemented_by(attention.registered(), self.model):
-            try:
-                first, second = self._packed_states(3, 2), self._packed_states(2, 3).roll(-2, 0)
-            except attention.LengthsLost:
-                return None  # which a packed batch says again
-            except Exception as error:  # somebody else's modules raise what they like
-                return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
-        # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the order: of SmolLM2's thirty
+        with self._at_rest():
+            with attention.implemented_by(attention.registered(), self.model):
+                try:
+                    states = self._packed_states()
+                except attention.LengthsLost:
+                    return None  # which a packed batch says again
+                except Exception as error:  # somebody else's modules raise what they like
+                    return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
+                mixes = self._reaches(self._packed_states, slice(3, 5), slice(0, 3))
+            if self._reaches(self._states, slice(0, 1), slice(1, 3)):
+                return f"{name} sees later tokens, which in a packed batch it would not"
+        # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the place: of SmolLM2's thirty
         # in bfloat16, those of each by 35.
-        rounded = 1e-2 if first.dtype in (torch.float32, torch.float64) else 0.5
-        first, second = first.float(), second.float()
-        if not bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any()):  # nor if there are NaN
+        rounded = 1e-2 if states.dtype in (torch.float32, torch.float64) else 0.5
+        first, second = states[:2].float(), states[3:].float()
+        if not mixes and not bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any()):  # nor if NaN
             return None
         return (
             f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
             "attention, or does not ask for position_ids"
         )
 
-    def _packed_states(self, *lengths: int) -> Tensor:
-        """The hidden states [T, D] of packed sequences of these lengths, which decide on their tokens, too."""
-        ids, positions = zip(*((2 * length + i, i) for length in lengths for i in range(length)), strict=True)
-        ids, positions = (torch.tensor([x], device=self.device) for x in (ids, positions))
-        ids %= self.head_module.weight.shape[0]
-        packed = attention.PackedLengths(0, lengths)
-        options = {"position_ids": positions, "attention_mask": None, "packed_lengths": packed, "use_cache": False}
-        with attention.packed(packed):
-            return self.hidden(ids, **options)[0]
+    def _reaches(self, run: Callable[[], Tensor], rows: slice, tokens: slice) -> bool:
+        """Whether these rows of hidden states depend on these tokens; if not, the gradient is 0 to the bit, in any dtype.
+
+        False where nobody can say: of layers in parts, within torch.func, of modules without a backward pass.
+        """
+        if is_tensor_parallel(self.model) or in_transform():
+            return False
+        leaves = []
+
+        def watch(module: nn.Module, args: tuple, embedded: Tensor) -> Tensor:
+            leaves.append(embedded.detach().requires_grad_())
+            return leaves[-1].clone()  # which may be written to
+
+        try:
+            embedding = self.model.get_input_embeddings()
+            with torch.inference_mode(False), torch.enable_grad(), embedding.register_forward_hook(watch):
+                states = run()[rows]
+                uneven = torch.linspace(
+                    -1, 1, states.shape[1], dtype=states.dtype, device=states.device
+                )  # no norm's gradient is 0
+                gradients = torch.autograd.grad(states, leaves, uneven.expand_as(states))
+        except Exception:  # of reentrant checkpointing, say
+            return False
+        return any(bool((gradient[0, tokens].abs() > 0).any()) for gradient in gradients)
+
+    def _states(self) -> Tensor:
+        """The hidden states [3, D] of three tokens."""
+        return self.hidden(self._ids(4, 5, 6), use_cache=False)[0]
+
+    def _packed_states(self) -> Tensor:
+        """The hidden states [5, D] of these three and the first two of them again, packed."""
+        lengths, positions = attention.PackedLengths(0, (3, 2)), torch.tensor([[0, 1, 2, 0, 1]], device=self.device)
+        options = {"position_ids": positions, "attention_mask": None, "packed_lengths": lengths, "use_cache": False}
+        with attention.packed(lengths):
+            return self.hidden(self._ids(4, 5, 6, 4, 5), **options)[0]
+
+    def _ids(self, *tokens: int) -> Tensor:
+        return torch.tensor([tokens], device=self.device) % self.head_module.weight.shape[0]
 
     def _own_logits(self, ids: Tensor) -> Tensor:
         """What the model itself computes, of this rank's part of the vocabulary."""

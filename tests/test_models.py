@@ -99,7 +99,8 @@ def make_other(family, seed, dtype=torch.float32, **changes):
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("bart", torch.float32), ("bart", torch.bfloat16), ("falcon_h1", torch.float32)]
+    ("family", "dtype"),
+    [("bart", torch.float32), ("bart", torch.bfloat16), ("falcon_h1", torch.float32), ("falcon_h1", torch.bfloat16)],
 )
 def test_sequences_that_would_see_one_another_are_refused(family, dtype, rng_seed):
     model = make_other(family, rng_seed, dtype)
@@ -118,6 +119,51 @@ def test_sequences_that_would_see_one_another_are_refused(family, dtype, rng_see
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_models_that_can_be_packed(family, dtype, rng_seed):
     assert LanguageModel(make_model(family, seed=rng_seed).to(dtype)).unpackable is None
+
+
+class Mixing(nn.Module):
+    """Gives a token a little of the one before it."""
+
+    def __init__(self, inner, share):
+        super().__init__()
+        self.inner, self.share = inner, share
+
+    def forward(self, x):
+        return self.inner(x) + self.share * nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weak_mixing_is_seen(family, dtype, rng_seed):
+    """Which changes nothing that comparing values would notice; of frozen weights, under inference mode."""
+    model = make_model(family, seed=rng_seed).to(dtype).requires_grad_(False)
+    assert LanguageModel(model).unpackable is None
+    norm, weak = model.model.layers[0].input_layernorm, LanguageModel(model)
+    model.model.layers[0].input_layernorm = Mixing(norm, 1e-6)
+    with torch.inference_mode():
+        assert "mixes tokens" in weak.unpackable
+    hooks = model.get_input_embeddings()._forward_hooks
+    assert not hooks and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_sees_ahead_is_refused(rng_seed):
+    """Packed it would not."""
+    torch.manual_seed(rng_seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    for decodes in (True, False):
+        config = CONFIG_MAPPING["bert-generation"](**SMALL, **sizes, is_decoder=decodes)
+        unpackable = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()).unpackable
+        assert unpackable is None if decodes else "sees later tokens" in unpackable
+
+
+def test_modules_without_a_backward_pass_are_compared_alone(monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed)
+    norm = model.model.norm
+    norm.forward = lambda x, forward=norm.forward: forward(x).detach()
+    assert LanguageModel(model).unpackable is None
+    assert LanguageModel(make_other("bart", rng_seed)).unpackable
+    with torch.inference_mode():
+        assert LanguageModel(make_model(seed=rng_seed)).unpackable is None
 
 
 def test_modules_that_fail_at_a_packed_batch_do_so_alone(monkeypatch, rng_seed):
@@ -165,7 +211,9 @@ def test_sequences_are_tried_together_before_the_first_batch_of_several(tried, r
 
 def test_pmc_is_refused_when_it_is_made(tried, rng_seed):
     model = make_other("bart", rng_seed)
-    with pytest.raises(UserError, match="^model: BartForCausalLM gives a sequence in a packed batch other hidden states"):
+    with pytest.raises(
+        UserError, match="^model: BartForCausalLM gives a sequence in a packed batch other hidden states"
+    ):
         PMC(model, make_tokenizer())
     assert tried == [model]
 
