@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import cached_property
 from threading import Lock, RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,22 @@ WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
 # Who may change what a model's modules do for the time of a call.
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _new_turn = Lock()
+
+# Models whose modules a thread had changed when this process was forked, which nobody here will change back.
+_left: WeakSet[nn.Module] = WeakSet()
+
+
+def _forked() -> None:
+    global _new_turn
+    _new_turn = Lock()
+    for model, turn in _turns.items():
+        if turn.acquire(blocking=False):
+            turn.release()
+        else:
+            _left.add(model)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,16 @@ class LanguageModel:
 
     @property
     def turn(self) -> RLock:
-        """Held around what may run in one thread at a time: one for each model, whoever wraps it."""
+        """Held around what may run in one thread at a time: one for each model, whoever wraps it.
+
+        Raises:
+            UserError: another thread held it when this process was forked.
+        """
+        if self._causal_lm in _left:
+            raise UserError(
+                "model: got one that another thread was sampling from when this process was forked; expected a fork before or "
+                "after that, or a process that is spawned"
+            )
         with _new_turn:
             return _turns.setdefault(self._causal_lm, RLock())
 

@@ -1,5 +1,10 @@
 """Backbone and head against the model's own loss, for many families."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import pytest
 import torch
 from tiny import FAMILIES, MORE, VOCAB, make_model, make_tokenizer
@@ -239,6 +244,30 @@ def test_what_cannot_be_sampled_from_says_why(rng_seed):
     bart.sample(ids, **options)
     with pytest.raises(UserError, match="^attention_mask: got padding, but BartForCausalLM takes a token's place"):
         bart.sample(ids, torch.tensor([[1, 1], [0, 1]]), **options)
+
+
+@pytest.mark.parametrize("held_by", ["another thread", "nobody", "the thread that forks"])
+def test_in_a_process_that_is_forked(held_by, rng_seed):
+    """The other thread is not there to change the model back; the child neither waits for it nor goes on."""
+    lm = LanguageModel(make_model(seed=rng_seed))
+    with ThreadPoolExecutor(1) as pool, ExitStack() as held:
+        if held_by == "another thread":
+            pool.submit(lm.turn.acquire).result()
+        if held_by == "the thread that forks":
+            held.enter_context(lm.turn)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            try:
+                with lm.turn:
+                    os._exit(1)
+            except UserError as error:
+                os._exit(2 if "when this process was forked" in str(error) else 3)
+        if held_by == "another thread":
+            pool.submit(lm.turn.release).result()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (2 if held_by == "another thread" else 1)
+    with lm.turn:
+        pass  # the parent is as it was
 
 
 def test_evaluating_restores_each_modules_mode():
