@@ -3,13 +3,13 @@
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 from tiny import FAMILIES, MORE, VOCAB, make_model, make_tokenizer
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pmc_fast import PMC, Sampler, attention
 from pmc_fast.errors import UserError
@@ -268,6 +268,25 @@ def test_in_a_process_that_is_forked(held_by, rng_seed):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (2 if held_by == "another thread" else 1)
     with lm.turn:
         pass  # the parent is as it was
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_parts_own_attention_comes_back(fails):
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"vocab_size": VOCAB, "model_type": "llama"}
+    vision = {**text, "image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
+    config = CONFIG_MAPPING["llava"](text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+
+    def used():
+        return [part._attn_implementation for part in (config, config.text_config, config.vision_config)]
+
+    with pytest.raises(KeyError) if fails else nullcontext(), attention.replacing_sdpa(model):
+        assert used() == [attention.NAME] * 3
+        if fails:
+            raise KeyError
+    assert used() == ["sdpa", "sdpa", "eager"]
 
 
 def test_evaluating_restores_each_modules_mode():
