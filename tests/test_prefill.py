@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draws import assert_same
 from tiny import FAMILIES, make_model
 
 from pmc_fast import Sampler, attention, packing
@@ -47,8 +48,7 @@ def test_same_answers(family, monkeypatch, rng_seed):
     packed = Sampler(model).sample(ids, mask, **options)
     monkeypatch.setattr(packing, "LEAST_SHARED", 99)
     padded = Sampler(model).sample(ids, mask, **options)
-    assert torch.equal(packed.tokens, padded.tokens) and torch.equal(packed.lengths, padded.lengths)
-    torch.testing.assert_close(packed.logprobs, padded.logprobs, rtol=1e-3, atol=1e-4)
+    assert_same(packed, padded)
 
 
 @torch.no_grad()
@@ -96,5 +96,4 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
 
     monkeypatch.setattr(attention, "_forward", loses)
     got = Sampler(model).sample(ids, mask, **options)
-    assert torch.equal(got.tokens, want.tokens)
-    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+    assert_same(got, want)
