@@ -125,7 +125,9 @@ def _observed(lm: LanguageModel) -> tuple[list[AttentionCall], bool | None]:
         _, expected = passed(one)
         hidden = _hidden(one, watched.calls[:1], ids, positions, lengths, rows)
     error = (hidden.float() - expected.float()).norm(dim=-1)
-    return watched.calls, bool((error <= ROUNDED * expected.float().norm(dim=-1)).all())
+    return watched.calls, hidden.dtype == expected.dtype and bool(
+        (error <= ROUNDED * expected.float().norm(dim=-1)).all()
+    )
 
 
 def _with_one_layer(lm: LanguageModel) -> LanguageModel:
