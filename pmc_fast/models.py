@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pmc_fast import attention, ops
 from pmc_fast.errors import BackendUnavailable, UserError, described
@@ -293,23 +294,16 @@ class LanguageModel:
         """
         if is_tensor_parallel(self.model) or in_transform():
             return False
-        leaves = []
-
-        def watch(module: nn.Module, args: tuple, embedded: Tensor) -> Tensor:
-            leaves.append(embedded.detach().requires_grad_())
-            return leaves[-1].clone()  # which may be written to
-
         try:
-            embedding = self.model.get_input_embeddings()
-            with torch.inference_mode(False), torch.enable_grad(), embedding.register_forward_hook(watch):
+            with torch.inference_mode(False), torch.enable_grad(), _FromEmbeddings() as embedded:
                 states = run()[rows]
                 uneven = torch.linspace(
                     -1, 1, states.shape[1], dtype=states.dtype, device=states.device
                 )  # no norm's gradient is 0
-                gradients = torch.autograd.grad(states, leaves, uneven.expand_as(states))
+                gradients = torch.autograd.grad(states, embedded.leaves, uneven.expand_as(states), allow_unused=True)
         except Exception:  # of reentrant checkpointing, say
             return False
-        return any(bool((gradient[0, tokens].abs() > 0).any()) for gradient in gradients)
+        return any(bool((gradient[0, tokens].abs() > 0).any()) for gradient in gradients if gradient is not None)
 
     def _states(self) -> Tensor:
         """The hidden states [3, D] of three tokens."""
@@ -332,6 +326,21 @@ class LanguageModel:
         from pmc_fast.parallel_head.own_logits import own_logits
 
         return own_logits(self.model, self.backbone, ids, self.shards)
+
+
+class _FromEmbeddings(TorchFunctionMode):
+    """Within a with block, graphs begin at the leaves [1, T, D] that embeddings give; other threads see nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves: list[Tensor] = []
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is not nn.functional.embedding or made.dim() != 3:
+            return made
+        self.leaves.append(made.detach().requires_grad_())
+        return self.leaves[-1].clone()  # which may be written to
 
 
 class evaluating:  # noqa: N801

@@ -56,10 +56,10 @@ class Packed:
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
         lm.positions.check_packed(self.input_ids.shape[1])
+        attention.install(lm.model)  # before what tries it, which puts back what was there, in other threads, too
         if self.count > 1:
             lm.check_packable()
         check_ids(self.input_ids, vocabulary_size(lm.model))
-        attention.install(lm.model)
         if cache is None:
             hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows)
             lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]

@@ -147,8 +147,7 @@ def test_weak_mixing_is_seen(family, dtype, rng_seed):
     model.model.layers[0].input_layernorm = Mixing(norm, 1e-6)
     with torch.inference_mode():
         assert "mixes tokens" in weak.unpackable
-    hooks = model.get_input_embeddings()._forward_hooks
-    assert not hooks and all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_model_that_sees_ahead_is_refused(rng_seed):

@@ -19,6 +19,7 @@ QUESTIONS = [[1, 2, 3], [4], [1, 2, 9, 10, 11, 12, 13, 14], [4]]  # one asked tw
 def test_same_hidden_states_and_cache(family, monkeypatch, rng_seed):
     lm = LanguageModel(make_model(family, seed=rng_seed))
     ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
+    assert lm.unpackable is None  # was tried
     tokens = []
     lm.backbone.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
