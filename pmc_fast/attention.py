@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from pmc_fast import backend, varlen
 from pmc_fast.cache import SampleCache
 from pmc_fast.errors import UserError
 from pmc_fast.ops import decode_attention, packed_attention
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NAME = "pmc_fast"
 
@@ -162,13 +165,20 @@ def replacing_sdpa(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def implemented_by(name: str, model: nn.Module) -> Iterator[None]:
-    """Within a with block, the attention registered by this name in place of the model's own."""
-    theirs = model.config._attn_implementation
+    """Within a with block, the attention registered by this name in place of the model's own and those of its parts."""
+    theirs = _implementations(model.config)
     model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(theirs)
+
+
+def _implementations(config: PretrainedConfig) -> str | dict[str, Any]:
+    """What `set_attn_implementation` takes: the configuration's own, and by their names those of the ones in it, of an image's say."""
+    inner = {name: held for name in config.sub_configs if (held := getattr(config, name, None)) is not None}
+    own = config._attn_implementation
+    return {"": own, **{name: _implementations(held) for name, held in inner.items()}} if inner else own
 
 
 @contextmanager

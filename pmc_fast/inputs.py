@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import getattr_static
 from typing import Any
 
 from pmc_fast.data import QA
@@ -87,8 +88,11 @@ def some(name: str, found: list[Any]) -> list[Any]:
 
 def has_method(name: str, value: object, method: str, wanted: str) -> None:
     """That an object, if it is given, has what is called of it."""
-    # A class has its objects' methods, too.
-    if value is not None and (isinstance(value, type) or not callable(getattr(value, method, None))):
+    # A class has its objects' methods, too, which only an object can be asked for.
+    unbound = isinstance(value, type) and not isinstance(
+        getattr_static(value, method, None), staticmethod | classmethod
+    )
+    if value is not None and (unbound or not callable(getattr(value, method, None))):
         got = f"the class {value.__name__}" if isinstance(value, type) else described(value)
         raise UserError(f"{name}: got {got}, expected {wanted}")
 

@@ -60,8 +60,7 @@ def load_model(
     device = choose_device(str(device))
     source = str(source)
     folder = Path(source)
-    local = os.path.exists(folder) or (len(folder.parts) > 1 and os.path.isdir(folder.parts[0]))  # no owner of models
-    if local or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if os.path.exists(folder) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         _check_folder(folder)
 
     import torch

@@ -36,7 +36,7 @@ def sequence_logprob(lm: LanguageModel, batch: Packed) -> Tensor:
         batch: B sequences.
 
     Returns:
-        float32 [B], nats.
+        float32 (float64 if the model is) [B], nats.
 
     Raises:
         ValueError, TypeError, UserError: as for `npo`.
@@ -57,12 +57,12 @@ def npo(
         lm: the model being trained.
         batch: B sequences; the first `forget` are to be forgotten, the others to be kept.
         forget: integer in [1, B].
-        reference: float32 [forget], those sequences' `sequence_logprob` under the initial model.
+        reference: float32 (float64 if the model is) [forget], those sequences' `sequence_logprob` under the initial model.
         beta: inverse temperature, above 0.
         retain_weight: multiplies the loss of the kept sequences, at least 0.
 
     Returns:
-        float32 scalar; backward() reaches every parameter that requires a gradient.
+        float32 (float64 if the model is) scalar; backward() reaches every parameter that requires a gradient.
 
     Raises:
         ValueError, TypeError: an argument of the wrong type, shape, range or device, or a token outside of the vocabulary (that
@@ -120,7 +120,7 @@ def dpo(
         batch: B sequences: first the `pairs` preferred answers, then the `pairs` answers to forget, in the same order of
             questions, then those to be kept.
         pairs: integer in [1, B / 2].
-        reference: float32 [2 * pairs], the first 2 * pairs sequences' `sequence_logprob` under the initial model.
+        reference: float32 (float64 if the model is) [2 * pairs], the first 2 * pairs sequences' `sequence_logprob` under the initial model.
         others, returns and raises: as for `npo`.
 
     Source: Rafailov et al., arXiv 2305.18290, equation 7; for unlearning, Maini et al., arXiv 2401.06121.
@@ -281,10 +281,11 @@ def _check_reference(reference: Tensor, count: int, lm: LanguageModel) -> None:
             f"reference: got {described(reference)}, expected float32 [{count}], the sequence_logprob of the first "
             "sequences under the model before unlearning"
         )
-    if reference.shape != (count,) or not reference.is_floating_point():
+    wide = torch.promote_types(lm.head_module.weight.dtype, torch.float32)
+    if reference.shape != (count,) or reference.dtype != wide:
         raise ValueError(
-            f"reference: got {reference.dtype} of shape {list(reference.shape)}, expected float32 [{count}], the "
-            "sequence_logprob of the first sequences"
+            f"reference: got {reference.dtype} of shape {list(reference.shape)}, expected {str(wide).removeprefix('torch.')} "
+            f"[{count}], the sequence_logprob of the first sequences"
         )
     if reference.device != lm.device:
         raise ValueError(f"reference: got device {reference.device}, expected {lm.device}, that of the model")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock, RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pmc_fast import attention, ops
 from pmc_fast.errors import BackendUnavailable, UserError, described
+from pmc_fast.ops._autograd import in_transform
 from pmc_fast.positions import Positions
 from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
 
@@ -27,6 +33,22 @@ WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
 # Who may change what a model's modules do for the time of a call.
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _new_turn = Lock()
+
+# Models whose modules a thread had changed when this process was forked, which nobody here will change back.
+_left: WeakSet[nn.Module] = WeakSet()
+
+
+def _forked() -> None:
+    global _new_turn
+    _new_turn = Lock()
+    for model, turn in _turns.items():
+        if turn.acquire(blocking=False):
+            turn.release()
+        else:
+            _left.add(model)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @dataclass(frozen=True)
@@ -84,13 +106,15 @@ class LanguageModel:
             than the head. It is used as it is: the same parameters, nothing copied. The weight of the head may be a DTensor
             sharded on dimension 0, and the layers parallelized in any way whose last hidden states are plain tensors, the
             same on every rank; all ranks then make the same calls with the same arguments.
-        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and two
-            packed sequences with the same ones in another order, in two passes of five.
+        check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and, before
+            the first packed batch of several sequences, two of them with one another, in a pass of five tokens, one of five and one
+            of three with their gradients.
 
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
-        unpackable: what keeps its modules from running a packed batch, if that was looked at and is so.
+        unpackable: what keeps its modules from running a packed batch of several sequences, which is tried when it is first asked;
+            None if nothing does or nothing is to be checked.
         packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), or
             the model's "modules".
 
@@ -119,13 +143,13 @@ class LanguageModel:
         if self.backbone is self._causal_lm:  # of Llama 4, say, whose prefix is none of its attributes
             self.backbone = getattr(self._causal_lm, "model", None)
         self.packed_by: str | None = None
-        self.unpackable: str | None = None
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None)  # Granite
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor or 1.0)
+        self._checks = check
         if check:
             self._check()
 
@@ -146,7 +170,16 @@ class LanguageModel:
 
     @property
     def turn(self) -> RLock:
-        """Held around what may run in one thread at a time: one for each model, whoever wraps it."""
+        """Held around what may run in one thread at a time: one for each model, whoever wraps it.
+
+        Raises:
+            UserError: another thread held it when this process was forked.
+        """
+        if self._causal_lm in _left:
+            raise UserError(
+                "model: got one that another thread was sampling from when this process was forked; expected a fork before or "
+                "after that, or a process that is spawned"
+            )
         with _new_turn:
             return _turns.setdefault(self._causal_lm, RLock())
 
@@ -159,6 +192,15 @@ class LanguageModel:
         """A UserError if this rank holds only a part of weights that are to be gathered."""
         if self.shards is None:
             refuse_parts(self.head_module.weight)
+
+    @cached_property
+    def unpackable(self) -> str | None:
+        return self._why_not_packed() if self._checks else None
+
+    def check_packable(self) -> None:
+        """A UserError if its modules cannot run a packed batch of several sequences."""
+        if self.unpackable:
+            raise UserError(f"model: {self.unpackable}; want a decoder of attention alone, with position_ids")
 
     def _shards(self) -> VocabShards | None:
         weight = self.head_module.weight
@@ -190,16 +232,21 @@ class LanguageModel:
         device = values.device.type
         return values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values
 
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Around a pass that only looks: alone, with whole weights, in evaluation mode."""
+        with self.turn, gathered(self.root), evaluating(self.model):
+            yield
+
     @torch.no_grad()
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
-        with self.turn, gathered(self.model), evaluating(self.model):
+        with self._at_rest():
             ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head_module.weight.shape[0]
             head = self.head
             expected = self._own_logits(ids)[0].float()
             hidden = self.hidden(ids, use_cache=False)[0]
             z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
-            self.unpackable = self._why_not_packed()
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
         error, largest = (logits - expected).abs().max(), expected.abs().max()
         if self.shards is not None:
@@ -214,36 +261,63 @@ class LanguageModel:
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
 
+    @torch.no_grad()
     def _why_not_packed(self) -> str | None:
-        """Sequences of a packed batch see nothing of one another: in which order they come makes no difference to them."""
+        """A sequence of a packed batch sees nothing of another one, and comes to the same wherever it is in it."""
         name = type(self.model).__name__
-        try:
+        with self._at_rest():
             with attention.implemented_by(attention.registered(), self.model):
-                first, second = self._packed_states(3, 2), self._packed_states(2, 3).roll(-2, 0)
-        except attention.LengthsLost:
-            return None  # which a packed batch says again
-        except Exception as error:  # somebody else's modules raise what they like
-            return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
-        # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the order: of SmolLM2's thirty
+                try:
+                    states = self._packed_states()
+                except attention.LengthsLost:
+                    return None  # which a packed batch says again
+                except Exception as error:  # somebody else's modules raise what they like
+                    return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
+                mixes = self._reaches(self._packed_states, slice(3, 5), slice(0, 3))
+            if self._reaches(self._states, slice(0, 1), slice(1, 3)):
+                return f"{name} sees later tokens, which in a packed batch it would not"
+        # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the place: of SmolLM2's thirty
         # in bfloat16, those of each by 35.
-        rounded = 1e-2 if first.dtype in (torch.float32, torch.float64) else 0.5
-        first, second = first.float(), second.float()
-        if bool(((first - second).norm(dim=1) <= rounded * first.norm(dim=1)).all()):
+        rounded = 1e-2 if states.dtype in (torch.float32, torch.float64) else 0.5
+        first, second = states[:2].float(), states[3:].float()
+        if not mixes and not bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any()):  # nor if NaN
             return None
         return (
             f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
             "attention, or does not ask for position_ids"
         )
 
-    def _packed_states(self, *lengths: int) -> Tensor:
-        """The hidden states [T, D] of packed sequences of these lengths, which decide on their tokens, too."""
-        ids, positions = zip(*((2 * length + i, i) for length in lengths for i in range(length)), strict=True)
-        ids, positions = (torch.tensor([x], device=self.device) for x in (ids, positions))
-        ids %= self.head_module.weight.shape[0]
-        packed = attention.PackedLengths(0, lengths)
-        options = {"position_ids": positions, "attention_mask": None, "packed_lengths": packed, "use_cache": False}
-        with attention.packed(packed):
-            return self.hidden(ids, **options)[0]
+    def _reaches(self, run: Callable[[], Tensor], rows: slice, tokens: slice) -> bool:
+        """Whether these rows of hidden states depend on these tokens; if not, the gradient is 0 to the bit, in any dtype.
+
+        False where nobody can say: of layers in parts, within torch.func, of modules without a backward pass.
+        """
+        if is_tensor_parallel(self.model) or in_transform():
+            return False
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), _FromEmbeddings() as embedded:
+                states = run()[rows]
+                uneven = torch.linspace(
+                    -1, 1, states.shape[1], dtype=states.dtype, device=states.device
+                )  # no norm's gradient is 0
+                gradients = torch.autograd.grad(states, embedded.leaves, uneven.expand_as(states), allow_unused=True)
+        except Exception:  # of reentrant checkpointing, say
+            return False
+        return any(bool((gradient[0, tokens].abs() > 0).any()) for gradient in gradients if gradient is not None)
+
+    def _states(self) -> Tensor:
+        """The hidden states [3, D] of three tokens."""
+        return self.hidden(self._ids(4, 5, 6), use_cache=False)[0]
+
+    def _packed_states(self) -> Tensor:
+        """The hidden states [5, D] of these three and the first two of them again, packed."""
+        lengths, positions = attention.PackedLengths(0, (3, 2)), torch.tensor([[0, 1, 2, 0, 1]], device=self.device)
+        options = {"position_ids": positions, "attention_mask": None, "packed_lengths": lengths, "use_cache": False}
+        with attention.packed(lengths):
+            return self.hidden(self._ids(4, 5, 6, 4, 5), **options)[0]
+
+    def _ids(self, *tokens: int) -> Tensor:
+        return torch.tensor([tokens], device=self.device) % self.head_module.weight.shape[0]
 
     def _own_logits(self, ids: Tensor) -> Tensor:
         """What the model itself computes, of this rank's part of the vocabulary."""
@@ -252,6 +326,21 @@ class LanguageModel:
         from pmc_fast.parallel_head.own_logits import own_logits
 
         return own_logits(self.model, self.backbone, ids, self.shards)
+
+
+class _FromEmbeddings(TorchFunctionMode):
+    """Within a with block, graphs begin at the leaves [1, T, D] that embeddings give; other threads see nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves: list[Tensor] = []
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is not nn.functional.embedding or made.dim() != 3:
+            return made
+        self.leaves.append(made.detach().requires_grad_())
+        return self.leaves[-1].clone()  # which may be written to
 
 
 class evaluating:  # noqa: N801

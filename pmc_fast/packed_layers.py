@@ -27,7 +27,7 @@ KERNELS = {"cpu": "native"}
 # come to what its modules do; None while a part of it is unknown, which an adapter may have been.
 _seen: WeakKeyDictionary[LanguageModel, tuple[Hashable, list[AttentionCall], bool | None]] = WeakKeyDictionary()
 
-# By how much a layer of 16-bit modules may differ in a row: each of a dozen results in it is rounded by up to 2^-9 of its size.
+# By how much a layer with 16-bit modules may differ in a row: each of a dozen results in it is rounded by up to 2^-9 of its size.
 # The families that are tested stay below half of it.
 ROUNDED = 2**-4
 
@@ -130,7 +130,7 @@ def _observed(lm: LanguageModel) -> tuple[list[AttentionCall], bool | None]:
             return watched.calls, None
         if {call.window for call in watched.calls} - {None} != watched.windows or watched.other_masks:
             return watched.calls, False
-        if expected.dtype == torch.float32:
+        if {parameter.dtype for parameter in lm.backbone.parameters()} == {torch.float32}:
             hidden = _hidden(lm, watched.calls, ids, positions, lengths, rows)
             return watched.calls, bool((hidden - expected).abs().max() <= 1e-3 * expected.abs().max())
         # What many layers make of roundings may be anything, so here one shows what the layers' classes do.
@@ -138,7 +138,9 @@ def _observed(lm: LanguageModel) -> tuple[list[AttentionCall], bool | None]:
         _, expected = passed(one)
         hidden = _hidden(one, watched.calls[:1], ids, positions, lengths, rows)
     error = (hidden.float() - expected.float()).norm(dim=-1)
-    return watched.calls, bool((error <= ROUNDED * expected.float().norm(dim=-1)).all())
+    return watched.calls, hidden.dtype == expected.dtype and bool(
+        (error <= ROUNDED * expected.float().norm(dim=-1)).all()
+    )
 
 
 def _with_one_layer(lm: LanguageModel) -> LanguageModel:

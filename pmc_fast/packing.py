@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache
-from pmc_fast.errors import UserError, described
+from pmc_fast.errors import described
 from pmc_fast.models import LanguageModel
 from pmc_fast.vocabulary import check_ids, vocabulary_size
 
@@ -56,10 +56,10 @@ class Packed:
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
         lm.positions.check_packed(self.input_ids.shape[1])
-        if lm.unpackable:
-            raise UserError(f"model: {lm.unpackable}; want a decoder of attention alone, with position_ids")
+        attention.install(lm.model)  # before what tries it, which puts back what was there, in other threads, too
+        if self.count > 1:
+            lm.check_packable()
         check_ids(self.input_ids, vocabulary_size(lm.model))
-        attention.install(lm.model)
         hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows, cache)
         lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]
         if hidden is not None:

@@ -93,11 +93,11 @@ def _packed(
     if lm in _padded_only:
         return None
     # Of chunks only the masks know, and some models scale attention by the place in a row.
-    if lm.unpackable or lm.positions.chunk is not None or lm.positions.tuned is not None:
+    if lm.positions.chunk is not None or lm.positions.tuned is not None:
         return None
     prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     packed = pack(prompts, [[0]] * len(prompts))
-    if packed.input_ids.numel() > MOST_TOKENS * input_ids.numel():
+    if packed.input_ids.numel() > MOST_TOKENS * input_ids.numel() or lm.unpackable:
         return None
     shared = packed.lengths.shared
     cache = SampleCache(layers_of(model.config), packed.input_ids.shape[1])

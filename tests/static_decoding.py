@@ -52,13 +52,6 @@ def by_modules(model, seed, monkeypatch, **options):
         return sample(model, seed, **options)
 
 
-def assert_same(got, want):
-    for name in ("tokens", "lengths", "finished", "pruned"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert got.decoded == want.decoded
-    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
-
-
 def adapt(model, **options):
     """LoRA on every linear layer but the head, its adapters random instead of no-ops."""
     peft = pytest.importorskip("peft")

@@ -363,13 +363,6 @@ def test_a_folder_called_as_an_option(files, tmp_path, capsys, monkeypatch):
     refused(capsys, ["finetune", "--model", str(files / "model"), *data], "finetune: model: the folder")
 
 
-def test_a_folder_within_one_that_is_here(files, tmp_path, capsys, monkeypatch):
-    """Is not looked for on the hub, as a name with one slash is."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    refused(capsys, unlearn(files, tmp_path / "out", model="models/foo"), "unlearn: models/foo: no such folder")
-
-
 def test_missing_model_folder(files, tmp_path, capsys):
     refused(capsys, unlearn(files, tmp_path / "out", model=tmp_path / "none"), "no such folder")
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 pytest.importorskip("triton")
-from static_decoding import DEVICE, adapt, assert_same, sample, watch
+from draws import assert_same
+from static_decoding import DEVICE, adapt, sample, watch
 
 from pmc_fast import attention, fast_linear, static_decoder
 from pmc_fast.decoder_layers import Unknown

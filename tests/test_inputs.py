@@ -229,6 +229,28 @@ def test_ops_files_and_objects_word_what_they_got_alike(value, worded, tmp_path)
             call()
 
 
+class Static:
+    @staticmethod
+    def score(references, candidates):
+        return [0.5] * len(candidates)
+
+
+class OfTheClass:
+    @classmethod
+    def score(cls, references, candidates):
+        return [0.5] * len(candidates)
+
+
+@pytest.mark.parametrize("reward", [Static, Static(), OfTheClass, OfTheClass()])
+def test_a_reward_whose_method_needs_no_object(reward):
+    pmc = PMC(
+        make_model(), make_tokenizer(), PMCConfig(num_samples=2, max_new_tokens=3, max_length=None), reward=reward
+    )
+    pmc.initialise(["a?"])
+    pmc.loss([0], [])
+    assert pmc.stats["score"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

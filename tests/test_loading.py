@@ -63,10 +63,14 @@ tokenizer.save_pretrained(Path(out, "saved"))
 
 @pytest.fixture(scope="module")
 def offline(hub, tmp_path_factory):
-    """What became of every name, in a process of its own, since the hub's settings are read when it is imported."""
-    out = tmp_path_factory.mktemp("out")
+    """What became of every name, in a process of its own, since the hub's settings are read when it is imported.
+
+    It runs where an owner of models has a folder.
+    """
+    out, here = (tmp_path_factory.mktemp(name) for name in ("out", "here"))
+    (here / "org" / "other").mkdir(parents=True)
     command = [sys.executable, "-c", TAKE_NAMES, str(hub / "rows.jsonl"), str(out), *NAMES]
-    subprocess.run(command, env={**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"})
+    subprocess.run(command, env={**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}, cwd=here)
     return out
 
 

@@ -165,6 +165,21 @@ def test_a_batch_elsewhere_is_refused_before_the_model_runs(monkeypatch):
         losses.npo(lm, pack([[1, 2]], [[3]]), 1, torch.zeros(1, device="meta"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_reference_of_another_dtype_is_refused(dtype, rng_seed):
+    """Than `sequence_logprob` gives."""
+    lm, batch = LanguageModel(make_model(seed=rng_seed).to(dtype)), pack([[1, 2], [4]], [[3], [5, 6]])
+    reference = losses.sequence_logprob(lm, batch)
+    name = "float64" if dtype == torch.float64 else "float32"
+    assert reference.dtype == getattr(torch, name)
+    for call in (losses.npo, losses.dpo):
+        loss = call(lm, batch, 1, reference[: 1 + (call is losses.dpo)])
+        assert loss.isfinite() and loss.dtype == reference.dtype
+        for wrong in {torch.float64, torch.float32, torch.bfloat16, torch.int64} - {reference.dtype}:
+            with pytest.raises(ValueError, match=f"^reference: got {wrong} of shape .* expected {name} "):
+                call(lm, batch, 1, reference[: 1 + (call is losses.dpo)].to(wrong))
+
+
 @pytest.mark.parametrize("tokens", [([1, 999], [3]), ([1, 2], [3, 999]), ([1, -1], [3]), ([1, 2], [-100])])
 def test_tokens_outside_of_the_vocabulary(tokens):
     """As inputs and as the labels that are none; on a GPU an assertion of the device."""

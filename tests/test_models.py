@@ -1,12 +1,17 @@
 """Backbone and head against the model's own loss, for many families."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+
 import pytest
 import torch
 from tiny import FAMILIES, MORE, VOCAB, make_model, make_tokenizer
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from pmc_fast import Sampler, attention
+from pmc_fast import PMC, Sampler, attention
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.packing import pack
@@ -99,7 +104,8 @@ def make_other(family, seed, dtype=torch.float32, **changes):
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("bart", torch.float32), ("bart", torch.bfloat16), ("falcon_h1", torch.float32)]
+    ("family", "dtype"),
+    [("bart", torch.float32), ("bart", torch.bfloat16), ("falcon_h1", torch.float32), ("falcon_h1", torch.bfloat16)],
 )
 def test_sequences_that_would_see_one_another_are_refused(family, dtype, rng_seed):
     model = make_other(family, rng_seed, dtype)
@@ -120,6 +126,50 @@ def test_models_that_can_be_packed(family, dtype, rng_seed):
     assert LanguageModel(make_model(family, seed=rng_seed).to(dtype)).unpackable is None
 
 
+class Mixing(nn.Module):
+    """Gives a token a little of the one before it."""
+
+    def __init__(self, inner, share):
+        super().__init__()
+        self.inner, self.share = inner, share
+
+    def forward(self, x):
+        return self.inner(x) + self.share * nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weak_mixing_is_seen(family, dtype, rng_seed):
+    """Which changes nothing that comparing values would notice; of frozen weights, under inference mode."""
+    model = make_model(family, seed=rng_seed).to(dtype).requires_grad_(False)
+    assert LanguageModel(model).unpackable is None
+    norm, weak = model.model.layers[0].input_layernorm, LanguageModel(model)
+    model.model.layers[0].input_layernorm = Mixing(norm, 1e-6)
+    with torch.inference_mode():
+        assert "mixes tokens" in weak.unpackable
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_sees_ahead_is_refused(rng_seed):
+    """Packed it would not."""
+    torch.manual_seed(rng_seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    for decodes in (True, False):
+        config = CONFIG_MAPPING["bert-generation"](**SMALL, **sizes, is_decoder=decodes)
+        unpackable = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()).unpackable
+        assert unpackable is None if decodes else "sees later tokens" in unpackable
+
+
+def test_modules_without_a_backward_pass_are_compared_alone(monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed)
+    norm = model.model.norm
+    norm.forward = lambda x, forward=norm.forward: forward(x).detach()
+    assert LanguageModel(model).unpackable is None
+    assert LanguageModel(make_other("bart", rng_seed)).unpackable
+    with torch.inference_mode():
+        assert LanguageModel(make_model(seed=rng_seed)).unpackable is None
+
+
 def test_modules_that_fail_at_a_packed_batch_do_so_alone(monkeypatch, rng_seed):
     model = make_model("llama", seed=rng_seed)
     forward = type(model.model).forward
@@ -132,7 +182,51 @@ def test_modules_that_fail_at_a_packed_batch_do_so_alone(monkeypatch, rng_seed):
     monkeypatch.setattr(type(model.model), "forward", short)
     lm = LanguageModel(model)
     with pytest.raises(UserError, match=r"^model: LlamaForCausalLM fails at a packed batch \(IndexError: too many\)"):
-        pack([[1]], [[2]]).hidden(lm)
+        pack([[1], [2]], [[3], [4]]).hidden(lm)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The models whose sequences were tried together."""
+    why_not_packed, models = LanguageModel._why_not_packed, []
+
+    def trying(lm):
+        models.append(lm.model)
+        return why_not_packed(lm)
+
+    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
+    return models
+
+
+def test_sequences_are_tried_together_before_the_first_batch_of_several(tried, rng_seed):
+    lm = LanguageModel(model := make_model(seed=rng_seed).train())
+    sampler, options = Sampler(lm), {"max_new_tokens": 2, "eos_token_id": 257}
+    sampler.sample(torch.tensor([[1, 2], [3, 4]]), **options)  # which do not begin alike
+    pack([[1, 2]], [[3]]).hidden(lm)
+    assert tried == []
+    alike = torch.tensor([[*range(1, 10)], [*range(1, 9), 10]])
+    sampler.sample(alike, **options)
+    pack([[1, 2], [3]], [[3], [4]]).hidden(lm).sum().backward()
+    assert tried == [model] and model.training
+    Sampler(model).sample(alike, **options)
+    torch.compile(lambda: pack([[1, 2], [3]], [[3], [4]]).hidden(LanguageModel(model)), backend="eager")()
+    assert tried == [model] * 3
+
+
+def test_pmc_is_refused_when_it_is_made(tried, rng_seed):
+    model = make_other("bart", rng_seed)
+    with pytest.raises(
+        UserError, match="^model: BartForCausalLM gives a sequence in a packed batch other hidden states"
+    ):
+        PMC(model, make_tokenizer())
+    assert tried == [model]
+
+
+def test_one_sequence_may_be_packed_whatever_the_model(rng_seed):
+    model = make_other("falcon_h1", rng_seed)
+    got = pack([[1, 2]], [[3, 4]]).hidden(LanguageModel(model))
+    want = model.base_model(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state[0, 1:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_sampled_from_says_why(rng_seed):
@@ -149,6 +243,49 @@ def test_what_cannot_be_sampled_from_says_why(rng_seed):
     bart.sample(ids, **options)
     with pytest.raises(UserError, match="^attention_mask: got padding, but BartForCausalLM takes a token's place"):
         bart.sample(ids, torch.tensor([[1, 1], [0, 1]]), **options)
+
+
+@pytest.mark.parametrize("held_by", ["another thread", "nobody", "the thread that forks"])
+def test_in_a_process_that_is_forked(held_by, rng_seed):
+    """The other thread is not there to change the model back; the child neither waits for it nor goes on."""
+    lm = LanguageModel(make_model(seed=rng_seed))
+    with ThreadPoolExecutor(1) as pool, ExitStack() as held:
+        if held_by == "another thread":
+            pool.submit(lm.turn.acquire).result()
+        if held_by == "the thread that forks":
+            held.enter_context(lm.turn)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            try:
+                with lm.turn:
+                    os._exit(1)
+            except UserError as error:
+                os._exit(2 if "when this process was forked" in str(error) else 3)
+        if held_by == "another thread":
+            pool.submit(lm.turn.release).result()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (2 if held_by == "another thread" else 1)
+    with lm.turn:
+        pass  # the parent is as it was
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_parts_own_attention_comes_back(fails):
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"vocab_size": VOCAB, "model_type": "llama"}
+    vision = {**text, "image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
+    config = CONFIG_MAPPING["llava"](text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+
+    def used():
+        return [part._attn_implementation for part in (config, config.text_config, config.vision_config)]
+
+    with pytest.raises(KeyError) if fails else nullcontext(), attention.replacing_sdpa(model):
+        assert used() == [attention.NAME] * 3
+        if fails:
+            raise KeyError
+    assert used() == ["sdpa", "sdpa", "eager"]
 
 
 def test_evaluating_restores_each_modules_mode():

@@ -571,6 +571,29 @@ def test_lora_adapters(disabled, used, by_modules, rng_seed):
             assert relative_error(got[name], gradient) < 1e-3, name
 
 
+def test_lora_adapters_of_bfloat16(used, by_modules, monkeypatch, rng_seed):
+    """On float32 weights: widened, where PEFT would round what comes to them and from them."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
+    config = peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(make_model("llama", seed=rng_seed), config).train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    wide, packed = copy.deepcopy(model).float(), batch()
+    lm = LanguageModel(model)
+    hidden, rounded, want = packed.hidden(lm), by_modules(lm, packed), by_modules(LanguageModel(wide), packed)
+    assert used == [True]
+    exact = want.detach()
+    assert relative_error(hidden.detach(), exact) < 1e-5 < 1e-4 < relative_error(rounded.detach(), exact)
+    upstream = torch.randn_like(want)
+    got, want = gradients(model, hidden, upstream), gradients(wide, want, upstream)
+    for name, gradient in want.items():
+        assert (got[name] is None) == (gradient is None) == ("lora_" not in name)
+        if gradient is not None:
+            assert got[name].dtype == torch.bfloat16 and relative_error(got[name], gradient) < 2**-8, name
+
+
 def test_an_unknown_adapter_that_is_switched_and_unloaded(used, by_modules, rng_seed):
     peft = pytest.importorskip("peft")
     options = {"r": 3, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}

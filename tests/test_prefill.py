@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draws import assert_same
 from tiny import FAMILIES, make_model
 
 from pmc_fast import Sampler, attention, packed_layers
@@ -19,6 +20,7 @@ QUESTIONS = [[1, 2, 3], [4], [1, 2, 9, 10, 11, 12, 13, 14], [4]]  # one asked tw
 def test_same_hidden_states_and_cache(family, template, monkeypatch, rng_seed):
     lm = LanguageModel(make_model(family, seed=rng_seed))
     ids, mask = pad_left([template + question for question in QUESTIONS], 256)
+    assert lm.unpackable is None  # was tried
     tokens = []
     lm.backbone.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -54,12 +56,16 @@ def test_layers_of_a_known_kind_fill_the_cache(family, dtype, monkeypatch, rng_s
         theirs = prefill(lm, ids, mask)
     assert lm.packed_by == "modules"
     assert mine.suits_decode_attention and theirs.suits_decode_attention
-    seen, near = mask.bool(), {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(mine.hidden, theirs.hidden, **near)
+    seen, rounded = mask.bool(), 1e-4 if dtype == torch.float32 else 0.05
+
+    def check_near(got, want):
+        assert got.dtype == want.dtype == dtype and got.shape == want.shape
+        assert (got - want).norm() <= rounded * want.norm()
+
+    check_near(mine.hidden, theirs.hidden)
     for one, other in zip(mine.cache.layers, theirs.cache.layers, strict=True):
         for held, want in zip(one.filled(), other.filled(), strict=True):
-            assert held.dtype == want.dtype == dtype and held.shape == want.shape
-            torch.testing.assert_close(held.transpose(1, 2)[seen], want.transpose(1, 2)[seen], **near)
+            check_near(held.transpose(1, 2)[seen], want.transpose(1, 2)[seen])
     for one, other in zip(mine.calls, theirs.calls, strict=True):
         assert (one.layer, one.head_dim, one.scaling, one.softcap, one.window) == (
             *(other.layer, other.head_dim, other.scaling, other.softcap, other.window),
@@ -75,8 +81,7 @@ def test_same_answers(family, template, monkeypatch, rng_seed):
     packed = Sampler(model).sample(ids, mask, **options)
     monkeypatch.setattr("pmc_fast.prefill.MOST_TOKENS", 0)
     padded = Sampler(model).sample(ids, mask, **options)
-    assert torch.equal(packed.tokens, padded.tokens) and torch.equal(packed.lengths, padded.lengths)
-    torch.testing.assert_close(packed.logprobs, padded.logprobs, rtol=1e-3, atol=1e-4)
+    assert_same(packed, padded)
 
 
 @torch.no_grad()
@@ -142,6 +147,5 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
     for tried in (packed, []):
         passes.clear()
         got = sampler.sample(ids, mask, **options)
-        assert torch.equal(got.tokens, want.tokens)
-        torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
-        assert [shape for shape in passes if shape[1] > 1] == tried + given_up
+        assert_same(got, want)
+        assert [shape for shape in passes if shape[1] > 5] == tried + given_up  # those of 5 are trials

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from distribution import assert_follows
+from draws import assert_same, part
 from tiny import FAMILIES, MORE, VOCAB, make_model
 from transformers import BatchEncoding
 
@@ -90,10 +91,7 @@ def test_company_and_retirement_do_not_change_an_answer(family, truncation, rng_
     assert len(together.lengths.unique()) > 1
     for rows in ([0], [1], [2], [3], torch.randperm(4)[:3].tolist()):
         some = sampled(rows)
-        assert torch.equal(some.lengths, together.lengths[rows])
-        width = some.tokens.shape[2]
-        assert torch.equal(some.tokens, together.tokens[rows, :, :width])
-        torch.testing.assert_close(some.logprobs, together.logprobs[rows, :, :width], rtol=1e-4, atol=1e-4)
+        assert_same(some, part(together, rows), rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,8 +116,7 @@ def test_decode_attention_takes_the_place_of_torchs(family, prompts, monkeypatch
     model.set_attn_implementation("eager")  # not torch's: left as it is
     slow = Sampler(model).sample(ids, mask, **options)
     assert not calls and model.config._attn_implementation == "eager"
-    assert torch.equal(fast.tokens, slow.tokens)
-    torch.testing.assert_close(fast.logprobs, slow.logprobs, rtol=1e-3, atol=1e-4)
+    assert_same(fast, slow)
 
 
 def test_lengths_finished_and_logprobs(rng_seed):
@@ -185,8 +182,7 @@ def test_waves_that_fit_a_budget_change_no_answer(family, rng_seed):
     one = sampler.cache_bytes(3, ids.shape[1] + 8)
     for budget in (one, 3 * one):
         waves = sampler.sample(ids, mask, cache_budget=budget, **options)
-        assert torch.equal(waves.tokens, together.tokens) and torch.equal(waves.lengths, together.lengths)
-        torch.testing.assert_close(waves.logprobs, together.logprobs, rtol=1e-4, atol=1e-4)
+        assert_same(waves, together, rtol=1e-4)
     with pytest.raises(ValueError, match=f"cache_budget: got {one - 1} bytes, expected at least {one}"):
         sampler.sample(ids, mask, cache_budget=one - 1, **options)
 
@@ -258,10 +254,7 @@ def test_what_answers_begin_with_in_common_is_decoded_once(family, rng_seed):
     assert beginnings(together) == together.decoded < together.count - 4 * n
     for i in range(n):
         alone = Sampler(model).sample(ids, mask, sequence_ids=torch.arange(4) * n + i, **options)
-        assert torch.equal(alone.lengths[:, 0], together.lengths[:, i])
-        width = alone.tokens.shape[2]
-        assert torch.equal(alone.tokens[:, 0], together.tokens[:, i, :width])
-        torch.testing.assert_close(alone.logprobs[:, 0], together.logprobs[:, i, :width], rtol=1e-3, atol=1e-4)
+        assert_same(alone, part(together, (slice(None), [i])))
     greedy = Sampler(model).sample(ids, mask, num_samples=n, temperature=0, **options)
     assert greedy.decoded == int((greedy.lengths[:, 0] - 1).sum())
 

@@ -144,7 +144,8 @@ def _scaled_copy(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """In upstream's dtype: a GPU would round it to that of a float16 gradient, where 65536, a usual scale of losses, is inf."""
-    return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
+    one = upstream.reshape(1)  # torch's vmap over no rows would look into one without dimensions
+    return (gradient.to(upstream.dtype) * one).to(gradient.dtype)
 
 
 def _backward(ctx, upstream, *of_gradients):
@@ -165,7 +166,7 @@ def _backward(ctx, upstream, *of_gradients):
     d_hidden, d_weight, d_bias = (
         scale(g, upstream) if need else None for g, need in zip(saved, ctx.needs, strict=True)
     )
-    d_token_weight = upstream * token_nll if ctx.needs_input_grad[3] else None
+    d_token_weight = upstream.reshape(1) * token_nll if ctx.needs_input_grad[3] else None
     return d_hidden, d_weight, None, d_token_weight, d_bias, *[None] * (ctx.count - 5)
 
 

@@ -1,11 +1,21 @@
 """What tests of several benchmarks set up."""
 
-import pytest
+from argparse import Namespace
 
-from benchmarks import limits
+import pytest
+import torch
+
+from benchmarks import limits, step
 
 
 @pytest.fixture(autouse=True)
 def limits_by_one_run(monkeypatch):
     """Not by the best of five: nobody reads these."""
     monkeypatch.setattr(limits, "_REPEATS", 1)
+
+
+@pytest.fixture
+def task(rng_seed):
+    """A small micro-batch of PMC, of a model made on the spot."""
+    options = {"model": None, "forget": None, "retain": None, "dtype": "float32", "seed": rng_seed}
+    return step.load(Namespace(batch_size=3, num_samples=4, max_length=40, **options), torch.device("cpu"))

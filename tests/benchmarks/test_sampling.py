@@ -1,12 +1,11 @@
 """`python -m benchmarks sampling` checks before it times, and writes its schema."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
 
-from benchmarks import report, sampling, step
+from benchmarks import report, sampling
 from benchmarks.__main__ import main
 from benchmarks.bench import OURS, Wrong
 from benchmarks.limits import Limits
@@ -34,9 +33,7 @@ def test_sampling_writes_its_schema(tmp_path, capsys, rng_seed):
 
 
 @pytest.fixture
-def case(rng_seed):
-    options = {"model": None, "forget": None, "retain": None, "dtype": "float32", "seed": rng_seed}
-    task = step.load(Namespace(batch_size=3, num_samples=4, max_length=40, **options), torch.device("cpu"))
+def case(task):
     task.model.eval()
     return sampling.Case("a case", task, True)
 

@@ -1,12 +1,12 @@
 """`python -m benchmarks train` checks before it times, and writes its schema."""
 
 import json
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import report, step, train
+from benchmarks import report, train
 from benchmarks.__main__ import main
 from benchmarks.bench import OURS
 from benchmarks.limits import Limits
@@ -29,9 +29,7 @@ def test_train_writes_its_schema(tmp_path, capsys, rng_seed):
 
 
 @pytest.fixture
-def case(rng_seed):
-    options = {"model": None, "forget": None, "retain": None, "dtype": "float32", "seed": rng_seed}
-    task = step.load(Namespace(batch_size=3, num_samples=4, max_length=40, **options), torch.device("cpu"))
+def case(task):
     return train.Case(task)
 
 
@@ -67,5 +65,5 @@ def test_the_way_is_put_back(case):
 
 
 def test_on_a_gpu_the_layers_are_the_others(case, monkeypatch):
-    monkeypatch.setattr(case, "task", step.replace(case.task, device=torch.device("cuda")))
+    monkeypatch.setattr(case, "task", replace(case.task, device=torch.device("cuda")))
     assert list(case.contestants()) == [OURS, train.LAYERS]

@@ -123,6 +123,8 @@ def test_vmap_over_no_rows(loss, in_torch, inputs):
     for each in (loss, in_torch):
         assert vmap(lambda x, f=each: f(x, *others))(none).shape == (0,)
         assert grad(lambda x, f=each: vmap(lambda y: f(y, *others))(x).sum())(none).shape == none.shape
+        of_two = vmap(grad(each, (0, 3)), in_dims=(0, None, None, None))(none, *others)
+        assert [gradient.shape for gradient in of_two] == [none.shape, (0, *others[2].shape)]
 
 
 def test_the_hessian_is_refused_rather_than_zero(loss, inputs):
