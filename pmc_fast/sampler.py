@@ -150,7 +150,7 @@ class Sampler:
             temperature, top_k, top_p, min_p: as in ``pmc_fast.sample``; temperature 0 is greedy.
             eos_token_id: the token(s) that end an answer; -1 for none.
             seed: integer in [0, 2^63).
-            sequence_ids: int64 [B]; sample i of prompt b draws the noise of sequence ``sequence_ids[b] * n + i``.
+            sequence_ids: int64 [B]; sample i of prompt b draws the noise of sequence ``sequence_ids[b] * n + i``, below 2^32.
                 Default 0, 1, ..., B - 1.
             prune: stops answers that cannot be picked any more; made for these B prompts and ``num_samples``.
             cache_budget: bytes that keys and values may take at a time; prompts that do not fit together take turns,
@@ -189,7 +189,7 @@ class Sampler:
             raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
         if sequence_ids is None:
             sequence_ids = torch.arange(prompts, device=device)
-        check_sequence_ids(sequence_ids, prompts)
+        check_sequence_ids(sequence_ids, prompts, num_samples)
         model, waves = self.lm.model, []
         # Kernels that are launched without an op around them take Python's numbers of just these types.
         draw = {"temperature": float(temperature), "top_p": float(top_p), "min_p": float(min_p), "seed": int(seed)}
