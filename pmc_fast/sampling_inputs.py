@@ -72,7 +72,9 @@ def check_sequence_ids(sequence_ids: Tensor, prompts: int, num_samples: int | No
     most = 2**32 // num_samples
     for one in sequence_ids.aminmax() if prompts else ():
         if not 0 <= int(one) < most:
-            raise ValueError(f"sequence_ids: got {int(one)}, expected integers in [0, {most}), for num_samples={num_samples}")
+            raise ValueError(
+                f"sequence_ids: got {int(one)}, expected integers in [0, {most}), for num_samples={num_samples}"
+            )
 
 
 def answer_limits(
