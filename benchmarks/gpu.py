@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.build import ROOT
+from pmc_fast.backend import IMPLEMENTATIONS
 from pmc_fast.errors import UserError
 
 SCHEMA = "pmc_fast.benchmarks.gpu/1"
@@ -90,6 +91,7 @@ _TESTS = {
 _PYTEST = ["-q", "-p", "no:cacheprovider"]
 # By themselves, before what times the same kernel: one that waits for what never comes takes nothing else along.
 _HOPPER = "tests/cuda/test_linear_sample.py"
+_ON_GPUS = {"cuda", "triton"}  # ops that have neither are not tested: what is left of them is a CPU's
 _SANITIZED = ["tests/cuda/test_rows.py", "tests/ops/test_sample.py", _HOPPER, "-k", "cuda"]
 _OPS = {
     "cuda": {
@@ -175,7 +177,11 @@ def plan(out: Path, device: str, kind: str) -> list[Part]:
     if kind == "cuda" and find_spec("xdist"):  # what takes time is compilation
         pytest += ["-n", str(min(12, os.cpu_count() or 1)), "--maxfail=20"]
     parts = [Part("build", ["-m", "benchmarks.build"], 0.5)]
-    parts.append(Part("tests", [*pytest, f"--ignore={_HOPPER}", *tests], 1.5))
+    left_out = [
+        _HOPPER,
+        *(f"tests/ops/test_{op}.py" for op, found in IMPLEMENTATIONS.items() if not _ON_GPUS & {*found}),
+    ]
+    parts.append(Part("tests", [*pytest, *(f"--ignore={file}" for file in left_out), *tests], 1.5))
     if kind == "cuda":
         parts.append(Part("tests-hopper", ["-m", "pytest", *_PYTEST, _HOPPER], 0.3))
     for name, options in _OPS[kind].items():
