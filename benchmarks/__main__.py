@@ -85,6 +85,8 @@ def _measure(run: Callable[..., None], args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     if device.type == "cpu":
         _require_compiled_module()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # where streams, events and graphs are made if none is named
     if args.json:
         check_file(args.json, "--json")
     if args.threads:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pmc_fast import attention
+from pmc_fast import attention, backend
 from pmc_fast.compiled_modules import CompiledModules
 from pmc_fast.errors import described
 from pmc_fast.fast_linear import fast_linear
 from pmc_fast.memory import cache_bytes_per_row, free_bytes
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.modules import Modules
+from pmc_fast.ops import _checks
 from pmc_fast.phases import phase
 from pmc_fast.prefill import Prefill, prefill
 from pmc_fast.running_rows import RunningRows
@@ -149,7 +150,7 @@ class Sampler:
             temperature, top_k, top_p, min_p: as in ``pmc_fast.sample``; temperature 0 is greedy.
             eos_token_id: the token(s) that end an answer; -1 for none.
             seed: integer in [0, 2^63).
-            sequence_ids: int64 [B]; sample i of prompt b draws the noise of sequence ``sequence_ids[b] * n + i``.
+            sequence_ids: int64 [B]; sample i of prompt b draws the noise of sequence ``sequence_ids[b] * n + i``, below 2^32.
                 Default 0, 1, ..., B - 1.
             prune: stops answers that cannot be picked any more; made for these B prompts and ``num_samples``.
             cache_budget: bytes that keys and values may take at a time; prompts that do not fit together take turns,
@@ -173,6 +174,8 @@ class Sampler:
         )
         if prune is not None and not hasattr(prune, "part"):
             raise TypeError(f"prune: got {described(prune)}, expected a pmc_fast.pruning.Pruner or None")
+        _checks.sampling(temperature, top_k, top_p, min_p, seed)
+        backend.check(impl)
         if cache_budget is not None and (isinstance(cache_budget, bool) or not isinstance(cache_budget, int)):
             raise TypeError(f"cache_budget: got {described(cache_budget)}, expected an integer, of bytes, or None")
         if not len(input_ids):
@@ -186,9 +189,11 @@ class Sampler:
             raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
         if sequence_ids is None:
             sequence_ids = torch.arange(prompts, device=device)
-        check_sequence_ids(sequence_ids, prompts)
+        check_sequence_ids(sequence_ids, prompts, num_samples)
         model, waves = self.lm.model, []
-        draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "impl": impl}
+        # Kernels that are launched without an op around them take Python's numbers of just these types.
+        draw = {"temperature": float(temperature), "top_p": float(top_p), "min_p": float(min_p), "seed": int(seed)}
+        draw |= {"top_k": None if top_k is None else int(top_k), "impl": impl}
         with (
             self.lm.turn,
             gathered(self.lm.root),

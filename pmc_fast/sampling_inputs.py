@@ -59,12 +59,22 @@ def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
     return ends
 
 
-def check_sequence_ids(sequence_ids: Tensor, prompts: int) -> None:
-    """That there is one for each prompt."""
+def check_sequence_ids(sequence_ids: Tensor, prompts: int, num_samples: int | None = None) -> None:
+    """That there is one for each prompt and, given num_samples, that the noise of all samples has sequences to be drawn from."""
     if not isinstance(sequence_ids, Tensor):
         raise TypeError(f"sequence_ids: got {described(sequence_ids)}, expected an int64 tensor [{prompts}] or None")
     if sequence_ids.shape != (prompts,):
         raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
+    if sequence_ids.dtype != torch.int64:
+        raise TypeError(f"sequence_ids: got dtype {sequence_ids.dtype}, expected torch.int64")
+    if num_samples is None:
+        return
+    most = 2**32 // num_samples
+    for one in sequence_ids.aminmax() if prompts else ():
+        if not 0 <= int(one) < most:
+            raise ValueError(
+                f"sequence_ids: got {int(one)}, expected integers in [0, {most}), for num_samples={num_samples}"
+            )
 
 
 def answer_limits(

@@ -69,7 +69,9 @@ def static_decoder(
 
     def make() -> StaticDecoder | None:
         try:
-            return StaticDecoder(lm, layers(filled, sizes, keeps), sizes, ends, draw)
+            # In inference mode only calls in that mode could write to its memory.
+            with torch.inference_mode(False), torch.no_grad():
+                return StaticDecoder(lm, layers(filled, sizes, keeps), sizes, ends, draw)
         except Unknown:  # which modules show only when they run
             return None
 

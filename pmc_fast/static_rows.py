@@ -173,7 +173,8 @@ class Counts:
     def note(self) -> None:
         """After a step: its numbers are to be read later."""
         on_gpu, event = self._counts.is_cuda, None
-        copy = torch.empty(2, dtype=torch.int64, pin_memory=on_gpu).copy_(self._counts, non_blocking=on_gpu)
+        copy = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        copy.copy_(self._counts, non_blocking=on_gpu)
         if on_gpu:
             event = torch.cuda.Event()
             event.record()

@@ -73,4 +73,5 @@ def _parameters() -> set[str]:
 @lru_cache(maxsize=4)  # all layers ask for the same
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [sequences + 1], from 0: where each sequence ends."""
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    with torch.inference_mode(False):  # a backward pass may need them later
+        return torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32).to(device)

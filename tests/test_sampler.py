@@ -287,6 +287,11 @@ def test_rows_that_go_on_stay_where_they_can(rng_seed):
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"eos_token_id": []}, "eos_token_id: got none"),
         ({"sequence_ids": torch.tensor([1, 2])}, "sequence_ids: got shape"),
+        ({"sequence_ids": torch.tensor([-1])}, r"sequence_ids: got -1, expected integers in \[0, 4294967296\)"),
+        (
+            {"sequence_ids": torch.tensor([2**32 // 3]), "num_samples": 3},
+            r"sequence_ids: got 1431655765, expected integers in \[0, 1431655765\), for num_samples=3",
+        ),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask: a prompt ends in padding"),
     ],
 )
@@ -313,6 +318,7 @@ def test_wrong_objects():
         ({"input_ids": ids.int()}, "input_ids: got dtype torch.int32"),
         ({"attention_mask": [[1, 1, 1]]}, "attention_mask: got a value of type list, expected a tensor"),
         ({"sequence_ids": [0]}, r"sequence_ids: got a value of type list, expected an int64 tensor \[1\] or None"),
+        ({"sequence_ids": torch.tensor([0.0])}, "sequence_ids: got dtype torch.float32, expected torch.int64"),
         ({"max_new_tokens": "3"}, "max_new_tokens: got '3', expected an integer"),
         *(({"eos_token_id": eos}, "eos_token_id: got .*, expected a token id or a list") for eos in NO_ENDS),
     ]

@@ -82,6 +82,26 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
 
 
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 2.0}, {"min_p": -0.1}, {"impl": "none"}], ids=str
+)
+def test_options_out_of_range_are_refused_before_anything_runs(options, built):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^{name}: got {value!r}, expected"):
+        sample(make_model("llama").to(DEVICE), 0, **options)
+    assert not built
+
+
+def test_kernels_get_numbers_of_the_types_that_they_are_compiled_for(built, rng_seed):
+    model, options = make_model("llama", seed=rng_seed).to(DEVICE), {"top_p": np.float32(0.5), "min_p": 0}
+    got = sample(model, np.int64(rng_seed), temperature=1, top_k=np.int64(9), **options)
+    options = {"temperature": 1.0, "top_k": 9, "top_p": 0.5, "min_p": 0.0}
+    assert_same(got, sample(model, rng_seed, **options))
+    given, usual = (decoder._draw_options for decoder in built)
+    assert all(given[name] == usual[name] and type(given[name]) is type(usual[name]) for name in (*options, "seed"))
+    assert {type(given[name]) for name in options} == {float, int}
+
+
 @pytest.mark.parametrize("impl", ["cuda"])
 def test_draws_by_cuda(impl, steps, monkeypatch, rng_seed):
     """From rows for texts, of which those beyond the texts are NaN."""
@@ -216,6 +236,15 @@ def test_the_host_waits_only_while_texts_may_become_more():
     assert counts.latest() == (2, 2)
 
 
+def test_counts_are_read_on_the_host_whatever_the_default_device_is():
+    counts = Counts(torch.tensor([2, 2], device=DEVICE))
+    assert counts.latest() == (2, 2)
+    with torch.device("meta"):
+        for _ in range(STEPS_AHEAD + 1):
+            counts.note()
+        assert counts.latest() == (2, 2)
+
+
 @pytest.fixture
 def captured(monkeypatch):
     """Steps that were run, captured and replayed, as (what, rows), without a GPU."""
@@ -327,6 +356,17 @@ def test_kept_graphs_serve_calls_of_about_the_same_sizes_and_weights_that_change
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     assert built[0] is built[1] is built[2]
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_kept_graphs_serve_calls_in_inference_mode_and_others(family, built, rng_seed):
+    sampler = Sampler(make_model(family, seed=rng_seed).to(DEVICE), keep_graphs=True)
+    with torch.inference_mode():
+        first = sample(sampler, rng_seed)
+    assert_same(sample(sampler, rng_seed), first)
+    with torch.inference_mode():
+        assert_same(sample(sampler, rng_seed), first)
+    assert built[0] is built[1] is built[2] is not None
 
 
 @torch.no_grad()

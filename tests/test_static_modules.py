@@ -3,7 +3,9 @@
 Here all kinds are taken for unknown ones. See test_static_decoder.py, which holds both ways to the same.
 """
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from static_decoding import DEVICE, PROMPTS, adapt, by_modules, sample, watch
 
 from pmc_fast import attention, static_decoder
 from pmc_fast.decoder_layers import Unknown
+from pmc_fast.host_values import HostValue, RefusingHostValues
 from pmc_fast.models import LanguageModel
 from pmc_fast.modules import Modules, PassingLayer
 from pmc_fast.running_rows import RunningRows
@@ -144,6 +147,25 @@ def test_angles_that_depend_on_other_rows_are_left_to_the_modules(rope, built, m
     assert_same(got, by_modules(make("cohere", rng_seed, **options), rng_seed, monkeypatch))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*VARIANTS, "mixtral", "phimoe", "dora"])
+def test_what_a_step_takes_from_the_host(kind):
+    """meta stands for a GPU, where copies from the host are refused."""
+    family, changes = {"dora": ("llama", {})}.get(kind) or VARIANTS.get(kind, (kind, {}))
+    model = make_model(family, **changes)
+    if kind in ("mixtral", "phimoe"):
+        model.set_experts_implementation("batched_mm")
+    model = adapt(model, use_dora=True) if kind == "dora" else model
+    lm = LanguageModel(model)
+    attention.install(lm.model)
+    model.to("meta")
+    rows = SimpleNamespace(attend=lambda layer, query, key, value, **options: torch.empty_like(query))
+    token, held = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    refused = pytest.raises(HostValue) if kind == "phimoe" else nullcontext()  # its angles
+    with refused, RefusingHostValues("meta"):
+        assert Modules(lm).hidden(token, token, rows, held[0]).device.type == "meta"
+
+
 def test_a_window_that_masks_alone_know_of_is_left_to_them(built, monkeypatch, rng_seed):
     model = make("phimoe", rng_seed)
     model.set_experts_implementation("batched_mm")
@@ -152,7 +174,7 @@ def test_a_window_that_masks_alone_know_of_is_left_to_them(built, monkeypatch, r
     assert_same(got, by_transformers(model, rng_seed, monkeypatch))
     model.config.sliding_window = None
     got = sample(model, rng_seed)
-    assert is_captured(built[1])
+    assert is_captured(built[1]) == (DEVICE == "cpu")  # its angles are the host's
     assert_same(got, by_transformers(model, rng_seed, monkeypatch))
 
 

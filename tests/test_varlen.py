@@ -113,3 +113,11 @@ def test_what_it_takes(monkeypatch):
     assert not varlen.takes(device, torch.bfloat16, 64, None)
     monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
     assert varlen.takes(device, torch.bfloat16, 64, 2.0) == varlen.takes(device, torch.bfloat16, 64, None) == GPU
+
+
+def test_what_inference_asked_for_first_serves_backward_passes():
+    varlen._ends.cache_clear()
+    with torch.inference_mode():
+        varlen._ends((3, 2), torch.device(DEVICE))
+    ends = varlen._ends((3, 2), torch.device(DEVICE))
+    assert ends.tolist() == [0, 3, 5] and not ends.is_inference()

@@ -44,13 +44,16 @@ void change(Arrivals* barrier, unsigned arrivals, int bytes) {
     std::memcpy(barrier, &phase, sizeof phase);
 }
 
+constexpr int kRankBit = 24;  // of an address in shared memory
+uint32_t within_block(uint32_t address) { return address & ((1u << kRankBit) - 1); }
+
 uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // Counts as one thread's.
 void copy(void* to, const TensorMap* from, int column, int row, Arrivals* barrier, unsigned ranks) {
     Matrix matrix;
     std::memcpy(&matrix, from, sizeof matrix);
-    const uint32_t first = shared_address(to);
+    const uint32_t first = within_block(shared_address(to));
     require(first % kTileAlignment == 0, "a tile that is not aligned");
     for (int rank = 0; rank < cluster_size(); ++rank) {
         if (!(ranks >> rank & 1)) continue;
@@ -74,7 +77,8 @@ class Operand {
     explicit Operand(TileDescriptor descriptor)
         : start_(static_cast<uint32_t>(descriptor.bits & 0x3FFF) << 4),
           eight_rows_(static_cast<uint32_t>(descriptor.bits >> 32 & 0x3FFF) << 4) {
-        require(descriptor.bits >> 62 == 1 && (descriptor.bits >> 49 & 7) == 0,
+        // The 1 is a distance that this layout has no use for.
+        require(descriptor.bits >> 46 == 1 << 16 && (descriptor.bits >> 14 & 0x3FFFF) == 1 << 2,
                 "a descriptor of another layout than swizzled tiles");
     }
 
@@ -137,7 +141,8 @@ void end_group() {
 }
 
 uint32_t shared_address(const void* shared) {
-    return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - shared_memory());
+    const auto first = static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - shared_memory());
+    return static_cast<uint32_t>(cluster_rank()) << kRankBit | first;
 }
 
 void start(Arrivals* barrier, int arrivals) {

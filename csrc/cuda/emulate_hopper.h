@@ -12,7 +12,7 @@ void await_products(size_t groups);
 
 }  // namespace emulated
 
-uint32_t shared_address(const void* shared);  // from where the block's begins
+uint32_t shared_address(const void* shared);  // from where the block's begins; its rank in the cluster above that
 void start(Arrivals* barrier, int arrivals);
 inline void publish_started() {}
 void arrive(Arrivals* barrier, int rank);

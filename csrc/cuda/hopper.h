@@ -32,7 +32,8 @@ struct TileDescriptor {
 
     static PMC_HD TileDescriptor at(uint32_t shared_address) {
         constexpr uint64_t kEightRows = 8 * kTileRowBytes, kSwizzle128 = 1;
-        return {shared_address >> 4 | uint64_t{1} << 16 | (kEightRows >> 4) << 32 | kSwizzle128 << 62};
+        constexpr uint32_t kWithinBlock = (1u << 18) - 1;  // higher bits say which block of the cluster
+        return {(shared_address & kWithinBlock) >> 4 | uint64_t{1} << 16 | (kEightRows >> 4) << 32 | kSwizzle128 << 62};
     }
     PMC_HD TileDescriptor down(int rows) const { return {bits + static_cast<uint32_t>(rows * kTileRowBytes >> 4)}; }
     PMC_HD TileDescriptor right(int columns) const { return {bits + static_cast<uint32_t>(2 * columns >> 4)}; }

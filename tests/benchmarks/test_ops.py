@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -118,6 +118,34 @@ def test_what_waits_for_the_gpu_is_not_captured(monkeypatch):
     assert modes[-1] == "default" and not graphs
     assert captured(lambda: seen.append(modes[-1])) == "replay" and len(graphs) == 1
     assert seen == ["default", "error", "default"]
+
+    @contextmanager
+    def restored(stream):
+        try:
+            yield
+        finally:
+            seen.append("restored")
+
+    @contextmanager
+    def failing(graph):
+        yield
+        raise RuntimeError("capture failed")  # and torch leaves its own stream the current one
+
+    monkeypatch.setattr(torch.cuda, "stream", restored)
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        captured(lambda: None)
+    assert seen[3:] == ["restored"] * 2
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    used = []
+    monkeypatch.setattr("pmc_fast.loading.choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(ops, "run", lambda args, device: used.append(device.type))
+    for device in ("cuda:1", "cuda", "cpu"):
+        assert main(["ops", "--device", device]) == 0
+    assert used == [torch.device("cuda:1"), "cuda", "cuda", "cpu"]
 
 
 def test_slow_contestants_run_once(each_once):
