@@ -40,12 +40,14 @@ def test_collapse_loss_takes_what_plain_torch_takes(head, frozen):
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,)])
-def test_linear_logprob_takes_one_product_more(head, frozen):
+def test_linear_logprob_takes_one_product_more_but_under_a_frozen_head(head, frozen):
     for index in frozen:
         head[index].requires_grad_(False)
     product = count(lambda: F.linear(*head[:2]))
-    assert count(lambda: pmc_fast.linear_logprob(*head)) == product
-    assert count(lambda: pmc_fast.linear_logprob(*head).sum().backward()) == product + count(
+    with torch.no_grad():
+        assert count(lambda: pmc_fast.linear_logprob(*head)) == product
+    more = 0 if frozen == (1,) else product
+    assert count(lambda: pmc_fast.linear_logprob(*head).sum().backward()) == more + count(
         lambda: plain(*head).backward()
     )
 
