@@ -105,10 +105,12 @@ void fuzz_linear_logprob(Case& c) {
         for (const Slice& slice : slices) {
             Numbers z = slice.z;
             kernels().score_slice_terms({kernel_slice(slice, &z, &workspace), again.data(), sums.data(), 2});
+            std::vector<double> added(sums.size(), 0);
             for_each_written(slice, z, [&](int64_t r, int64_t i, float value) {
-                sums[2 * r] += value;
-                if (in_half[i]) sums[2 * r + 1] += value;
+                added[2 * r] += value;
+                if (in_half[i]) added[2 * r + 1] += value;
             });
+            for (size_t i = 0; i < sums.size(); ++i) sums[i] += static_cast<float>(added[i]);
         }
         for (size_t r = 0; r < rows; ++r) {
             const ExpectedScore& e = targets.expected[r];
