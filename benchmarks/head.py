@@ -34,7 +34,10 @@ def random_head(
 
 
 class LabelledInputs(NamedTuple):
-    """hidden [N, D], weight [V, D], bias [V] or None, which require gradients; target [N]; upstream float32 [N] or []."""
+    """hidden [N, D], weight [V, D], bias [V] or None; target [N]; upstream float32 [N] or [].
+
+    hidden requires a gradient, and so do weight and bias unless the head is frozen.
+    """
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -44,11 +47,11 @@ class LabelledInputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the op returned, and the gradients."""
+    """What the op returned, and the gradients of what requires one."""
 
     value: torch.Tensor
     hidden: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None
 
 
@@ -56,7 +59,7 @@ def with_gradients(forward: Callable[[LabelledInputs], torch.Tensor]) -> Callabl
     """Forward and backward; `forward_seconds`, an attribute of what is returned, gets the first part of each call."""
 
     def run(x: LabelledInputs) -> Result:
-        inputs = [x.hidden, x.weight] if x.bias is None else [x.hidden, x.weight, x.bias]
+        inputs = [t for t in (x.hidden, x.weight, x.bias) if t is not None and t.requires_grad]
         with Stopwatch(x.hidden.device) as watch:
             value = forward(x)
         run.forward_seconds.append(watch.seconds)
@@ -68,20 +71,23 @@ def with_gradients(forward: Callable[[LabelledInputs], torch.Tensor]) -> Callabl
 
 
 class HeadBench(Bench):
-    """`rows` label tokens under `head`, forward and backward."""
+    """`rows` label tokens under `head`, forward and backward; a head that is `frozen` gets no gradient."""
 
     yardstick = "torch eager"
 
-    def __init__(self, rows: int, head: Head, dtype: torch.dtype = torch.float32, large: bool = False) -> None:
+    def __init__(
+        self, rows: int, head: Head, dtype: torch.dtype = torch.float32, large: bool = False, frozen: bool = False
+    ) -> None:
         self.rows = rows
         self.head = head
         self.dtype = dtype
         self.large = large
+        self.frozen = frozen
         # logits, gradient of hidden, gradient of the head; hidden and head read, their gradients written
-        self.flops = 6 * rows * head.hidden * head.vocab
-        self.moved_bytes = 2 * (rows + head.vocab) * head.hidden * dtype.itemsize
-        bias = " with bias" if head.bias else ""
-        self.title = f"{rows} x {head.hidden} x {head.vocab}{bias}, forward + backward"
+        self.flops = (4 if frozen else 6) * rows * head.hidden * head.vocab
+        self.moved_bytes = (2 * rows + (1 if frozen else 2) * head.vocab) * head.hidden * dtype.itemsize
+        about = (" with bias" if head.bias else "") + (", frozen" if frozen else "")
+        self.title = f"{rows} x {head.hidden} x {head.vocab}{about}, forward + backward"
 
     @abc.abstractmethod
     def forwards(self) -> Mapping[str, Callable[[LabelledInputs], torch.Tensor]]:
@@ -102,14 +108,16 @@ class HeadBench(Bench):
         head = random_head(self.rows, self.head, self.dtype, seed, device, spread=2.0)
         generator = torch.Generator(device).manual_seed(seed + 1)
         target = torch.randint(self.head.vocab, (self.rows,), generator=generator, device=device)
-        return LabelledInputs(
-            *(None if x is None else x.requires_grad_() for x in head), target, self.upstream(generator)
-        )
+        head.hidden.requires_grad_()
+        for part in head[1:]:
+            if part is not None:
+                part.requires_grad_(not self.frozen)
+        return LabelledInputs(*head, target, self.upstream(generator))
 
     def judge(self, run, result: Result, inputs, oracle: tuple[torch.Tensor, HeadGradients], budget) -> Verdict:
         value, gradients = oracle
         errors = {"value": relative_error(result.value, value)}
         for name in ("hidden", "weight", "bias"):
-            if (want := getattr(gradients, name)) is not None:
+            if (want := getattr(gradients, name)) is not None and getattr(inputs, name).requires_grad:
                 errors[f"d_{name}"] = relative_error(getattr(result, name), want)
         return judge_errors(errors, self.dtype, budget)

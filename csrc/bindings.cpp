@@ -196,6 +196,12 @@ PYBIND11_MODULE(_C, m) {
             },
             release())
         .def(
+            "score_terms",
+            [](const pmc::LogitSlice& slice, uintptr_t score, uintptr_t sums, int64_t size) {
+                pmc::kernels().score_slice_terms({slice, pointer<pmc::RowScore>(score), pointer<float>(sums), size});
+            },
+            release())
+        .def(
             "gradient",
             [](const pmc::LogitSlice& slice, uintptr_t normalizer, uintptr_t weight) {
                 pmc::kernels().slice_gradient({slice, pointer<const float>(normalizer), pointer<const float>(weight)});

@@ -21,6 +21,12 @@ def _with_gradients(hidden: Shape, weight: Shape, *args: Any, out_shape: Any) ->
     return _product(hidden, weight, out_shape=out_shape) * (1 + sum(needs[:2]))
 
 
+def _linear_logprob(
+    hidden: Shape, weight: Shape, target: Shape, bias: Shape | None, ahead: Shape | None, *args: Any, out_shape: Any
+) -> int:
+    return _product(hidden, weight, out_shape=out_shape) * (1 if ahead is None else 2)
+
+
 def _decode_attention(query: Shape, key: Shape, *args: Any, out_shape: Any) -> int:
     rows, heads, dim = query
     prefix = args[4]
@@ -43,7 +49,7 @@ def _packed_attention_backward(
 
 FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.pmc_fast.collapse_loss: _with_gradients,
-    torch.ops.pmc_fast.linear_logprob: _product,
+    torch.ops.pmc_fast.linear_logprob: _linear_logprob,
     torch.ops.pmc_fast.linear_logprob_backward: lambda upstream, *args, out_shape: _with_gradients(
         *args, out_shape=out_shape
     ),

@@ -1,12 +1,18 @@
 """What FlopCounterMode finds of the ops, against the same in plain torch."""
 
+from itertools import product
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import pmc_fast
+from pmc_fast import parallel_head
 from pmc_fast.flops import FORMULAS
+from pmc_fast.parallel_head import VocabShards
+from pmc_fast.reference import linear_logprob as reference
 
 
 def count(call):
@@ -40,14 +46,41 @@ def test_collapse_loss_takes_what_plain_torch_takes(head, frozen):
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,)])
-def test_linear_logprob_takes_one_product_more(head, frozen):
+def test_linear_logprob_takes_one_product_more_but_under_a_frozen_head(head, frozen):
     for index in frozen:
         head[index].requires_grad_(False)
     product = count(lambda: F.linear(*head[:2]))
-    assert count(lambda: pmc_fast.linear_logprob(*head)) == product
-    assert count(lambda: pmc_fast.linear_logprob(*head).sum().backward()) == product + count(
+    with torch.no_grad():
+        assert count(lambda: pmc_fast.linear_logprob(*head)) == product
+    more = 0 if frozen == (1,) else product
+    assert count(lambda: pmc_fast.linear_logprob(*head).sum().backward()) == more + count(
         lambda: plain(*head).backward()
     )
+
+
+@pytest.mark.parametrize("needs", list(product([False, True], repeat=3)), ids=str)
+def test_the_reference_makes_the_gradients_that_are_needed(head, needs):
+    hidden, weight, target = head
+    options = {"bias": torch.zeros(len(weight)), "softcap": 3.0, "logit_scale": 2.0, "ignore_index": None}
+    upstream, one = torch.ones(len(target)), count(lambda: F.linear(hidden, weight))
+    found = []
+    backward = lambda: found.extend(  # noqa: E731
+        reference.linear_logprob_backward(upstream, *head, None, temperature=1.0, needs=needs, **options)
+    )
+    assert count(backward) == one * (1 + sum(needs[:2]))
+    assert [gradient is not None for gradient in found] == list(needs)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_head_in_parts_takes_what_plain_torch_takes(head, frozen):
+    head[1].requires_grad_(not frozen)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shards = VocabShards.of(head[1])
+        ours = count(lambda: parallel_head.linear_logprob(*head, shards=shards).sum().backward())
+    finally:
+        dist.destroy_process_group()
+    assert ours == count(lambda: plain(*head).backward())
 
 
 def test_linear_sample_takes_one_product(head):

@@ -71,6 +71,15 @@ struct ScoreSliceArgs {
     RowScore* score;  // [rows]
 };
 
+// Also, over each logit but the target's, which becomes 0: exp(logit - top) times the soft cap's derivative. `sums` are
+// of such terms of the slices before, and change with top.
+struct ScoreSliceTermsArgs {
+    LogitSlice slice;
+    RowScore* score;  // [rows]
+    float* sums;      // [rows, size]
+    int64_t size;
+};
+
 // The gradient of sum(weight * nll) with respect to the products is written over them.
 struct SliceGradientArgs {
     LogitSlice slice;
@@ -250,6 +259,7 @@ struct Kernels {
     int64_t (*sample)(const SampleArgs&);
     int64_t (*cross_entropy)(const CrossEntropyArgs&);
     void (*score_slice)(const ScoreSliceArgs&);
+    void (*score_slice_terms)(const ScoreSliceTermsArgs&);
     void (*slice_gradient)(const SliceGradientArgs&);
     void (*gumbel)(const GumbelArgs&);
     int64_t (*decode_attention)(const DecodeAttentionArgs&);

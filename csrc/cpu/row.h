@@ -75,8 +75,14 @@ inline bool finite_max(const float* row, int64_t size, float* maximum) {
     return ordered_max(row, size, maximum) && *maximum < kInfinity && *maximum > -kInfinity;
 }
 
-// sum over i of exp(row[i] / temperature - shift), shift being no less than the largest row[i] / temperature.
-inline double sum_exp(const float* row, int64_t size, float temperature, float shift) {
+// sum over i of exp(row[i] / temperature - shift), shift being no less than the largest row[i] / temperature. Each term
+// is also given to visit(i, term), Floats of them or a float, and what is visited may be written over.
+template <class Visit>
+inline double sum_exp(const float* row, int64_t size, float temperature, float shift, const Visit& visit) {
+    const auto visited = [&visit](int64_t i, Floats terms) {
+        visit(i, terms);
+        return terms;
+    };
     double total = 0;
     for (int64_t begin = 0; begin < size; begin += kSumBlock) {
         const int64_t end = begin + kSumBlock < size ? begin + kSumBlock : size;
@@ -84,19 +90,27 @@ inline double sum_exp(const float* row, int64_t size, float temperature, float s
         int64_t i = begin;
         if (temperature == 1) {
             for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-                s0 += exp_nonpositive(load(row + i) - shift);
-                s1 += exp_nonpositive(load(row + i + kLanes) - shift);
+                s0 += visited(i, exp_nonpositive(load(row + i) - shift));
+                s1 += visited(i + kLanes, exp_nonpositive(load(row + i + kLanes) - shift));
             }
         } else {
             for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-                s0 += exp_nonpositive(load(row + i) / temperature - shift);
-                s1 += exp_nonpositive(load(row + i + kLanes) / temperature - shift);
+                s0 += visited(i, exp_nonpositive(load(row + i) / temperature - shift));
+                s1 += visited(i + kLanes, exp_nonpositive(load(row + i + kLanes) / temperature - shift));
             }
         }
-        for (; i < end; ++i) total += std::exp(row[i] / temperature - shift);
+        for (; i < end; ++i) {
+            const float term = std::exp(row[i] / temperature - shift);
+            visit(i, term);
+            total += term;
+        }
         total += horizontal_sum(s0 + s1);
     }
     return total;
+}
+
+inline double sum_exp(const float* row, int64_t size, float temperature, float shift) {
+    return sum_exp(row, size, temperature, shift, [](int64_t, auto) {});
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace pmc::PMC_ISA {
 int64_t sample(const SampleArgs& args);
 int64_t cross_entropy(const CrossEntropyArgs& args);
 void score_slice(const ScoreSliceArgs& args);
+void score_slice_terms(const ScoreSliceTermsArgs& args);
 void slice_gradient(const SliceGradientArgs& args);
 void gumbel(const GumbelArgs& args);
 int64_t decode_attention(const DecodeAttentionArgs& args);
@@ -28,6 +29,7 @@ const Kernels kernels = {PMC_STRING(PMC_ISA),
                          sample,
                          cross_entropy,
                          score_slice,
+                         score_slice_terms,
                          slice_gradient,
                          gumbel,
                          decode_attention,

@@ -1,6 +1,7 @@
 // linear_logprob and its gradient on the CPU, from slices of the vocabulary.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -46,6 +47,8 @@ void fuzz_linear_logprob(Case& c) {
     const int threads = static_cast<int>(random.between(1, 2));
     const Targets targets(random, logits, temperature);
     const std::vector<Slice> slices = random_slices(random, logits);
+    std::vector<bool> in_half;
+    for (int64_t i = 0; i < logits.vocab; ++i) in_half.push_back(random.one_in(2));
     c.for_each_isa([&] {
         constexpr double kNothing = std::numeric_limits<double>::quiet_NaN();
         std::vector<RowScore> score(rows, {-std::numeric_limits<double>::infinity(), 0, kNothing});
@@ -74,21 +77,57 @@ void fuzz_linear_logprob(Case& c) {
                              static_cast<float>(score[r].top - score[r].target_logit + std::log(score[r].mass)),
                              static_cast<float>(e.nll), e.nll_tolerance);
         }
-        Logits written = logits;
-        for (const Slice& slice : slices) {
-            Numbers z = slice.z;
-            kernels().slice_gradient({kernel_slice(slice, &z, &workspace), normalizer.data(), targets.weight.data()});
+        // Calls body(r, i, value) for token i of every row of a slice that was written over.
+        const auto for_each_written = [&](const Slice& slice, const Numbers& z, auto&& body) {
             for (int64_t r = 0; r < logits.rows; ++r)
                 for (int64_t i = 0; i < slice.stride && r * slice.stride + i < z.size(); ++i) {
                     const int64_t at = r * slice.stride + i;
                     if (i < slice.end - slice.begin)
-                        written.z.set(r * logits.stride + slice.begin + i, z.get(at));
+                        body(r, slice.begin + i, z.get(at));
                     else if (!z.same_bits(slice.z, at))
                         c.fail("wrote to [%lld, %lld] of a slice", static_cast<long long>(r),
                                static_cast<long long>(i));
                 }
+        };
+        Logits written = logits;
+        for (const Slice& slice : slices) {
+            Numbers z = slice.z;
+            kernels().slice_gradient({kernel_slice(slice, &z, &workspace), normalizer.data(), targets.weight.data()});
+            for_each_written(slice, z,
+                             [&](int64_t r, int64_t i, float value) { written.z.set(r * logits.stride + i, value); });
         }
         check_gradient(c, logits, targets.expected, written.z);
+
+        // With its terms a slice scores the same. Sums: of all terms, and of those that a random half of the tokens
+        // have.
+        std::vector<RowScore> again(rows, {-std::numeric_limits<double>::infinity(), 0, kNothing});
+        std::vector<float> sums(2 * rows, 0);
+        for (const Slice& slice : slices) {
+            Numbers z = slice.z;
+            kernels().score_slice_terms({kernel_slice(slice, &z, &workspace), again.data(), sums.data(), 2});
+            std::vector<double> added(sums.size(), 0);
+            for_each_written(slice, z, [&](int64_t r, int64_t i, float value) {
+                added[2 * r] += value;
+                if (in_half[i]) added[2 * r + 1] += value;
+            });
+            for (size_t i = 0; i < sums.size(); ++i) sums[i] += static_cast<float>(added[i]);
+        }
+        for (size_t r = 0; r < rows; ++r) {
+            const ExpectedScore& e = targets.expected[r];
+            if (e.usable != Usable::kYes) continue;
+            if (std::memcmp(&again[r], &score[r], sizeof(RowScore)) != 0)
+                c.fail("row %lld: another score with its terms", static_cast<long long>(r));
+            double want[2] = {0, 0};
+            for (int64_t i = 0; i < logits.vocab; ++i) {
+                if (i == targets.target[r]) continue;
+                want[0] += e.share[i];
+                want[1] += in_half[i] ? e.share[i] : 0;
+            }
+            for (int64_t half : {0, 1})
+                c.check_near("sum of terms", static_cast<int64_t>(r), half,
+                             static_cast<float>(sums[2 * r + half] / score[r].mass), static_cast<float>(want[half]),
+                             e.share_tolerance + rounding(logits.z.dtype()));
+        }
     });
 }
 

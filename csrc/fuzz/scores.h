@@ -13,6 +13,8 @@ namespace pmc::fuzz {
 struct ExpectedScore {
     Usable usable;
     double nll = 0, nll_tolerance = 0;
+    std::vector<double> share;  // softmax times the soft cap's derivative
+    double share_tolerance = 0;
     std::vector<double> gradient;
     double gradient_tolerance = 0;
     bool gradient_in_range = false;
@@ -34,11 +36,13 @@ struct ExpectedScore {
 
         const double scale = static_cast<double>(weight) / temperature * logits.head.logit_scale;
         gradient_in_range = weight == 0 || (std::isnormal(weight / temperature) && std::abs(scale) < 1e37);
-        gradient_tolerance = std::abs(scale) * (5e-5 + 3 * scaled_error) + 1e-37;
+        share_tolerance = 5e-5 + 3 * scaled_error;
+        gradient_tolerance = std::abs(scale) * share_tolerance + 1e-37;
         for (size_t i = 0; i < y.size(); ++i) {
             const double capped = logits.head.softcap > 0 ? y[i] / logits.head.softcap : 0;
-            const double p = std::exp(scaled[i] - top) / mass;
-            gradient.push_back((p - (static_cast<int64_t>(i) == target)) * scale * (1 - capped * capped));
+            const double p = std::exp(scaled[i] - top) / mass, slope = 1 - capped * capped;
+            share.push_back(p * slope);
+            gradient.push_back((p - (static_cast<int64_t>(i) == target)) * scale * slope);
         }
     }
 };

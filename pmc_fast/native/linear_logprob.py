@@ -36,17 +36,64 @@ def linear_logprob(
     """
     rows = _where(_scored(target, ignore_index))
     logits = _SlicedLogits(_rows(hidden, rows), _rows(target, rows), weight, bias, **options)
-    score = torch.tensor([-math.inf, 0, 0], dtype=torch.float64).repeat(len(logits.x), 1)  # pmc::RowScore
+    score = _score(logits, rows)
+    return _spread(_logprob(score).float(), rows, len(target)), _spread(score[:, :2].float(), rows, len(target))
+
+
+def linear_logprob_ahead(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    ignore_index: int | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Also each row's gradient for hidden, float32 [N, D], from the same logits.
+
+    Ignored rows are zeros in both.
+    """
+    count, rows = len(target), _where(_scored(target, ignore_index))
+    target, options = _rows(target, rows), {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
+    logits = _SlicedLogits(_rows(hidden, rows), target, weight, bias, **options)
+    gradient = torch.zeros(logits.x.shape, dtype=torch.float32)
+    score = _score(logits, rows, gradient)
+    # The target is not among the terms summed up: that 1 - p is exact for a confident row, whose gradient is all the rest.
+    logprob, scale = _logprob(score), logit_scale / temperature
+    of_target = -logprob.expm1() * scale
+    if softcap is not None:
+        of_target *= 1 - (score[:, 2] * temperature / softcap) ** 2
+    gradient *= (-scale / score[:, 1:2]).float()
+    gradient.addcmul_(weight[target], of_target[:, None].float())
+    return _spread(logprob.float(), rows, count), _spread(gradient, rows, count)
+
+
+def _score(logits: _SlicedLogits, rows: Tensor | None, sums: Tensor | None = None) -> Tensor:
+    """pmc::RowScore of each row, float64 [rows, 3].
+
+    sums: float32 zeros [rows, D]; become the sums over all tokens but the target of exp(logit - highest), times the soft cap's
+        derivative, times the token's row of the head.
+    """
+    score = torch.tensor([-math.inf, 0, 0], dtype=torch.float64).repeat(len(logits.x), 1)
     for tokens in logits.slices:
         head = logits.head(tokens)
         for chunk in logits.chunks:
-            _, kernels = logits.write(head, tokens, chunk)
-            kernels.score(score[chunk].data_ptr())
-    top, mass, target_logit = score.unbind(1)
-    if len(bad := (~top.isfinite()).nonzero()):
+            z, kernels = logits.write(head, tokens, chunk)
+            if sums is None:
+                kernels.score(score[chunk].data_ptr())
+            else:
+                kernels.score_terms(score[chunk].data_ptr(), sums[chunk].data_ptr(), sums.shape[1])
+                head.add_product(z, sums[chunk])
+    if len(bad := (~score[:, 0].isfinite()).nonzero()):
         raise not_finite("linear_logprob", int(bad[0] if rows is None else rows[bad[0]]))
-    logprob = (target_logit - top - mass.log()).float()
-    return _spread(logprob, rows, len(target)), _spread(score[:, :2].float(), rows, len(target))
+    return score
+
+
+def _logprob(score: Tensor) -> Tensor:
+    top, mass, target_logit = score.unbind(1)
+    return target_logit - top - mass.log()
 
 
 def linear_logprob_backward(

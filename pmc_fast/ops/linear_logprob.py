@@ -27,7 +27,8 @@ def linear_logprob(
     softcap is given; 0 where the target is ignore_index.
 
     Differentiable once, in reverse mode, in hidden, weight and bias with any upstream gradient; the backward pass computes
-    the logits again. Gradients of its gradients and forward-mode derivatives are refused.
+    the logits again. On a CPU, where hidden alone requires a gradient, the forward pass makes it of the logits that it has:
+    there, an evaluation is faster within torch.no_grad(). Gradients of its gradients and forward-mode derivatives are refused.
 
     Args:
         hidden: float32, bfloat16 or float16 [N, D] (float64 for the reference).
@@ -56,8 +57,19 @@ def linear_logprob(
     _checks.ignored(ignore_index)
     _checks.temperature(temperature, allow_zero=False)
     backend.check(impl)
-    logprob, _ = _differentiable(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl)
+    options = softcap, logit_scale, temperature, ignore_index, impl
+    logprob, _ = _differentiable(hidden, weight, target, bias, _ahead(hidden, weight, bias, impl), *options)
     return logprob
+
+
+def _ahead(hidden: Tensor, weight: Tensor, bias: Tensor | None, impl: str | None) -> Tensor | None:
+    """A 0 made of hidden, for `_autograd.once`, if the forward pass is to make the only gradient there is; else None.
+
+    On a GPU a kernel scores rows whose logits it keeps on the chip, so there a product with the head is nothing less to make.
+    """
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    wanted = torch.is_grad_enabled() and hidden.requires_grad and not _autograd.in_transform()  # which may hide a need
+    return hidden[:0].sum() if frozen and wanted and hidden.device.type == "cpu" and impl != "triton" else None
 
 
 @torch.library.custom_op("pmc_fast::linear_logprob", mutates_args=())
@@ -67,16 +79,22 @@ def _linear_logprob(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    ahead: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
     ignore_index: int | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Also each row's normalizer, float32 [N, 2]: whatever the implementation's backward pass wants to find again."""
+    """Also what the backward pass wants to find again.
+
+    Without `ahead` each row's normalizer, float32 [N, 2], whatever the implementation takes for it; else the gradient of
+    each row's log-probability for its hidden state, [N, D] in the dtype of the log-probabilities.
+    """
     name = backend.choose("linear_logprob", impl, hidden.device.type, hidden.dtype)
     _checks.targets(target, weight.shape[0], ignore_index)
-    logprob, normalizer = backend.load("linear_logprob", name)(
+    function = "linear_logprob" if ahead is None else "linear_logprob_ahead"
+    logprob, kept = backend.load("linear_logprob", name, function)(
         hidden,
         weight,
         target,
@@ -86,13 +104,16 @@ def _linear_logprob(
         temperature=temperature,
         ignore_index=ignore_index,
     )
-    return logprob, hidden.new_zeros(hidden.shape[0], 2, dtype=torch.float32) if normalizer is None else normalizer
+    return logprob, hidden.new_zeros(hidden.shape[0], 2, dtype=torch.float32) if kept is None else kept
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index, impl):
+def _(hidden, weight, target, bias, ahead, softcap, logit_scale, temperature, ignore_index, impl):
     count, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(count, dtype=wide), hidden.new_empty(count, 2, dtype=torch.float32)
+    kept = (
+        hidden.new_empty(count, 2, dtype=torch.float32) if ahead is None else hidden.new_empty(hidden.shape, dtype=wide)
+    )
+    return hidden.new_empty(count, dtype=wide), kept
 
 
 @torch.library.custom_op("pmc_fast::linear_logprob_backward", mutates_args=())
@@ -154,17 +175,24 @@ _backward_once = _autograd.not_differentiable(
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, target, bias, *ctx.options = inputs
-    _, normalizer = output
-    ctx.save_for_backward(hidden, weight, target, normalizer, bias)
-    ctx.set_materialize_grads(False)  # the normalizer has none
+    hidden, weight, target, bias, ahead, *ctx.options = inputs
+    _, kept = output
+    ctx.dtype, ctx.ahead = hidden.dtype, ahead is not None
+    ctx.save_for_backward(*((ahead, target, kept) if ctx.ahead else (hidden, weight, target, kept, bias)))
+    ctx.set_materialize_grads(False)  # what is kept has none
 
 
 def _backward(ctx, upstream, _unused):
     if upstream is None:
-        return (None,) * (4 + len(ctx.options))
-    hidden, weight, target, normalizer, bias = ctx.saved_tensors
+        return (None,) * (5 + len(ctx.options))
     *options, impl = ctx.options
+    if ctx.ahead:
+        _, target, gradient = ctx.saved_tensors
+        ignore_index = options[-1]
+        if ignore_index is not None:
+            upstream = upstream.masked_fill(target == ignore_index, 0)  # where anything may stand, NaN too
+        return (upstream[:, None] * gradient).to(ctx.dtype), *[None] * (4 + len(ctx.options))
+    hidden, weight, target, normalizer, bias = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     d_hidden, d_weight, d_bias = _backward_once(
         upstream, hidden, weight, target, normalizer, bias, *options, needs, impl
@@ -174,6 +202,7 @@ def _backward(ctx, upstream, _unused):
         d_weight if needs[1] else None,
         None,
         d_bias if needs[2] else None,
+        None,
         *[None] * len(ctx.options),
     )
 

@@ -120,26 +120,28 @@ class _LogProb(torch.autograd.Function):
         hidden, weight, bias, local_target, mine, mass, kept = ctx.saved_tensors
         shards, softcap, logit_scale, temperature = ctx.options
         upstream = (upstream / temperature)[:, None]
-        d_hidden, d_weight, d_bias = torch.zeros_like(hidden, dtype=mass.dtype), None, None
+        needs = ctx.needs_input_grad[2:5]
+        d_hidden = torch.zeros_like(hidden, dtype=mass.dtype) if needs[0] else None
+        d_weight, d_bias = None, None
         for part in _chunks(hidden, weight):
             logits = head.logits(hidden[part], weight, bias, softcap, logit_scale) if kept is None else kept
             scaled = logits if temperature == 1 else logits / temperature
             grad_logits = (scaled - mass[part, None]).exp_().mul_(-upstream[part])
             grad_logits.scatter_add_(1, local_target[part, None], mine[part, None] * upstream[part])
-            d_hidden[part], weight_part, bias_part = head.gradients(
-                grad_logits, logits, hidden[part], weight, bias, softcap, logit_scale
+            hidden_part, weight_part, bias_part = head.gradients(
+                grad_logits, logits, hidden[part], weight, softcap, logit_scale, needs
             )
+            if needs[0]:
+                d_hidden[part] = hidden_part
             d_weight = weight_part if d_weight is None else d_weight.add_(weight_part)
-            d_bias = bias_part if d_bias is None or bias is None else d_bias.add_(bias_part)
-        needed = ctx.needs_input_grad[2:5]
-        if needed[0]:
+            d_bias = bias_part if d_bias is None else d_bias.add_(bias_part)
+        if needs[0]:
             dist.all_reduce(d_hidden, group=shards.group)
         gradients = (
-            d_hidden.to(hidden.dtype),
-            torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype),
-            None if bias is None else torch.zeros_like(bias) if d_bias is None else d_bias.to(bias.dtype),
+            (torch.zeros_like(x) if g is None else g.to(x.dtype)) if need else None
+            for x, g, need in zip((hidden, weight, bias), (d_hidden, d_weight, d_bias), needs, strict=True)
         )
-        return None, None, *(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 5
+        return None, None, *gradients, *[None] * 5
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -21,16 +21,20 @@ def gradients(
     values: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of hidden, weight and bias from that of the logits, whose values are `values`; in the wide dtype."""
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, as needed, from that of the logits, whose values are `values`; in the wide dtype."""
     grad_z = grad_logits if logit_scale == 1 else grad_logits * logit_scale
     if softcap is not None:
         grad_z = grad_z * (1 - (values / softcap) ** 2)
     wide = grad_z.dtype
-    return grad_z @ weight.to(wide), grad_z.T @ hidden.to(wide), None if bias is None else grad_z.sum(0)
+    return (
+        grad_z @ weight.to(wide) if needs[0] else None,
+        grad_z.T @ hidden.to(wide) if needs[1] else None,
+        grad_z.sum(0) if needs[2] else None,
+    )
 
 
 def check_finite(op: str, values: Tensor, rows: Tensor | None = None) -> None:

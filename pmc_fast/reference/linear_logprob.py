@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,21 @@ def linear_logprob(
     return torch.zeros(target.shape, dtype=picked.dtype, device=picked.device).index_copy(0, rows, picked), None
 
 
+def linear_logprob_ahead(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Also each row's gradient for hidden, [N, D] in the dtype of the log-probabilities; zeros in ignored rows."""
+    logprob, _ = linear_logprob(hidden, weight, target, **options)
+    gradient, _, _ = linear_logprob_backward(
+        torch.ones_like(logprob),
+        hidden.to(logprob.dtype),
+        weight.to(logprob.dtype),
+        target,
+        None,
+        needs=(True, False, False),
+        **options,
+    )
+    return logprob, gradient
+
+
 def linear_logprob_backward(
     upstream: Tensor,
     hidden: Tensor,
@@ -47,13 +64,10 @@ def linear_logprob_backward(
     logits = head.logits(used, weight, bias, softcap, logit_scale)
     onehot = torch.nn.functional.one_hot(target[rows], weight.shape[0])
     grad_logits = (onehot - (logits / temperature).softmax(-1)) * (upstream[rows, None] / temperature)
-    d_used, d_weight, d_bias = head.gradients(grad_logits, logits, used, weight, bias, softcap, logit_scale)
-    d_hidden = torch.zeros_like(hidden).index_copy(0, rows, d_used.to(hidden.dtype))
-    return (
-        d_hidden if needs[0] else None,
-        d_weight.to(weight.dtype) if needs[1] else None,
-        d_bias.to(bias.dtype) if needs[2] else None,
-    )
+    gradients = head.gradients(grad_logits, logits, used, weight, softcap, logit_scale, needs)
+    d_used, d_weight, d_bias = (None if g is None else g.to(hidden.dtype) for g in gradients)
+    d_hidden = None if d_used is None else torch.zeros_like(hidden).index_copy(0, rows, d_used)
+    return d_hidden, d_weight, d_bias
 
 
 def _scored(target: Tensor, ignore_index: int | None) -> Tensor:

@@ -197,6 +197,7 @@ BENCHES = [
     LinearSampleBench(7, SMALL, Settings(temperature=1.25, top_k=50)),
     LinearSampleBench(7, SMALL, Settings(top_k=50), torch.bfloat16),
     LinearLogprobBench(37, Head("with bias", 1511, 24, bias=True)),
+    LinearLogprobBench(37, Head("with bias", 1511, 24, bias=True), torch.bfloat16, frozen=True),
     CollapseLossBench(37, SMALL),
     CollapseLossBench(37, SMALL, torch.bfloat16),
     DecodeAttentionBench(5, AttentionHeads(6, 2, 40), 23),
@@ -243,9 +244,9 @@ def test_draws_from_another_distribution_are_judged_wrong(temperature, top_p, rn
     assert not bench.judge(run, run(inputs), inputs, bench.oracle(inputs), None).right
 
 
-@pytest.mark.parametrize("part", ["value", "hidden", "weight"])
-def test_gradients_off_by_a_thousandth_are_judged_wrong(part, rng_seed):
-    bench = CollapseLossBench(37, SMALL)
+@pytest.mark.parametrize("part, frozen", [("value", False), ("hidden", False), ("weight", False), ("hidden", True)])
+def test_gradients_off_by_a_thousandth_are_judged_wrong(part, frozen, rng_seed):
+    bench = CollapseLossBench(37, SMALL, frozen=frozen)
     inputs = bench.make_inputs(rng_seed, CPU)
     run = bench.contestants()[bench.yardstick]
     oracle = bench.oracle(inputs)
@@ -359,6 +360,7 @@ def test_every_op_has_a_large_shape_and_a_small_one():
 def test_what_is_only_run_where_it_is_named():
     assert not set(ops.NAMED_ONLY) & set(ops.OPS)
     assert {bench.rows for bench in ops.benches_of("linear_sample_by_rows")} >= {16, 160, 256}
+    assert all(bench.frozen for bench in ops.benches_of("linear_logprob_frozen"))
     assert {bench.prefix for bench in ops.benches_of("decode_attention_by_prefix")} == {64, 256, 1024, 4096}
     titles = [bench.title for bench in ops.benches_of("sample_by_options")]
     for size in ("160 x 128256", "32 x 128256", "160 x 49152"):

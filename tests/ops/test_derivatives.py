@@ -79,8 +79,10 @@ def shared_logprob(hidden, weight, target, token_weight):
 
 
 def refuse_second_derivatives(loss, hidden, weight, target, token_weight):
-    for power, of in ((1, 0), (2, 0), (1, 1), (1, 3)):  # the gradient of which argument, of the loss to which power
-        arguments = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(), target, token_weight.clone()]
+    # The gradient of which argument, of the loss to which power, and whether the head has none.
+    for power, of, frozen in ((1, 0, False), (2, 0, False), (1, 0, True), (2, 0, True), (1, 1, False), (1, 3, False)):
+        arguments = [hidden.clone().requires_grad_(), weight.clone(), target, token_weight.clone()]
+        arguments[1].requires_grad_(not frozen)
         if of == 3:
             arguments[3].requires_grad_()
         value = loss(*arguments)
@@ -98,18 +100,19 @@ def test_a_second_backward_pass_is_refused(loss, inputs):
     refuse_second_derivatives(loss, *inputs)
 
 
-def test_what_has_its_gradient_is_not_kept(inputs):
+@pytest.mark.parametrize("function, frozen", [(collapse, False), (collapse, True), (logprob, True)])
+def test_what_has_its_gradient_is_not_kept(function, frozen, inputs):
     """It would be in memory until the backward pass, as a weight that autocast made for the call."""
     hidden, weight, *rest = inputs
     hidden, kept = hidden.bfloat16().requires_grad_(), []
-    copy = weight.requires_grad_().bfloat16()
+    copy = weight.requires_grad_(not frozen).bfloat16()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
-        loss = collapse_loss(hidden, copy, *rest).loss
-    assert not {copy.data_ptr(), hidden.data_ptr()} & set(kept)
+        loss = function(hidden, copy, *rest, impl=None)
+    assert kept and not {copy.data_ptr(), hidden.data_ptr()} & set(kept)
     with torch.no_grad():
         hidden.zero_(), weight.zero_()  # it does not look at them again
     loss.backward()
-    assert weight.grad is not None
+    assert hidden.grad.any() and (frozen or weight.grad is not None)
 
 
 @pytest.mark.parametrize("loss", [shared_collapse, shared_logprob])

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import PeakMemory
 from pmc_fast import BackendUnavailable, collapse_loss, linear_logprob, linear_sample, sample
@@ -47,6 +48,12 @@ def oracle(hidden, weight, bias, target, upstream, softcap, logit_scale, tempera
     return logprob.detach(), [None if t is None else t.grad for t in leaves]
 
 
+def freeze(*parts):
+    for part in parts:
+        if part is not None:
+            part.requires_grad_(False)
+
+
 def assert_near(got, want, dtype):
     """float32: rounding of sums; bfloat16: the result is rounded once or twice to 8 bits."""
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
@@ -68,20 +75,124 @@ def impl(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_linear_logprob(impl, head, bias, dtype, rng_seed):
+def test_linear_logprob(impl, head, bias, frozen, dtype, rng_seed):
     hidden, weight, b, target = make(dtype=dtype, bias=bias)
     upstream = torch.randn(len(target))
-    logprob = linear_logprob(hidden, weight, target, bias=b, temperature=0.7, impl=impl, **head)
+    upstream[3::4] = 0
+    if frozen:
+        freeze(weight, b)
+    options = {"bias": b, "temperature": 0.7, "impl": impl, **head}
+    logprob = linear_logprob(hidden, weight, target, **options)
     logprob.backward(upstream)
     want, gradients = oracle(hidden, weight, b, target, upstream, temperature=0.7, **head)
     assert logprob.dtype == torch.float32 and not logprob[target == IGNORED].any()
     assert_near(logprob, want, dtype)
     for leaf, gradient in zip((hidden, weight, b), gradients, strict=True):
-        if leaf is not None:
+        if leaf is not None and leaf.requires_grad:
             assert_near(leaf.grad, gradient, dtype)
+    assert not hidden.grad[(target == IGNORED) | (upstream == 0)].any()
+    with torch.no_grad():  # a ratio to what a model said before must be 1 as long as it says the same
+        assert torch.equal(linear_logprob(hidden, weight, target, **options), logprob)
+
+
+@pytest.mark.parametrize("needs", list(product([False, True], repeat=3)), ids=str)
+def test_each_argument_may_be_frozen(impl, needs, rng_seed):
+    hidden, weight, b, target = leaves = make(rows=5)
+    for leaf, need in zip(leaves, needs, strict=False):
+        leaf.requires_grad_(need)
+    upstream = torch.randn(len(target))
+    _, gradients = oracle(hidden, weight, b, target, upstream, **HEADS[3])
+    logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl, **HEADS[3])
+    losses = [(logprob * upstream).sum()]
+    losses.append(collapse_loss(hidden, weight, target, -upstream, bias=b, impl=impl, **HEADS[3]).loss)
+    for loss in losses:
+        assert loss.requires_grad == any(needs)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = torch.autograd.grad(loss, wanted) if wanted else ()
+        for got, exact in zip(found, [g for g, need in zip(gradients, needs, strict=True) if need], strict=True):
+            assert_near(got, exact, torch.float32)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_takes_no_digits_from_sure_and_unsure_rows(impl, dtype, head, rng_seed):
+    hidden, weight, b, target = make(dtype=dtype)
+    with torch.no_grad():  # logits of the targets from far below to far above all others
+        aligned = weight[target.clamp(min=0)].float()
+        sure = torch.linspace(-30, 30, len(target))[:, None] * aligned / aligned.square().sum(1, keepdim=True)
+        hidden.copy_(sure / head["logit_scale"] + torch.randn(hidden.shape) / 10)
+    upstream = torch.randn(len(target)).exp()
+    _, (exact, *_) = oracle(hidden, weight, b, target, upstream, **head)
+    logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl, **head)
+    usual, _ = torch.autograd.grad(logprob, (hidden, weight), upstream)
+    freeze(weight, b)
+    logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl, **head)
+    (got,) = torch.autograd.grad(logprob, hidden, upstream)
+    error, most = ((g.double() - exact).norm(dim=1) for g in (got, usual))
+    sums = upstream[:, None].double().abs() * torch.finfo(torch.float32).eps * weight.norm(dim=1).max()
+    assert (error <= 2 * most + torch.finfo(dtype).eps * exact.norm(dim=1) + 8 * sums[:, 0]).all()
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "the target last", "the target first"])
+def test_logits_that_tower_over_those_of_other_slices(impl, order, rng_seed):
+    hidden, weight, _, target = make(bias=False)
+    freeze(weight)
+    vocab = len(weight)
+    b = torch.linspace(-400, 400, vocab)
+    b = b.flip(0) if order == "falling" else b
+    if order.startswith("the target"):
+        target[1:] = vocab - 1 if order == "the target last" else 0
+        b = torch.zeros(vocab).index_fill_(0, target[1:], 9)
+    upstream = torch.randn(len(target))
+    for temperature in (1.0, 0.5):
+        want, (exact, *_) = oracle(hidden, weight, b, target, upstream, None, 1.0, temperature)
+        logprob = linear_logprob(hidden, weight, target, bias=b, temperature=temperature, impl=impl)
+        assert_near(logprob, want, torch.float32)
+        assert_near(*torch.autograd.grad(logprob, hidden, upstream), exact, torch.float32)
+
+
+@pytest.mark.parametrize("ignore_index", [IGNORED, 7])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_comes_back_from_ignored_rows(impl, ignore_index, rng_seed):
+    hidden, weight, _, target = make(bias=False)
+    target[target == IGNORED] = ignore_index
+    upstream = torch.where(target == ignore_index, math.nan, torch.randn(len(target)))
+    for frozen in (False, True):
+        weight.requires_grad_(not frozen)
+        logprob = linear_logprob(hidden, weight, target, ignore_index=ignore_index, impl=impl)
+        (gradient,) = torch.autograd.grad(logprob, hidden, upstream)
+        assert torch.equal(gradient.any(1), target != ignore_index) and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_frozen_head_in_a_checkpoint(reentrant, rng_seed):
+    hidden, weight, b, target = make()
+    freeze(weight, b)
+    upstream = torch.randn(len(target))
+    logprob = checkpoint(
+        lambda x: linear_logprob(torch.tanh(x), weight, target, bias=b), hidden, use_reentrant=reentrant
+    )
+    logprob.backward(upstream)
+    bent = torch.tanh(hidden.detach().double())
+    _, (exact, *_) = oracle(bent, weight, b, target, upstream, **HEADS[0])
+    assert_near(hidden.grad, exact * (1 - bent**2), torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_passes_under_a_frozen_head(impl, dtype, rng_seed):
+    hidden, weight, b, target = make(dtype=dtype)
+    freeze(weight, b)
+    logprob, upstream = linear_logprob(hidden, weight, target, bias=b, impl=impl), torch.randn(len(target))
+    first, again = (torch.autograd.grad(logprob, hidden, upstream, retain_graph=True)[0] for _ in range(2))
+    with torch.no_grad():
+        hidden.zero_(), weight.zero_()  # nothing looks at them again
+    doubled, _ = torch.autograd.grad(logprob, hidden, torch.stack([2 * upstream, upstream]), is_grads_batched=True)[0]
+    assert torch.equal(first, again) and torch.equal(doubled, 2 * first) and first.dtype == dtype
 
 
 @pytest.mark.parametrize("softcap", [1e4, 1e6, 3e38])
@@ -123,7 +234,8 @@ def test_the_native_losses_by_instruction_set(head, dtype, isa, rng_seed):
     library().use_instruction_set(isa)
     try:
         test_collapse_loss("native", head, dtype, rng_seed)
-        test_linear_logprob("native", head, True, dtype, rng_seed)
+        for frozen in (False, True):
+            test_linear_logprob("native", head, True, frozen, dtype, rng_seed)
     finally:
         library().use_instruction_set(before)
 
@@ -166,6 +278,9 @@ def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, ruled_out, dtype, 
     for leaf, gradient in zip((hidden, weight, b), gradients, strict=True):
         assert_near(leaf.grad, gradient, dtype)
     assert not b.grad[ruled_out].any() and not weight.grad[ruled_out].any()
+    freeze(weight, b)
+    logprob = linear_logprob(hidden, weight, target, bias=b, impl=impl)
+    assert_near(*torch.autograd.grad(logprob, hidden, upstream), gradients[0], dtype)
 
 
 @pytest.mark.refuses_values
@@ -241,6 +356,39 @@ def test_rows_that_do_not_count_are_in_no_product(monkeypatch, rng_seed):
     assert torch.equal(hidden.grad.any(1), counts)
 
 
+def test_a_frozen_head_is_multiplied_twice(monkeypatch, rng_seed):
+    hidden, weight, b, target = make()
+    freeze(weight, b)
+    monkeypatch.setattr(LINEAR_LOGPROB, "SLICE_TOKENS", 128)
+    made = []
+    for name in ("write_logits", "add_product"):
+        method = getattr(gemm.HeadSlice, name)
+        watched = lambda head, x, out, name=name, method=method: (made.append((name, len(x))), method(head, x, out))  # noqa: E731
+        monkeypatch.setattr(gemm.HeadSlice, name, watched)
+    rows = int((target != IGNORED).sum())
+    logits, gradients = ("write_logits", rows), ("add_product", rows)
+    linear_logprob(hidden, weight, target, bias=b, impl="native").sum().backward()
+    assert made == 3 * [logits, gradients]
+    made.clear()
+    with torch.no_grad():
+        linear_logprob(hidden, weight, target, bias=b, impl="native")
+    linear_logprob(hidden.detach(), weight, target, bias=b, impl="native")
+    assert made == 6 * [logits]
+    made.clear()
+    weight.requires_grad_()
+    linear_logprob(hidden.detach(), weight, target, bias=b, impl="native").sum().backward()
+    collapse_loss(hidden.detach(), weight, target, torch.ones(len(target)), bias=b, impl="native").loss.backward()
+    assert not any(name == "add_product" for name, _ in made)
+
+
+def test_collapse_loss_makes_no_gradient_of_a_frozen_head(monkeypatch, rng_seed):
+    hidden, weight, b, target = make()
+    products = []
+    monkeypatch.setattr(COLLAPSE_LOSS, "add_head_gradient", lambda *args: products.append(args))
+    collapse_loss(hidden, weight.detach(), target, torch.rand(len(target)), bias=b, impl="native").loss.backward()
+    assert not products and hidden.grad.any() and b.grad.any()
+
+
 @pytest.mark.skipif(PeakMemory.method(torch.device("cpu")) == "none", reason="no /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_logits_are_held(dtype, rng_seed):
@@ -249,6 +397,10 @@ def test_few_logits_are_held(dtype, rng_seed):
         with PeakMemory(torch.device("cpu")) as peak:
             logprob = linear_logprob(hidden, weight, target, bias=b, impl="native")
             torch.autograd.grad(logprob.sum(), (hidden, weight, b))
+    assert peak.bytes < 64e6
+    freeze(weight, b)
+    with PeakMemory(torch.device("cpu")) as peak:
+        torch.autograd.grad(linear_logprob(hidden, weight, target, bias=b, impl="native").sum(), hidden)
     assert peak.bytes < 64e6
 
 
@@ -369,6 +521,8 @@ def test_gradcheck(head, rng_seed):
     torch.autograd.gradcheck(
         lambda h, w, c: linear_logprob(h, w, target, bias=c, impl="reference", **head), (hidden, weight, b)
     )
+    frozen = {"bias": b.detach(), "impl": "reference", "temperature": 0.6, **head}
+    torch.autograd.gradcheck(lambda h: linear_logprob(h, weight.detach(), target, **frozen), hidden)
     torch.autograd.gradcheck(
         lambda h, w, c: collapse_loss(h, w, target, token_weight, bias=c, impl="reference", **head).loss,
         (hidden, weight, b),
@@ -481,10 +635,11 @@ def test_bad_input(op, impl):
 def test_opcheck(impl, rng_seed):
     hidden, weight, b, target = make(rows=7, size=5, vocab=21)
     token_weight = torch.rand(7)
-    torch.library.opcheck(
-        import_module("pmc_fast.ops.linear_logprob")._linear_logprob,
-        (hidden, weight, target, b, None, 1.0, 0.9, IGNORED, impl),
-    )
+    op, options = import_module("pmc_fast.ops.linear_logprob")._linear_logprob, (None, 1.0, 0.9, IGNORED, impl)
+    torch.library.opcheck(op, (hidden, weight, target, b, None, *options))
+    if impl != "triton":
+        behind = hidden[:0].sum()
+        torch.library.opcheck(op, (hidden, weight.detach(), target, b.detach(), behind, *options))
     torch.library.opcheck(
         import_module("pmc_fast.ops.collapse_loss")._collapse_loss,
         (hidden, weight, target, token_weight, b, None, 3.0, 1.0, IGNORED, [True, True, True], impl),
@@ -502,15 +657,19 @@ def test_opcheck_of_linear_sample(impl, rng_seed):
         )
 
 
-def test_compiles_without_a_graph_break(rng_seed):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiles_without_a_graph_break(frozen, rng_seed):
     hidden, weight, b, target = make()
+    if frozen:
+        freeze(weight, b)
+    leaves = (hidden,) if frozen else (hidden, weight, b)
     token_weight = torch.rand(len(target))
 
     def step(hidden, weight, b):
         loss = collapse_loss(hidden, weight, target, token_weight, bias=b).loss
         return loss - linear_logprob(hidden, weight, target, bias=b, temperature=2.0).sum()
 
-    want = torch.autograd.grad(step(hidden, weight, b), (hidden, weight, b))
+    want = torch.autograd.grad(step(hidden, weight, b), leaves)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for a, c in zip(torch.autograd.grad(compiled(hidden, weight, b), (hidden, weight, b)), want, strict=True):
+    for a, c in zip(torch.autograd.grad(compiled(hidden, weight, b), leaves), want, strict=True):
         torch.testing.assert_close(a, c)
