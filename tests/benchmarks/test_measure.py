@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from benchmarks import measure
 from benchmarks.measure import PeakMemory, Spread, environment, interleave
 
 CPU = torch.device("cpu")
@@ -24,6 +25,25 @@ def test_contestants_take_turns_and_who_is_first_moves_on():
     times = interleave(runs, 4, device=CPU, at_least_s=0.0)
     assert calls[3:] == [*"abc", *"bca", *"cab", *"abc"]
     assert {name: len(taken) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_what_is_short_is_called_often_and_its_mean_taken(monkeypatch):
+    """By a clock that the contestants move: their first calls take longer, and later ones longer with each turn."""
+    now, calls, turns = [0.0], {"short": [], "long": []}, []
+
+    def runner(name, seconds):
+        def run():
+            calls[name].append(len(turns))
+            now[0] += seconds * (5 if len(calls[name]) == 1 else 1 + len(turns) // 2)
+
+        return run
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    runs = {"short": runner("short", 0.004), "long": runner("long", 0.03)}
+    times = interleave(runs, 3, device=CPU, warmups=2, at_least_s=0.02, tick=lambda: turns.append(1))
+    assert calls["short"] == [0, 0] + 5 * [0] + 5 * [3] + 5 * [4] and len(turns) == 6
+    assert calls["long"] == [0, 0, 1, 2, 5]
+    assert times["short"] == pytest.approx([0.004, 0.008, 0.012]) and times["long"] == pytest.approx([0.03, 0.06, 0.09])
 
 
 @pytest.mark.skipif(PeakMemory.method(CPU) == "none", reason="no /proc")
