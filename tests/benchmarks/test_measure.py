@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import limits, measure
 from benchmarks.measure import PeakMemory, Spread, environment, interleave
 
 CPU = torch.device("cpu")
@@ -44,6 +44,17 @@ def test_what_is_short_is_called_often_and_its_mean_taken(monkeypatch):
     assert calls["short"] == [0, 0] + 5 * [0] + 5 * [3] + 5 * [4] and len(turns) == 6
     assert calls["long"] == [0, 0, 1, 2, 5]
     assert times["short"] == pytest.approx([0.004, 0.008, 0.012]) and times["long"] == pytest.approx([0.03, 0.06, 0.09])
+
+
+def test_limits_count_reads_and_writes_and_two_operations_per_product(monkeypatch):
+    seconds = iter([0.5, 8.0, 4.0, 4.0, 8.0])  # the copy, then each dtype's product by either way
+    monkeypatch.setattr(limits, "_best", lambda work, device: next(seconds))
+    got = limits.measure_limits(CPU, [torch.bfloat16])
+    assert got.bytes_per_s == 2 * (256 << 20) / 0.5
+    assert got.flops_per_s == dict.fromkeys(("float32", "bfloat16"), 2 * 2048**3 / 4.0)
+    assert got.seconds(got.flops_per_s["bfloat16"], 2 * got.bytes_per_s, "bfloat16") == 2.0
+    assert got.seconds(3 * got.flops_per_s["float32"], 2 * got.bytes_per_s, "float32") == 3.0
+    assert got.seconds(0.0, got.bytes_per_s, "of no rate") == 1.0
 
 
 @pytest.mark.skipif(PeakMemory.method(CPU) == "none", reason="no /proc")
