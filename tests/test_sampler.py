@@ -8,7 +8,7 @@ from distribution import assert_follows
 from tiny import FAMILIES, MORE, VOCAB, make_model
 from transformers import BatchEncoding
 
-from pmc_fast import attention, decode_attention
+from pmc_fast import attention, decode_attention, prefill
 from pmc_fast.integrations.samplers import GenerateSampler
 from pmc_fast.packing import pad_left
 from pmc_fast.running_rows import placed
@@ -138,7 +138,7 @@ def test_lengths_finished_and_logprobs(rng_seed):
         assert finished or length == 9
         full = model(input_ids=torch.cat([prompt[0], answer])[None]).logits[0, 2:-1].log_softmax(-1)
         torch.testing.assert_close(logprobs[:length], full.gather(1, answer[:, None])[:, 0], rtol=1e-4, atol=1e-4)
-        assert not logprobs[length:].any()
+        assert not logprobs[length:].any() and (tokens[length:] == ends[0]).all()
     assert samples.count == int(samples.lengths.sum())
 
 
@@ -154,10 +154,24 @@ def test_first_tokens_follow_the_exact_distribution(rng_seed):
     assert_follows(samples.tokens[0, :, 0].bincount(minlength=VOCAB), expected)
 
 
-def test_max_length_counts_the_padded_prompt():
-    ids, mask = pad_left(PROMPTS, 256)
-    samples = Sampler(make_model()).sample(ids, mask, max_length=ids.shape[1] + 2, eos_token_id=257)
-    assert samples.tokens.shape[2] <= 2
+def test_max_length_counts_the_padded_prompt(rng_seed):
+    sampler, (ids, mask) = Sampler(make_model(seed=rng_seed)), pad_left(PROMPTS, 256)
+    options = {"num_samples": 3, "eos_token_id": 257, "seed": rng_seed}
+    for tokens in (1, 4):
+        got = sampler.sample(ids, mask, max_length=ids.shape[1] + tokens, **options)
+        want = sampler.sample(ids, mask, max_new_tokens=tokens, **options)
+        assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # decoded by this library's kernels, by modules
+def test_progress_is_how_many_answers_go_on(family, rng_seed):
+    told, ends = [], list(range(0, VOCAB, 5))
+    options = {"num_samples": 9, "max_new_tokens": 6, "eos_token_id": ends, "seed": rng_seed}
+    samples = Sampler(make_model(family, seed=rng_seed)).sample(
+        *pad_left(PROMPTS, 256), progress=told.append, **options
+    )
+    longest = int(samples.lengths.max())
+    assert told == [int((samples.lengths > step).sum()) for step in range(1, longest)]
 
 
 def test_every_prompt_may_have_a_limit_of_its_own(rng_seed):
@@ -176,15 +190,18 @@ def test_every_prompt_may_have_a_limit_of_its_own(rng_seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_waves_that_fit_a_budget_change_no_answer(family, rng_seed):
-    model = make_model(family, seed=rng_seed)
-    sampler = Sampler(model)
+def test_waves_that_fit_a_budget_change_no_answer(family, monkeypatch, rng_seed):
+    model, sizes = make_model(family, seed=rng_seed), []
+    sampler, fill = Sampler(model), prefill.prefill
+    monkeypatch.setattr("pmc_fast.sampler.prefill", lambda lm, ids, mask: sizes.append(len(ids)) or fill(lm, ids, mask))
     ids, mask = pad_left(PROMPTS, 256)
     options = {"num_samples": 3, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed}
     together = sampler.sample(ids, mask, **options)
     one = sampler.cache_bytes(3, ids.shape[1] + 8)
-    for budget in (one, 3 * one):
+    for budget, fitting in ((one, [1, 1, 1, 1]), (4 * one - 1, [3, 1]), (4 * one, [4])):
+        sizes.clear()
         waves = sampler.sample(ids, mask, cache_budget=budget, **options)
+        assert sizes == fitting
         assert torch.equal(waves.tokens, together.tokens) and torch.equal(waves.lengths, together.lengths)
         torch.testing.assert_close(waves.logprobs, together.logprobs, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=f"cache_budget: got {one - 1} bytes, expected at least {one}"):
