@@ -208,6 +208,28 @@ def test_waves_that_fit_a_budget_change_no_answer(family, monkeypatch, rng_seed)
         sampler.sample(ids, mask, cache_budget=one - 1, **options)
 
 
+def test_answers_that_hardly_fit_take_turns(monkeypatch, rng_seed):
+    """Where nobody gave a budget, half of what is free is no more than a wish."""
+    model, (ids, mask), sizes = make_model(seed=rng_seed), pad_left(PROMPTS, 256), []
+    options = {"num_samples": 3, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed}
+    together, one = Sampler(model).sample(ids, mask, **options), Sampler(model).cache_bytes(3, ids.shape[1] + 8)
+    fill = prefill.prefill
+    monkeypatch.setattr("pmc_fast.sampler.prefill", lambda lm, ids, mask: sizes.append(len(ids)) or fill(lm, ids, mask))
+    for free, fitting in ((0, [1, 1, 1, 1]), (2 * one, [1, 1, 1, 1]), (4 * one, [2, 2]), (8 * one, [4])):
+        monkeypatch.setattr("pmc_fast.sampler.free_bytes", lambda device, free=free: free)
+        sizes.clear()
+        assert torch.equal(Sampler(model).sample(ids, mask, **options).tokens, together.tokens)
+        assert sizes == fitting
+
+
+def test_defaults(rng_seed):
+    sampler, (ids, mask) = Sampler(make_model(seed=rng_seed)), pad_left(PROMPTS, 256)
+    options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "seed": 0, "num_samples": 1}
+    options["sequence_ids"] = torch.arange(4)
+    got, want = (sampler.sample(ids, mask, max_new_tokens=9, eos_token_id=257, **more) for more in ({}, options))
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_cache_takes_the_bytes_that_were_stated(family):
