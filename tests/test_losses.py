@@ -153,10 +153,12 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_options_have_defaults_and_ranges(name, rng_seed):
-    lm, rows = LanguageModel(make_model(seed=rng_seed)), make_rows(3)
-    batch = pack([prompt for prompt, _ in rows], [answer for _, answer in rows])
-    reference = {"npo": [losses.sequence_logprob(lm, batch)[:1] - 0.5], "dpo": [torch.tensor([-1.0, 2.0])]}
+def test_options_have_defaults_and_ranges(name, monkeypatch, rng_seed):
+    """With tokens probable enough for every exponent to matter."""
+    lm, batch = LanguageModel(make_model()), pack([[1], [2], [3]], [[3, 4], [5], [6, 7, 8]])
+    logprob = -torch.rand(6) - 0.05
+    monkeypatch.setattr(losses, "_token_logprob", lambda *_: logprob)
+    reference = {"npo": [torch.tensor([-1.0])], "dpo": [torch.tensor([-1.0, 2.0])]}
 
     def value(**options):
         return getattr(losses, name)(lm, batch, 1, *reference.get(name, ()), **options)
