@@ -161,3 +161,23 @@ def test_the_loss_that_is_logged_is_the_mean_of_the_micro_batches(rng_seed):
     pmc.state_dict = dict
     unlearn(pmc, RETAIN, make_config(rng_seed, epochs=1, accumulation=3, batch_size=3), run=run, progress=False)
     assert [record["loss"] for record in records] == [16 / 3]
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_training_before_it_moves_a_weight(what, value, rng_seed):
+    pmc = Recorder()
+    before, loss = pmc.lm.model.weight.clone(), pmc.loss
+    pmc.loss = lambda *given: loss(*given) * value if len(pmc.batches) == 1 else loss(*given)
+    with pytest.raises(UserError, match=f"^step 1: the loss is -?{value}; try a lower learning rate$"):
+        train(pmc, what, make_config(rng_seed))
+    assert torch.equal(pmc.lm.model.weight, before) and len(pmc.batches) == 2
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+def test_a_model_that_is_frozen_is_refused(what, rng_seed):
+    pmc = Recorder()
+    pmc.lm.model.requires_grad_(False)
+    with pytest.raises(UserError, match="^model: no parameter requires a gradient, expected at least one to train$"):
+        train(pmc, what, make_config(rng_seed))
+    assert not pmc.batches

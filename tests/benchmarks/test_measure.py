@@ -82,6 +82,21 @@ def test_peak_memory_counts_what_was_held_at_once(method, monkeypatch):
     assert held.sum() == held.numel()
 
 
+@pytest.mark.skipif(PeakMemory.method(CPU) == "none", reason="no /proc")
+def test_what_was_freed_in_pieces_counts_again():
+    """In the heap, where the allocator keeps it: a piece at the end is still held."""
+
+    def pieces():
+        return [torch.ones(60 << 10, dtype=torch.uint8) for _ in range(1000)]
+
+    before = pieces()
+    end = torch.ones(60 << 10, dtype=torch.uint8)
+    del before
+    with PeakMemory(CPU) as peak:
+        again = pieces()
+    assert peak.bytes > 0.8 * sum(piece.nbytes for piece in again) and end.all()
+
+
 def test_environment_can_be_written_as_json():
     where = environment(CPU, 7)
     assert json.loads(json.dumps(where)) == where
