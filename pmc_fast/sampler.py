@@ -294,7 +294,7 @@ def _run(
                 gone = running[stopped.to(device)]
                 pruned[gone], lengths[gone] = True, step + 1
                 done = done | pruned[slot]
-        if step + 1 == steps or not rows.advance(drawn.token, done):
+        if not rows.advance(drawn.token, done):
             break
         if progress:
             progress(len(rows.slot))
