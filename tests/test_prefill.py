@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, make_model
 
-from pmc_fast import Sampler, attention, packing
+from pmc_fast import Sampler, UserError, attention, packing
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pad_left
 from pmc_fast.prefill import prefill
@@ -98,3 +98,15 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
     got = Sampler(model).sample(ids, mask, **options)
     assert torch.equal(got.tokens, want.tokens)
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_the_model_refuses_keeps_its_words(monkeypatch):
+    lm = LanguageModel(make_model())
+
+    def refuse(*_, **__):
+        raise UserError("model: its attention has sinks")
+
+    monkeypatch.setattr(type(lm.backbone), "forward", refuse)
+    with pytest.raises(UserError, match="^model: its attention has sinks$"):
+        prefill(lm, torch.tensor([[1, 2, 3]]), None)

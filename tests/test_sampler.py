@@ -1,12 +1,14 @@
 """The sampler against transformers' own greedy answers, the exact distribution, and itself in other company."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from distribution import assert_follows
 from tiny import FAMILIES, MORE, VOCAB, make_model
 from transformers import BatchEncoding
+from transformers.masking_utils import create_causal_mask
 
 from pmc_fast import attention, decode_attention, prefill
 from pmc_fast.integrations.samplers import GenerateSampler
@@ -28,6 +30,23 @@ def test_greedy_equals_generate(family, rng_seed):
     for row in range(len(PROMPTS)):
         length = int(samples.lengths[row, 0])
         assert samples.tokens[row, 0, :length].tolist() == expected[row, :length].tolist()
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+def test_masks_of_somebodys_own_are_kept(same_length, monkeypatch, rng_seed):
+    near = partial(create_causal_mask, and_mask_function=lambda batch, head, query, key: query - key < 3)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", near)
+    model = make_model("llama", seed=rng_seed)
+    ids, mask = pad_left([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]] if same_length else PROMPTS, 256)
+    samples = Sampler(model).sample(ids, mask, max_new_tokens=9, temperature=0.0, eos_token_id=300)
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "eos_token_id": 300,
+        "pad_token_id": 256,
+    }
+    assert torch.equal(samples.tokens[:, 0], model.generate(input_ids=ids, **options)[:, ids.shape[1] :])
 
 
 @pytest.mark.parametrize("whose", ["one sampler", "samplers", "samplers of wrapped models"])
