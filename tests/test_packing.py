@@ -116,6 +116,14 @@ def test_an_installed_model_still_answers_padded_batches_as_before(rng_seed):
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
 
 
+def test_an_installed_model_still_answers_a_single_token(rng_seed):
+    """Which sees itself: with a soft cap it needs no mask."""
+    model, ids = make_model("gemma2", seed=rng_seed), torch.tensor([[5]])
+    expected = model(input_ids=ids).logits
+    attention.install(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_installed_model_drops_attention_in_training_as_before(rng_seed):
     model, ids = make_model("llama", seed=rng_seed, attention_dropout=0.5).train(), torch.tensor([[1, 2, 3, 4, 5]])
     pack([[1]], [[2]]).hidden(LanguageModel(model))
