@@ -355,6 +355,36 @@ def test_bad_input():
             PMCConfig(**{name: value})
 
 
+MOST = 2**31 - 1
+LEAST_AND_MOST = {
+    **dict.fromkeys(("num_samples", "epochs", "batch_size", "accumulation"), ((1, MOST), (0, MOST + 1))),
+    **dict.fromkeys(("top_k", "max_length", "max_new_tokens"), ((1, MOST), (0, MOST + 1))),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs"), ((0,), (-1e-9, math.inf, math.nan))
+    ),
+    "min_words": ((0, MOST), (-1, MOST + 1)),
+    "top_p": ((1e-9, 1), (0, 1 + 1e-9)),
+    "min_p": ((0, 1), (-1e-9, 1 + 1e-9)),
+    "tau": ((1e-9,), (0, math.inf)),
+    "seed": ((0, 2**63 - 1), (-1, 2**63)),
+}
+
+
+@pytest.mark.parametrize("name", LEAST_AND_MOST)
+def test_values_at_the_ends_of_their_ranges(name):
+    taken, refused = LEAST_AND_MOST[name]
+    for value in taken:
+        assert getattr(PMCConfig(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(UserError, match=f"^{name}: got "):
+            PMCConfig(**{name: value})
+
+
+def test_answers_are_limited_one_way_or_the_other():
+    with pytest.raises(UserError, match="^max_new_tokens: got None, expected it or max_length$"):
+        PMCConfig(max_length=None, max_new_tokens=None)
+
+
 INTEGER, NUMBER = "an integer", "a number"
 
 
