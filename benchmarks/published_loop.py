@@ -147,7 +147,7 @@ class PublishedLoop:
         """ROUGE-L recall of `answer` against `reference`, raised if the answer has fewer than `min_len` parts between spaces."""
         score = self._scorer.score(reference, answer)["rougeL"].recall
         words = len(answer.split(" "))
-        if self.config.min_len > 0 and words < self.config.min_len:
+        if words < self.config.min_len:
             score = min(1.0, score + math.exp(-words))
         return score
 

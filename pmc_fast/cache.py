@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -108,3 +110,8 @@ class SampleCache(Cache):
 
 def layers_of(config) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
+
+
+def argument_of(backbone: nn.Module) -> str:
+    """The name by which it takes a cache: since transformers 5.24 another one, and the old one goes with 5.40."""
+    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"

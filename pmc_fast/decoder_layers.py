@@ -306,7 +306,7 @@ def _linear(module: nn.Module) -> LinearParts:
         return LinearParts(module.weight, module.bias, (), module.weight)
     if (kind(module).__module__, kind(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
         raise Unknown
-    if kind(module.base_layer) is not nn.Linear or module.fan_in_fan_out or (module.merged and module.disable_adapters):
+    if kind(module.base_layer) is not nn.Linear or (module.merged and module.disable_adapters):
         raise Unknown
     base = _linear(module.base_layer)
     if module.merged or module.disable_adapters:

@@ -118,6 +118,9 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
         head: a weight [V, D] that is multiplied outside of the model's layers: see `packed`.
     """
+    for module in model.modules():
+        if getattr(module, "merged", False) and getattr(module, "disable_adapters", False):
+            module.unmerge()  # as PEFT does when the layer is called next, which is too late for a copy
     layers = [
         module
         for module in model.modules()

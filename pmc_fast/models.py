@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pmc_fast import attention, ops
+from pmc_fast.cache import SampleCache, argument_of
 from pmc_fast.errors import BackendUnavailable, UserError, described
 from pmc_fast.ops._autograd import in_transform
 from pmc_fast.positions import Positions
@@ -183,10 +184,18 @@ class LanguageModel:
         with _new_turn:
             return _turns.setdefault(self._causal_lm, RLock())
 
-    def hidden(self, input_ids: Tensor, **options) -> Tensor:
-        """The last hidden states, [..., D], of token ids [...]; options such as attention_mask go to the backbone."""
+    def hidden(self, input_ids: Tensor, cache: SampleCache | None = None, **options) -> Tensor:
+        """The last hidden states, [..., D], of token ids [...]; options such as attention_mask go to the backbone.
+
+        Keys and values join the cache, if one is given.
+        """
         self.check_whole()
-        return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
+        cached = {} if cache is None else {argument_of(self.backbone): cache}
+        return self._autocast(
+            self.backbone(
+                input_ids=input_ids, **{"use_cache": cache is not None, **cached, **options}
+            ).last_hidden_state
+        )
 
     def check_whole(self) -> None:
         """A UserError if this rank holds only a part of weights that are to be gathered."""
@@ -245,7 +254,7 @@ class LanguageModel:
             ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head_module.weight.shape[0]
             head = self.head
             expected = self._own_logits(ids)[0].float()
-            hidden = self.hidden(ids, use_cache=False)[0]
+            hidden = self.hidden(ids)[0]
             z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
         error, largest = (logits - expected).abs().max(), expected.abs().max()
@@ -307,12 +316,12 @@ class LanguageModel:
 
     def _states(self) -> Tensor:
         """The hidden states [3, D] of three tokens."""
-        return self.hidden(self._ids(4, 5, 6), use_cache=False)[0]
+        return self.hidden(self._ids(4, 5, 6))[0]
 
     def _packed_states(self) -> Tensor:
         """The hidden states [5, D] of these three and the first two of them again, packed."""
         lengths, positions = attention.PackedLengths(0, (3, 2)), torch.tensor([[0, 1, 2, 0, 1]], device=self.device)
-        options = {"position_ids": positions, "attention_mask": None, "packed_lengths": lengths, "use_cache": False}
+        options = {"position_ids": positions, "attention_mask": None, "packed_lengths": lengths}
         with attention.packed(lengths):
             return self.hidden(self._ids(4, 5, 6, 4, 5), **options)[0]
 

@@ -10,19 +10,19 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from pmc_fast import attention
-from pmc_fast.cache import layers_of
+from pmc_fast.cache import argument_of, layers_of
 from pmc_fast.models import LanguageModel
 from pmc_fast.prefill import Prefill
 
 _WARNING = "warn_if_padding_and_no_attention_mask"
 
 
-def last_hidden(backbone: nn.Module, layers: int, token: Tensor, position: Tensor, held: int | Tensor) -> Tensor:
+def last_hidden(
+    backbone: nn.Module, cache_argument: str, layers: int, token: Tensor, position: Tensor, held: int | Tensor
+) -> Tensor:
     """What `Modules.hidden` returns, where `attention.decoding` says who attends."""
-    cache = Cache(layers=[PassingLayer(held) for _ in range(layers)])
-    out = backbone(
-        input_ids=token[:, None], position_ids=position[:, None], past_key_values=cache, use_cache=True
-    )  # fmt: skip
+    cache = {cache_argument: Cache(layers=[PassingLayer(held) for _ in range(layers)])}
+    out = backbone(input_ids=token[:, None], position_ids=position[:, None], use_cache=True, **cache)
     return out.last_hidden_state[:, -1]
 
 
@@ -51,9 +51,9 @@ class Modules:
             rows: keep the token's keys and values, and attend.
             held: how many positions there are before the token: a number, or int64 [] where the host does not know it.
         """
-        layers = layers_of(self._lm.model.config)
-        with attention.decoding(rows), _not_warning(self._lm.backbone):
-            return self._last_hidden(self._lm.backbone, layers, token, position, held)
+        layers, backbone = layers_of(self._lm.model.config), self._lm.backbone
+        with attention.decoding(rows), _not_warning(backbone):
+            return self._last_hidden(backbone, argument_of(backbone), layers, token, position, held)
 
 
 class PassingLayer(CacheLayerMixin):

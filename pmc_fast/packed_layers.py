@@ -121,7 +121,7 @@ def _observed(lm: LanguageModel) -> tuple[list[AttentionCall], bool | None]:
 
     def passed(lm: LanguageModel) -> tuple[attention.Watched, Tensor]:
         with attention.watching() as watched, attention.packed(lengths):
-            options = {"position_ids": positions, "attention_mask": None, "packed_lengths": lengths, "use_cache": False}
+            options = {"position_ids": positions, "attention_mask": None, "packed_lengths": lengths}
             return watched, lm.hidden(ids, **options)[0, rows]
 
     with lm.turn, evaluating(lm.model):

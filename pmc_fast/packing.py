@@ -65,14 +65,8 @@ class Packed:
         if hidden is not None:
             return hidden
         with attention.packed(self.lengths):
-            hidden = lm.hidden(
-                self.input_ids,
-                position_ids=self.position_ids,
-                attention_mask=None,
-                packed_lengths=self.lengths,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+            options = {"attention_mask": None, "packed_lengths": self.lengths}
+            hidden = lm.hidden(self.input_ids, cache, position_ids=self.position_ids, **options)
         return hidden[0, self.rows]
 
 

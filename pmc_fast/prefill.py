@@ -69,7 +69,7 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
         )
     with attention.watching() as watched:
         try:
-            hidden = lm.hidden(input_ids, position_ids=position, past_key_values=cache, use_cache=True, **options)
+            hidden = lm.hidden(input_ids, cache, position_ids=position, **options)
         except UserError:
             raise
         except (AttributeError, ValueError) as error:  # what layers with states of their own raise at this cache

@@ -105,10 +105,7 @@ class RunningRows:
         if self._filled.padded:
             mask = self._filled.mask[self._prompt]
             options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), self._generated)], dim=1)
-        hidden = self._lm.hidden(
-            token[:, None], position_ids=position[:, None], past_key_values=self._cache, use_cache=True, **options
-        )
-        return hidden[:, -1]
+        return self._lm.hidden(token[:, None], self._cache, position_ids=position[:, None], **options)[:, -1]
 
 
 def placed(parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:

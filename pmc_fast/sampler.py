@@ -207,7 +207,7 @@ class Sampler:
                 fast_linear(self.lm.backbone, None if self.lm.shards else self.lm.head.weight),
                 self._kept.call() if self._kept else nullcontext(),
             ):
-                for begin in range(0, max(1, prompts), at_once):
+                for begin in range(0, prompts, at_once):
                     part = slice(begin, begin + at_once)
                     with phase("prefill"):
                         mask = None if attention_mask is None else attention_mask[part]
@@ -229,10 +229,10 @@ class Sampler:
         prune: Pruner | None,
         progress: Callable[[int], object] | None,
     ) -> Wave:
-        steps = int(limit.max()) if len(limit) else 1
+        steps = int(limit.max())
         sizes = Sizes(len(limit), len(filled.hidden), filled.cache.get_seq_length(), steps)
         sequence = (sequence_ids[:, None] * num_samples + torch.arange(num_samples, device=limit.device)).flatten()
-        decoder = static_decoder(self.lm, filled, sizes, ends, draw, self._kept, self._modules) if len(limit) else None
+        decoder = static_decoder(self.lm, filled, sizes, ends, draw, self._kept, self._modules)
         if decoder is not None:
             with torch.cuda.device_of(limit):  # where its kernels are launched
                 wave = decoder.sample(filled, sequence, limit, prune, progress)
@@ -244,8 +244,6 @@ class Sampler:
 
     def _prompts_at_once(self, input_ids: Tensor, limits: Tensor, num_samples: int, cache_budget: int | None) -> int:
         """How many prompts' answers fit into the budget together."""
-        if not len(input_ids):
-            return 1
         width, steps = input_ids.shape[1], int(limits.max())
         needed = self.cache_bytes(num_samples, width + steps)
         if self._kept is not None:
@@ -279,7 +277,7 @@ def _run(
 ) -> Wave:
     """Decode until no answer is left."""
     total, device = len(limit), limit.device
-    steps = int(limit.max()) if total else 0
+    steps = int(limit.max())
     tokens = ends[0].expand(total, steps).clone()
     logprobs = torch.zeros(total, steps, dtype=torch.float32, device=device)
     lengths = limit.clone()
@@ -301,11 +299,11 @@ def _run(
                 gone = running[stopped.to(device)]
                 pruned[gone], lengths[gone] = True, step + 1
                 done = done | pruned[slot]
-        if step + 1 == steps or not rows.advance(drawn.token, done):
+        if not rows.advance(drawn.token, done):
             break
         if progress:
             progress(len(rows.slot))
-    longest = int(lengths.max()) if total else 0
+    longest = int(lengths.max())
     return tokens[:, :longest], lengths, logprobs[:, :longest], finished, pruned, rows.decoded
 
 

@@ -80,10 +80,14 @@ def test_pmc_refuses_rows_and_answers_before_it_changes(reencode, rng_seed):
     assert pmc.state_dict() == before
 
 
+ALONE = [{"no_rope_layers": [1, 1]}, {"layer_types": ["full_attention"] * 2, "floor_scale": 20}]  # chunks, scaling
+
+
+@pytest.mark.parametrize("changes", [{}, *ALONE], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_sampling_is_the_models_own(padded, rng_seed):
+def test_sampling_is_the_models_own(padded, changes, rng_seed):
     """Greedy answers that cross a chunk's end, behind prompts that do; each token against the whole text's logits."""
-    model = make_chunked(rng_seed)
+    model = make_chunked(rng_seed, **changes)
     begin = torch.randint(0, 250, (9,)).tolist()  # so that prompts would be packed, if attention allowed
     lengths = [3, 5, 12] if padded else [12, 12]
     prompts = [begin + torch.randint(0, 250, (length,)).tolist() for length in lengths]

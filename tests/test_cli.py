@@ -108,6 +108,31 @@ def test_answers_that_stay_are_told(capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_comparison_in_columns(capsys):
+    before = {"unlearn_quality": 12.344, "utility": 100.0, "forget_rouge_l": 0.87654, "retain_rouge_l": 1.0}
+    after = {"unlearn_quality": 99.0, "utility": 87.5, "forget_rouge_l": 0.01, "retain_rouge_l": 0.75}
+    report = {
+        "before": {**before, "utility_sets": {"world": 0.5}},
+        "after": {**after, "utility_sets": {"world": 0.25}},
+    }
+    commands.print_comparison(report)
+    assert capsys.readouterr().out.splitlines()[:7] == [
+        "                   before   after",
+        "---------------------------------",
+        "unlearn quality %   12.34   99.00",
+        "utility %          100.00   87.50",
+        "forget ROUGE-L     0.8765  0.0100",
+        "retain ROUGE-L     1.0000  0.7500",
+        "world ROUGE-L      0.5000  0.2500",
+    ]
+    for when in ("before", "after"):
+        report[when]["paraphrased_rouge_l"] = 0.5
+    commands.print_comparison(report)
+    assert "paraphrased ROUGE-L  0.5000  0.5000" in capsys.readouterr().out
+    commands._finetune_table({"before": {"rouge_l": 0.25}, "after": {"rouge_l": 0.5}})
+    assert "ROUGE-L on the data  0.2500  0.5000" in capsys.readouterr().out
+
+
 def test_finetune_learns(files, tmp_path):
     more = ["--epochs", "30", "--batch-size", "3", "--lr", "1e-2", "--device", "cpu", "--evaluation-tokens", "16"]
     data = ["--data", str(files / "retain.jsonl"), "--out", str(tmp_path / "out")]
@@ -143,9 +168,10 @@ def test_warnings_are_shown_as_errors_are(files, capsys):
 
 
 def test_evaluate_looks_at_the_first_rows_alone(files, monkeypatch):
-    seen = {}
+    seen, options = {}, {}
     monkeypatch.setattr(
-        "pmc_fast.commands.leakage", lambda lm, prompts, forget, **options: seen.update(leakage=forget) or 0.5
+        "pmc_fast.commands.leakage",
+        lambda lm, prompts, forget, **given: seen.update(leakage=forget) or options.update(given) or 0.5,
     )
     measure = commands.measure
     monkeypatch.setattr(
@@ -156,8 +182,18 @@ def test_evaluate_looks_at_the_first_rows_alone(files, monkeypatch):
     assert cli.main([*command, "--leakage", "4", "--evaluation-rows", "2"]) == 0
     assert seen["leakage"] == seen["forget"] == read_jsonl(files / "forget.jsonl")[:2]
     assert seen["retain"] == read_jsonl(files / "retain.jsonl")[:2]
-    assert cli.main([*command, "--leakage", "4", "--evaluation-rows", "0"]) == 0
+    assert seen["max_new_tokens"] == 4 and {*options} == {
+        "num_samples",
+        "prefill",
+        "max_new_tokens",
+        "seed",
+        "progress",
+    }
+    more = ["--leakage", "4", "--evaluation-rows", "0", "--prefill", "It is", "--seed", "3"]
+    assert cli.main([*command, *more]) == 0
     assert len(seen["leakage"]) == 3
+    options.pop("progress")
+    assert options == {"num_samples": 4, "prefill": "It is", "max_new_tokens": 4, "seed": 3}
 
 
 @pytest.mark.parametrize("out", [".", "missing/out.json", "forget.jsonl/out.json"])

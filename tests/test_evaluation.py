@@ -52,6 +52,21 @@ def test_the_formulas(lm, prompts, told):
     assert "paraphrased_rouge_l" not in alone
 
 
+def test_questions_are_asked_as_told(lm, prompts, monkeypatch):
+    asked, given = [], {"max_new_tokens": 3, "batch_size": 5, "progress": print}
+    monkeypatch.setattr(evaluation, "greedy_answers", lambda *_, **options: asked.append(options) or ["x"] * len(_[2]))
+    sets = {name: [QA(f"{name}?", "x")] for name in ("forget", "retain", "paraphrased")}
+    evaluate(lm, prompts, **sets, utility={"world": sets["forget"]}, **given)
+    assert asked == 4 * [given]
+
+
+def test_a_length_limits_prompt_and_greedy_answer_together(lm, prompts):
+    length = len(prompts.prompt_ids("Who?"))
+    for tokens in (1, 9):
+        answers = greedy_answers(lm, prompts, ["Who?"], max_new_tokens=None, max_length=length + tokens)
+        assert answers == greedy_answers(lm, prompts, ["Who?"], max_new_tokens=tokens)
+
+
 def test_batches_change_no_answer_and_keep_the_order(lm, prompts):
     questions = ["Why?", "Who wrote the long and winding question about nothing?", "Where?", "How many are there?"]
     done = []
@@ -73,7 +88,7 @@ def test_greedy_answers_are_those_of_generate(lm, prompts):
 @pytest.mark.parametrize("prefill", ["", "It is"])
 def test_leakage_is_the_mean_of_the_worst(lm, prompts, prefill, rng_seed):
     forget = [QA("a?", "It is e and t."), QA("what about b?", "o a i")]
-    options = {"num_samples": 6, "temperature": 1.0, "max_new_tokens": 20, "seed": rng_seed}
+    options = {"num_samples": 6, "temperature": 0.7, "max_new_tokens": 20, "seed": rng_seed}
     answers = sampled_answers(lm, prompts, [row.question for row in forget], prefill=prefill, **options)
     assert [len(row) for row in answers] == [6, 6]
     worst = [max(rouge_l_recall(row, [qa.answer] * 6)) for row, qa in zip(answers, forget, strict=True)]

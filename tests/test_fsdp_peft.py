@@ -49,7 +49,10 @@ def _shard(model, way, **options):
 
 
 def _make_pmc(model):
-    return PMC(model, make_tokenizer(), PMCConfig(num_samples=3, max_new_tokens=9, max_length=None, seed=3))
+    # min_words: no score is 0, so every visit to a question samples.
+    return PMC(
+        model, make_tokenizer(), PMCConfig(num_samples=3, max_new_tokens=9, max_length=None, seed=3, min_words=9)
+    )
 
 
 def _sample(pmc, seed):

@@ -1,5 +1,6 @@
 """Each loss against its formula over padded batches and full logits: value and the gradient of every parameter."""
 
+import math
 from functools import partial
 
 import pytest
@@ -136,14 +137,42 @@ def test_bad_input():
         losses.dpo(lm, batch, 2, torch.zeros(4))
     with pytest.raises(ValueError, match=r"reference: got torch.float32 of shape \[2\], expected float32 \[1\]"):
         losses.npo(lm, batch, 1, torch.zeros(2))
-    with pytest.raises(ValueError, match="beta: got 0, expected a finite number above 0"):
-        losses.simnpo(lm, batch, 1, beta=0)
-    with pytest.raises(ValueError, match="beta: got -1"):
-        losses.wga(lm, batch, 1, beta=-1)
     with pytest.raises(ValueError, match="gamma: got nan"):
         losses.simnpo(lm, batch, 1, gamma=float("nan"))
-    with pytest.raises(ValueError, match="retain_weight: got -0.5, expected a finite number of at least 0"):
-        losses.idk(lm, batch, 1, retain_weight=-0.5)
+
+
+DEFAULTS = {
+    "npo": {"beta": 0.1},
+    "simnpo": {"beta": 2.5, "gamma": 0.0},
+    "dpo": {"beta": 0.1},
+    "grad_diff": {},
+    "wga": {"beta": 1.0},
+    "satimp": {"beta1": 5.0, "beta2": 1.0},
+    "idk": {},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_options_have_defaults_and_ranges(name, monkeypatch, rng_seed):
+    """With tokens probable enough for every exponent to matter."""
+    lm, batch = LanguageModel(make_model()), pack([[1], [2], [3]], [[3, 4], [5], [6, 7, 8]])
+    logprob = -torch.rand(6) - 0.05
+    monkeypatch.setattr(losses, "_token_logprob", lambda *_: logprob)
+    reference = {"npo": [torch.tensor([-1.0])], "dpo": [torch.tensor([-1.0, 2.0])]}
+
+    def value(**options):
+        return getattr(losses, name)(lm, batch, 1, *reference.get(name, ()), **options)
+
+    defaults = {**DEFAULTS[name], "retain_weight": 1.0}
+    assert torch.equal(value(), value(**defaults))
+    above_0 = {"beta"} if name in ("npo", "simnpo", "dpo") else set()
+    for option in defaults.keys() - {"gamma"}:
+        wanted = f"a finite number {'above' if option in above_0 else 'of at least'} 0"
+        for wrong in (-0.5, math.inf, math.nan, *([0.0] if option in above_0 else [])):
+            with pytest.raises(ValueError, match=f"^{option}: got {wrong}, expected {wanted}$"):
+                value(**{option: wrong})
+        if option not in above_0:
+            assert value(**{option: 0.0}).isfinite()
 
 
 EVERY = [

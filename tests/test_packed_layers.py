@@ -319,6 +319,9 @@ LEFT = {
     "gradient checkpointing": lambda model: model.gradient_checkpointing_enable(),
     "dropout of attention": _dropout,
     "float16": lambda model: model.half(),
+    "embeddings that a lookup shortens": lambda model: setattr(model.model.embed_tokens, "max_norm", 0.5),
+    "gradients by how often a token comes": lambda model: setattr(model.model.embed_tokens, "scale_grad_by_freq", True),
+    "sparse gradients": lambda model: setattr(model.model.embed_tokens, "sparse", True),
 }
 
 

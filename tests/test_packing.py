@@ -116,6 +116,29 @@ def test_an_installed_model_still_answers_padded_batches_as_before(rng_seed):
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
 
 
+def test_an_installed_model_still_answers_a_single_token(rng_seed):
+    """Which sees itself: with a soft cap it needs no mask."""
+    model, ids = make_model("gemma2", seed=rng_seed), torch.tensor([[5]])
+    expected = model(input_ids=ids).logits
+    attention.install(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_installed_model_drops_attention_in_training_as_before(rng_seed):
+    model, ids = make_model("llama", seed=rng_seed, attention_dropout=0.5).train(), torch.tensor([[1, 2, 3, 4, 5]])
+    pack([[1]], [[2]]).hidden(LanguageModel(model))
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    model.eval()
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_lengths_and_windows_go_through_masks():
+    lengths = attention.PackedLengths(3, (2, 4))
+    for window in (None, 5):
+        mask = attention._as_mask(lengths, window)
+        assert attention._lengths_of(mask) == lengths and attention._window_of(mask) == window
+
+
 def test_a_model_that_hands_on_neither_keywords_nor_masks_is_refused(monkeypatch):
     inner = attention._forward
 

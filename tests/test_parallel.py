@@ -231,7 +231,8 @@ def _bad_shards(rank, ranks):
 
 
 def _make_pmc():
-    config = PMCConfig(num_samples=3, max_new_tokens=5, max_length=None, retain_weight=0.5, seed=3)
+    # min_words: no score is 0, so every visit to a question samples.
+    config = PMCConfig(num_samples=3, max_new_tokens=5, max_length=None, retain_weight=0.5, seed=3, min_words=9)
     return PMC(make_model(), make_tokenizer(), config)
 
 

@@ -60,15 +60,42 @@ def test_loss_and_gradients_are_the_adapted_models_own(family, options, rng_seed
     assert all(gradient.abs().max() > 0 for gradient in got_gradients.values())
 
 
-def test_samples_are_the_merged_models(rng_seed):
-    model = adapted(seed=rng_seed)
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("phi", {"lora_bias": True})])
+def test_samples_are_the_merged_models(family, changes, rng_seed):
+    model = adapted(family, seed=rng_seed, **changes)
     merged = copy.deepcopy(model).merge_and_unload()
-    plain = make_model(seed=rng_seed)
+    plain = make_model(family, seed=rng_seed)
     ids = torch.randint(0, 256, (3, 5))
     options = {"num_samples": 2, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed}
     got, want, without = (Sampler(one).sample(ids, **options) for one in (model, merged, plain))
     assert_same(got, want, atol=1e-3)
     assert differ(got, without)
+
+
+def test_adapters_that_are_merged_in_place_count_once(rng_seed):
+    """In samples and in a packed batch, whatever was seen of the model before; switched off, they are in no weight."""
+    model, plain = adapted(seed=rng_seed), make_model(seed=rng_seed)
+    merged = copy.deepcopy(model).merge_and_unload()
+    ids, lm, packed = torch.randint(0, 256, (3, 5)), LanguageModel(model), pack([[1, 2], [3]], [[4, 5], [6]])
+    sampler = Sampler(lm)
+    options = {"num_samples": 2, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed}
+
+    def assert_sampled_as(other):
+        got, want = (one.sample(ids, **options) for one in (sampler, Sampler(other)))
+        assert torch.equal(got.tokens, want.tokens)
+        torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-3, atol=1e-3)
+
+    def assert_packed_as(other):
+        torch.testing.assert_close(packed.hidden(lm), packed.hidden(LanguageModel(other)), rtol=1e-3, atol=1e-3)
+
+    for checks in ((assert_sampled_as, assert_packed_as), (assert_packed_as, assert_sampled_as)):
+        for prepare in (lambda: None, model.merge_adapter):
+            prepare()
+            for check in checks:
+                check(merged)
+        with model.disable_adapter():  # PEFT unmerges a layer when it is called next
+            for check in checks:
+                check(plain)
 
 
 def test_pmc_trains_the_adapters_and_nothing_else(rng_seed):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import string
 from dataclasses import asdict, fields
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from tiny import make_model, make_tokenizer
 from pmc_fast import PMC, PMCConfig, UserError, sample
 from pmc_fast.data import QA
 from pmc_fast.ledger import Entry, Ledger
+from pmc_fast.sampler import Samples
 
 QUESTIONS = ["Who is Ada?", "Where was Bo born?", "What did Cy say?"]  # of three lengths
 RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old tree")]
@@ -29,6 +31,13 @@ class Scripted:
     def score(self, references, candidates):
         self.calls.append((list(references), list(candidates)))
         return np.array(self.scores.pop(0), dtype=np.float64)
+
+
+class Spelled:
+    """A reward that is never 0, so that no question is done with, and another one for most texts."""
+
+    def score(self, references, candidates):
+        return np.array([1 + sum(text.encode()) % 97 for text in candidates], dtype=np.float64)
 
 
 def make_pmc(*scores, seed=0, **changes):
@@ -154,6 +163,33 @@ def test_max_length_counts_the_longest_prompt_of_a_batch():
     longest, last = (max(len(pmc.prompts.prompt_ids(QUESTIONS[q])) for q in batch) for batch in ([0, 1], [2]))
     assert len(pmc.prompts.prompt_ids(QUESTIONS[0])) < last < longest and len(input_ids) == 3
     assert options["max_new_tokens"].tolist() == [80 - longest, 80 - longest, 80 - last]
+
+
+def test_an_answer_may_have_a_single_token():
+    longest = len(make_pmc().prompts.prompt_ids(QUESTIONS[1]))
+    pmc = make_pmc(max_length=longest + 1, max_new_tokens=None)
+    pmc.loss([1], RETAIN)
+    assert pmc.stats["sampled_tokens"] == 3  # one for each sample
+    pmc = PMC(make_model(), make_tokenizer(), PMCConfig(max_length=longest, max_new_tokens=None))
+    pmc.initialise(QUESTIONS, answers=QUESTIONS)
+    with pytest.raises(UserError, match=f"max_length: got {longest}, which leaves no room .* up to {longest} tokens"):
+        pmc.loss([1], RETAIN)
+
+
+def test_questions_are_asked_as_configured():
+    tokenizer = make_tokenizer(chat=True)
+    for options in ({"system_prompt": "Be brief."}, {"prompt_style": "plain"}):
+        prompts = PMC(make_model(), tokenizer, PMCConfig(**options)).prompts
+        text = tokenizer.decode(prompts.prompt_ids("Who?"))
+        assert text == ("Who?" if "prompt_style" in options else "[system]Be brief.[user]Who?[assistant]")
+
+
+def test_first_answers_are_taken_in_batches():
+    pmc = PMC(make_model(), make_tokenizer(), PMCConfig(max_new_tokens=2, batch_size=2))
+    asked = watched(pmc)
+    pmc.initialise(QUESTIONS)
+    assert [len(input_ids) for (input_ids, _), _ in asked] == [2, 1]
+    assert len(pmc.ledger.initial_answers) == 3
 
 
 def test_min_words_reaches_the_reward():
@@ -283,9 +319,10 @@ def test_state_dict_continues_as_if_never_stopped(rng_seed):
 
     seed = rng_seed % 1000
     whole = make_pmc(seed=seed)
+    whole.reward = Spelled()
     whole.loss([0, 1], RETAIN)
     state = json.loads(json.dumps(whole.state_dict()))
-    resumed = PMC(make_model(seed=seed), make_tokenizer(), whole.config)
+    resumed = PMC(make_model(seed=seed), make_tokenizer(), whole.config, whole.reward)
     resumed.load_state_dict(state)
     a, b = whole.loss([1, 2], RETAIN), resumed.loss([1, 2], RETAIN)
     assert torch.equal(a, b) and whole.state_dict() == resumed.state_dict()
@@ -316,6 +353,36 @@ def test_bad_input():
     for name, value in bad.items():
         with pytest.raises(UserError, match=f"{name}: got"):
             PMCConfig(**{name: value})
+
+
+MOST = 2**31 - 1
+LEAST_AND_MOST = {
+    **dict.fromkeys(("num_samples", "epochs", "batch_size", "accumulation"), ((1, MOST), (0, MOST + 1))),
+    **dict.fromkeys(("top_k", "max_length", "max_new_tokens"), ((1, MOST), (0, MOST + 1))),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "retain_weight", "warmup_epochs"), ((0,), (-1e-9, math.inf, math.nan))
+    ),
+    "min_words": ((0, MOST), (-1, MOST + 1)),
+    "top_p": ((1e-9, 1), (0, 1 + 1e-9)),
+    "min_p": ((0, 1), (-1e-9, 1 + 1e-9)),
+    "tau": ((1e-9,), (0, math.inf)),
+    "seed": ((0, 2**63 - 1), (-1, 2**63)),
+}
+
+
+@pytest.mark.parametrize("name", LEAST_AND_MOST)
+def test_values_at_the_ends_of_their_ranges(name):
+    taken, refused = LEAST_AND_MOST[name]
+    for value in taken:
+        assert getattr(PMCConfig(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(UserError, match=f"^{name}: got "):
+            PMCConfig(**{name: value})
+
+
+def test_answers_are_limited_one_way_or_the_other():
+    with pytest.raises(UserError, match="^max_new_tokens: got None, expected it or max_length$"):
+        PMCConfig(max_length=None, max_new_tokens=None)
 
 
 INTEGER, NUMBER = "an integer", "a number"
@@ -369,17 +436,20 @@ def test_prepared_batches_give_what_they_give_one_by_one(rng_seed):
     options = {"seed": rng_seed % 1000, "max_new_tokens": None, "max_length": 40}
     batches = [[0, 2], [1], [2]]
     alone, together = make_pmc(**options), make_pmc(**options)
+    alone.reward = together.reward = Spelled()
     together.prepare(batches)
-    for batch in batches:
+    for left, batch in zip((2, 1, 0), batches, strict=True):
         a, b = alone.loss(batch, RETAIN), together.loss(batch, RETAIN)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert alone.ledger.visits != [0, 0, 0]
+        assert (alone.prepared_batches, together.prepared_batches) == (0, left)
+    assert alone.ledger.visits == [1, 1, 2]
     assert alone.state_dict() == together.state_dict()
     assert together.state_dict()["prepared"] == []
 
 
 def test_the_first_loss_counts_what_was_prepared(rng_seed):
     pmc = make_pmc(seed=rng_seed % 1000)
+    pmc.reward = Spelled()
     pmc.prepare([[0], [1]])
     pmc.loss([0], RETAIN)
     assert pmc.stats["sampled_tokens"] > 0 and pmc.stats["seconds"]["sample"] > 0
@@ -389,12 +459,66 @@ def test_the_first_loss_counts_what_was_prepared(rng_seed):
         pmc.prepare([[7]])
 
 
+class Drawn:
+    """A sampler that gives three answers to each question, of one token each over and over, and how each of them ended."""
+
+    def __init__(self, lengths, finished, pruned, decoded):
+        self.lengths, self.ends, self.decoded = lengths, (finished, pruned), decoded
+
+    def sample(self, input_ids, attention_mask, *, sequence_ids, **options):
+        questions = sequence_ids.remainder(len(QUESTIONS))  # at the first visit
+        lengths, (finished, pruned) = torch.tensor(self.lengths)[questions], self.ends
+        tokens = torch.arange(65, 74).view(3, 3, 1).expand(3, 3, 6)[questions]
+        flags = [torch.tensor(flag)[questions].bool() for flag in (finished, pruned)]
+        return Samples(tokens, lengths, torch.zeros(tokens.shape), *flags, self.decoded)
+
+
+@pytest.mark.parametrize("decoded", [None, 11])
+def test_what_a_loss_counts(decoded):
+    """With two calls before it; the best sample of question 2, which has no word and comes twice, was cut off."""
+    lengths, finished = [[2, 6, 3], [1, 1, 1], [4, 4, 6]], [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
+    drawn = Drawn(lengths, finished, [[0, 0, 1], [0, 0, 0], [1, 1, 0]], decoded)
+    pmc = PMC(
+        make_model(), make_tokenizer(), PMCConfig(num_samples=3, max_new_tokens=6), Scripted([0.75], [0.25, 0.5]), drawn
+    )
+    pmc.initialise(QUESTIONS, answers=["a", "b", "c"])
+    first, last = (pmc.prompts.decode([token]) for token in (65, 73))
+    pmc.reward.words = lambda text: len(text.strip(last))
+    pmc.prepare([[2]])
+    pmc.prepare([[0]])
+    pmc.loss([0, 2, 2], [])
+    picked = [pmc.ledger.entries[q] for q in (0, 2, 2)]
+    assert [entry.text for entry in picked] == [2 * first, 6 * last, 6 * last]
+    prompts = [pmc.prompts.prompt_ids(QUESTIONS[q]) for q in (0, 2, 2)]
+    shared = len(os.path.commonprefix(prompts))  # goes through the model once
+    own = [len(prompt) - shared + len(pmc._trained(entry)) - 1 for prompt, entry in zip(prompts, picked, strict=True)]
+    counts = {"sampled_tokens": 11 + 14, "decoded_tokens": 22 if decoded else 25, "trained_tokens": shared + sum(own)}
+    counts |= {"pruned_samples": 3, "pruned_tokens": 3 + 2 + 2, "truncated_picks": 1, "empty_picks": 2}
+    assert {name: pmc.stats[name] for name in counts} == counts
+    assert pmc.stats["score"] == pytest.approx((0.25 + 0.75 + 0.75) / 3) and pmc.stats["retain_loss"] == 0
+
+
+def test_where_no_sample_can_be_picked_the_answer_held_stays():
+    drawn = Drawn([[2, 2, 2]] * 3, [[0, 0, 0]] * 3, [[1, 1, 1], [0, 1, 1], [1, 1, 1]], None)
+    pmc = PMC(make_model(), make_tokenizer(), PMCConfig(num_samples=3, max_new_tokens=6), Scripted([0.5], []), drawn)
+    pmc.initialise(QUESTIONS, answers=["a", "b", "c"])
+    held = Entry("held", (1, 2), 0.25)
+    for question in (0, 2):
+        pmc.ledger.offer(question, held)
+    pmc.loss([0, 1], RETAIN)
+    assert pmc.ledger.entries[0] == held and pmc.ledger.entries[1].score == 0.5
+    pmc.loss([2], RETAIN)
+    assert pmc.ledger.entries[2] == held and pmc.ledger.visits == [1, 1, 1]
+    assert pmc.stats["score"] == 0.25 and pmc.stats["truncated_picks"] == 0 and pmc.stats["pruned_samples"] == 3
+
+
 def test_prepared_questions_survive_a_resume(rng_seed):
     import json
 
     whole = make_pmc(seed=rng_seed % 1000)
+    whole.reward = Spelled()
     whole.prepare([[0], [1]])
-    resumed = PMC(make_model(seed=rng_seed % 1000), make_tokenizer(), whole.config)
+    resumed = PMC(make_model(seed=rng_seed % 1000), make_tokenizer(), whole.config, whole.reward)
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     for batch in ([0], [1]):
         assert torch.equal(whole.loss(batch, RETAIN), resumed.loss(batch, RETAIN))

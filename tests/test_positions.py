@@ -141,6 +141,23 @@ def test_training_rows_past_the_table_are_refused_before_anything_is_sampled():
     assert pmc.state_dict() == before
 
 
+def test_which_of_prompt_and_limit_is_too_long():
+    """A prompt has room for an answer of one token as long as it has positions itself."""
+    positions, limits = Positions(10, True), torch.tensor([3])
+    positions.check_answers(torch.tensor([8]), limits, None)
+    with pytest.raises(UserError, match="^max_new_tokens: got 3, expected at most 2: the model has positions for 10"):
+        positions.check_answers(torch.tensor([9]), limits, None)
+    with pytest.raises(UserError, match="^max_new_tokens: got 3, expected at most 1: "):
+        positions.check_answers(torch.tensor([10]), limits, None)
+    with pytest.raises(UserError, match="^max_length: got 12, expected at most 10: "):
+        positions.check_answers(torch.tensor([9]), limits, 12, more=1)
+    for prompt, more in ((11, 0), (10, 1)):
+        with pytest.raises(
+            UserError, match=f"^input_ids: got a prompt of {prompt} tokens, expected at most {prompt - 1}"
+        ):
+            positions.check_answers(torch.tensor([prompt]), limits, None, more)
+
+
 def test_packed_sequences_past_the_table_are_refused():
     lm = LanguageModel(make_model("gpt2"))
     prompts = [[1] * 100, [1] * 90]  # their beginning is held once

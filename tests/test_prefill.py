@@ -5,7 +5,7 @@ import torch
 from draws import assert_same
 from tiny import FAMILIES, make_model
 
-from pmc_fast import Sampler, attention, packed_layers
+from pmc_fast import Sampler, UserError, attention, packed_layers
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pad_left
 from pmc_fast.prefill import prefill
@@ -149,3 +149,15 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
         got = sampler.sample(ids, mask, **options)
         assert_same(got, want)
         assert [shape for shape in passes if shape[1] > 5] == tried + given_up  # those of 5 are trials
+
+
+@torch.no_grad()
+def test_what_the_model_refuses_keeps_its_words(monkeypatch):
+    lm = LanguageModel(make_model())
+
+    def refuse(*_, **__):
+        raise UserError("model: its attention has sinks")
+
+    monkeypatch.setattr(type(lm.backbone), "forward", refuse)
+    with pytest.raises(UserError, match="^model: its attention has sinks$"):
+        prefill(lm, torch.tensor([[1, 2, 3]]), None)

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pmc_fast.errors import UserError
@@ -38,6 +38,8 @@ THINKING = (
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# As DeepSeek R1 would, were it told: opens a thought that finished conversations leave out, unless thinking is off.
+OPENING = CHATML.removesuffix("{% endif %}") + "{% if enable_thinking | default(true) %}<think>\n{% endif %}{% endif %}"
 # Knows no generation prompt, and ends an answer with nothing.
 BARE = "{% for m in messages %}<|header|>{{ m.role }}\n{{ m.content }}{% endfor %}"
 
@@ -118,7 +120,7 @@ def test_tagged_prompt_then_answer_is_the_text_tokenised_whole(rows, kind, style
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("template", [CHATML, TRIMMING, INSTRUCT, THINKING, BARE])
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, INSTRUCT, THINKING, OPENING, BARE])
 def test_chat_prompt_then_answer_is_what_the_template_gives(rows, kind, template):
     tokenizer = wrap(TOKENIZERS[kind](), template)
     prompts = Prompts(tokenizer)
@@ -160,6 +162,36 @@ def test_end_of_turn_need_not_be_declared_special(rng_seed):
     answer = sentence(rng_seed)
     assert prompts.decode(prompts.answer_ids(answer)) == answer
     assert prompts.pad_id == tokenizer.pad_token_id
+
+
+def test_a_special_end_of_turn_goes_before_others():
+    inner = byte_level()
+    inner.add_tokens([AddedToken("<|stop|>", special=False)])
+    tokenizer = wrap(inner, CHATML.replace("<|im_end|>", "<|stop|><|im_end|>"), eos="<|im_end|>")
+    assert Prompts(tokenizer).end_ids == (tokenizer.eos_token_id,)
+
+
+@pytest.mark.parametrize("style", ["tags", "plain"])
+def test_an_end_token_that_a_tokenizer_puts_behind_every_text_is_no_part_of_a_question(style):
+    inner, want = byte_level(), Prompts(wrap(byte_level()), style)
+    ending = wrap(inner)
+    end = ("</s>", ending.eos_token_id)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    assert ending("Who?")["input_ids"][-1] == ending.eos_token_id
+    prompts = Prompts(ending, style)
+    assert prompts.prompt_ids("Who?") == want.prompt_ids("Who?")
+    assert prompts.answer_ids("Siwi.") == want.answer_ids("Siwi.")
+
+
+def test_texts_are_decoded_as_they_were_drawn():
+    """Not tidied up: what an answer begins with would change as it goes on."""
+    tidying = (
+        "clean_up_tokenization_spaces",
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+    )
+    prompts = Prompts(wrap(byte_level(), **dict.fromkeys(tidying, True)))
+    text = "It is n't here , he said ."
+    assert prompts.decode(prompts.answer_ids(text)) == text
 
 
 def test_turn_end_serves_a_tokenizer_without_eos():

@@ -174,6 +174,7 @@ def test_questions_do_not_mix_and_looks_keep_their_interval():
     assert run_pruner(["the capital", "the capital"], [NONE, 0.1], streams, interval=1) == [None, 5, 2, 2]
     assert run_pruner(["the capital", "the capital"], [NONE, 0.1], streams, interval=3) == [None, None, 3, 3]
     assert run_pruner(["the capital", "run"], [NONE, 0.1], streams, interval=1) == [None, 5, None, None]
+    assert Pruner(RougeRecall(), PROMPTS["byte level"], ["a", "b"], [NONE] * 2, 2, interval=3).part(1, 2).interval == 3
 
 
 class Changed(RougeRecall):

@@ -37,7 +37,7 @@ def arguments(files, out, command="unlearn"):
     }[command]
     data = [str(files / word) if word.endswith(".jsonl") else word for word in data]
     if command == "unlearn":
-        data += ["--max-new-tokens", "6"]
+        data += ["--max-new-tokens", "6", "--min-words", "9"]  # no score of 0: every visit to a question samples again
     numbers = "--epochs 3 --batch-size 2 --accumulation 2 --lr 1e-2 --evaluation-tokens 4 --device cpu --threads 1"
     return [command, "--model", str(files / "model"), *data, "--out", str(files / out), *numbers.split(), "--seed", "7"]
 

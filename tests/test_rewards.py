@@ -68,6 +68,8 @@ def test_options_reach_the_op():
     assert RougeRecall(impl="reference").score(["a b"], ["a"]).tolist() == [0.5]
     with pytest.raises(ValueError, match="impl: got 'fortran'"):
         RougeRecall(impl="fortran").score(["a"], ["a"])
+    with pytest.raises(ValueError, match="impl: got 'fortran'"):
+        RougeRecall(impl="fortran").lower_bound(["a"], ["a"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 from pmc_fast.errors import UserError
@@ -292,6 +293,16 @@ def test_what_cannot_be_written_is_named_and_leaves_what_was_there(tmp_path, fil
     resumed = start(tmp_path, resume=True)
     assert resumed.beginning == {"before": 1, "seconds": 2}
     assert torch.equal(resumed.load_checkpoint()["weight"], state["weight"]) and resumed.metrics() == [{"step": 1}]
+
+
+def test_a_model_takes_the_place_of_one_that_a_killed_process_left(tmp_path):
+    run, tokenizer = start(tmp_path), make_tokenizer()
+    for seed in (1, 2):
+        model = make_model(seed=seed)
+        assert run.save_model("model", model, tokenizer) == tmp_path / "model"
+    held = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(held[name], value) for name, value in model.state_dict().items())
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_a_state_that_torch_cannot_save_is_no_matter_of_the_disk(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The sampler against transformers' own greedy answers, the exact distribution, and itself in other company."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from distribution import assert_follows
 from draws import assert_same, part
 from tiny import FAMILIES, MORE, VOCAB, make_model
 from transformers import BatchEncoding
+from transformers.masking_utils import create_causal_mask
 
-from pmc_fast import attention, decode_attention
+from pmc_fast import attention, decode_attention, prefill
 from pmc_fast.integrations.samplers import GenerateSampler
 from pmc_fast.packing import pad_left
 from pmc_fast.running_rows import placed
@@ -29,6 +31,23 @@ def test_greedy_equals_generate(family, rng_seed):
     for row in range(len(PROMPTS)):
         length = int(samples.lengths[row, 0])
         assert samples.tokens[row, 0, :length].tolist() == expected[row, :length].tolist()
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+def test_masks_of_somebodys_own_are_kept(same_length, monkeypatch, rng_seed):
+    near = partial(create_causal_mask, and_mask_function=lambda batch, head, query, key: query - key < 3)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", near)
+    model = make_model("llama", seed=rng_seed)
+    ids, mask = pad_left([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]] if same_length else PROMPTS, 256)
+    samples = Sampler(model).sample(ids, mask, max_new_tokens=9, temperature=0.0, eos_token_id=300)
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "eos_token_id": 300,
+        "pad_token_id": 256,
+    }
+    assert torch.equal(samples.tokens[:, 0], model.generate(input_ids=ids, **options)[:, ids.shape[1] :])
 
 
 @pytest.mark.parametrize("whose", ["one sampler", "samplers", "samplers of wrapped models"])
@@ -135,7 +154,7 @@ def test_lengths_finished_and_logprobs(rng_seed):
         assert finished or length == 9
         full = model(input_ids=torch.cat([prompt[0], answer])[None]).logits[0, 2:-1].log_softmax(-1)
         torch.testing.assert_close(logprobs[:length], full.gather(1, answer[:, None])[:, 0], rtol=1e-4, atol=1e-4)
-        assert not logprobs[length:].any()
+        assert not logprobs[length:].any() and (tokens[length:] == ends[0]).all()
     assert samples.count == int(samples.lengths.sum())
 
 
@@ -151,10 +170,24 @@ def test_first_tokens_follow_the_exact_distribution(rng_seed):
     assert_follows(samples.tokens[0, :, 0].bincount(minlength=VOCAB), expected)
 
 
-def test_max_length_counts_the_padded_prompt():
-    ids, mask = pad_left(PROMPTS, 256)
-    samples = Sampler(make_model()).sample(ids, mask, max_length=ids.shape[1] + 2, eos_token_id=257)
-    assert samples.tokens.shape[2] <= 2
+def test_max_length_counts_the_padded_prompt(rng_seed):
+    sampler, (ids, mask) = Sampler(make_model(seed=rng_seed)), pad_left(PROMPTS, 256)
+    options = {"num_samples": 3, "eos_token_id": 257, "seed": rng_seed}
+    for tokens in (1, 4):
+        got = sampler.sample(ids, mask, max_length=ids.shape[1] + tokens, **options)
+        want = sampler.sample(ids, mask, max_new_tokens=tokens, **options)
+        assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # decoded by this library's kernels, by modules
+def test_progress_is_how_many_answers_go_on(family, rng_seed):
+    told, ends = [], list(range(0, VOCAB, 5))
+    options = {"num_samples": 9, "max_new_tokens": 6, "eos_token_id": ends, "seed": rng_seed}
+    samples = Sampler(make_model(family, seed=rng_seed)).sample(
+        *pad_left(PROMPTS, 256), progress=told.append, **options
+    )
+    longest = int(samples.lengths.max())
+    assert told == [int((samples.lengths > step).sum()) for step in range(1, longest)]
 
 
 def test_every_prompt_may_have_a_limit_of_its_own(rng_seed):
@@ -173,26 +206,51 @@ def test_every_prompt_may_have_a_limit_of_its_own(rng_seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_waves_that_fit_a_budget_change_no_answer(family, rng_seed):
-    model = make_model(family, seed=rng_seed)
-    sampler = Sampler(model)
+def test_waves_that_fit_a_budget_change_no_answer(family, monkeypatch, rng_seed):
+    model, sizes = make_model(family, seed=rng_seed), []
+    sampler, fill = Sampler(model), prefill.prefill
+    monkeypatch.setattr("pmc_fast.sampler.prefill", lambda lm, ids, mask: sizes.append(len(ids)) or fill(lm, ids, mask))
     ids, mask = pad_left(PROMPTS, 256)
     options = {"num_samples": 3, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed}
     together = sampler.sample(ids, mask, **options)
     one = sampler.cache_bytes(3, ids.shape[1] + 8)
-    for budget in (one, 3 * one):
+    for budget, fitting in ((one, [1, 1, 1, 1]), (4 * one - 1, [3, 1]), (4 * one, [4])):
+        sizes.clear()
         waves = sampler.sample(ids, mask, cache_budget=budget, **options)
+        assert sizes == fitting
         assert_same(waves, together, rtol=1e-4)
     with pytest.raises(ValueError, match=f"cache_budget: got {one - 1} bytes, expected at least {one}"):
         sampler.sample(ids, mask, cache_budget=one - 1, **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_hardly_fit_take_turns(monkeypatch, rng_seed):
+    """Where nobody gave a budget, half of what is free is no more than a wish."""
+    model, (ids, mask), sizes = make_model(seed=rng_seed), pad_left(PROMPTS, 256), []
+    options = {"num_samples": 3, "max_new_tokens": 8, "eos_token_id": 257, "seed": rng_seed}
+    together, one = Sampler(model).sample(ids, mask, **options), Sampler(model).cache_bytes(3, ids.shape[1] + 8)
+    fill = prefill.prefill
+    monkeypatch.setattr("pmc_fast.sampler.prefill", lambda lm, ids, mask: sizes.append(len(ids)) or fill(lm, ids, mask))
+    for free, fitting in ((0, [1, 1, 1, 1]), (2 * one, [1, 1, 1, 1]), (4 * one, [2, 2]), (8 * one, [4])):
+        monkeypatch.setattr("pmc_fast.sampler.free_bytes", lambda device, free=free: free)
+        sizes.clear()
+        assert torch.equal(Sampler(model).sample(ids, mask, **options).tokens, together.tokens)
+        assert sizes == fitting
+
+
+def test_defaults(rng_seed):
+    sampler, (ids, mask) = Sampler(make_model(seed=rng_seed)), pad_left(PROMPTS, 256)
+    options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "seed": 0, "num_samples": 1}
+    options["sequence_ids"] = torch.arange(4)
+    got, want = (sampler.sample(ids, mask, max_new_tokens=9, eos_token_id=257, **more) for more in ({}, options))
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logprobs, want.logprobs)
+
+
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("qwen3", {"head_dim": 16})])
 @torch.no_grad()
-def test_the_cache_takes_the_bytes_that_were_stated(family):
+def test_the_cache_takes_the_bytes_that_were_stated(family, changes):
     from pmc_fast.cache import SampleCache, layers_of
 
-    model = make_model(family)
+    model = make_model(family, **changes)
     cache = SampleCache(layers_of(model.config), 11)
     model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -139,7 +139,8 @@ def _evaluation(whole, parts):
 
 def _training(whole, parts):
     """Two steps of PMC: losses, answers, gradients and weights."""
-    config = PMCConfig(num_samples=3, max_new_tokens=5, max_length=None, retain_weight=0.5, seed=3)
+    # min_words: no score is 0, so every visit to a question samples.
+    config = PMCConfig(num_samples=3, max_new_tokens=5, max_length=None, retain_weight=0.5, seed=3, min_words=9)
     start = copy.deepcopy(whole.state_dict())
     pmcs = [PMC(model, make_tokenizer(), config) for model in (whole, parts)]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2) for model in (whole, parts)]

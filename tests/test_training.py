@@ -11,7 +11,7 @@ from torch import nn
 from pmc_fast import PMCConfig
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError, not_finite, scores_not_finite
-from pmc_fast.training import finetune, unlearn
+from pmc_fast.training import finetune, merge_stats, unlearn
 
 QUESTIONS = [f"question {number}" for number in range(9)]
 RETAIN = [QA(f"kept {number}", "answer") for number in range(40)]
@@ -129,3 +129,55 @@ def test_weights_move_by_adamw_after_a_warm_up_and_a_decay(what, longest, warmup
         weight = weight * (1 - rate * 0.3) - rate * moved
     assert math.isclose(rate, 0.1 / (steps - warm))  # the last step's, on its way to 0
     np.testing.assert_allclose(pmc.lm.model.weight[0].detach().numpy(), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_counts_of_micro_batches_are_added_and_the_rest_averaged():
+    micro_batches = [{"seconds": {"train": 1.0}, "score": 0.5, "sampled_tokens": 3}]
+    micro_batches.append({"seconds": {"train": 2.0}, "score": 0.25, "sampled_tokens": 4})
+    assert merge_stats(micro_batches) == {"score": 0.375, "sampled_tokens": 7}
+
+
+@pytest.mark.parametrize(("every", "saved"), [(None, [3, 6, 9]), (2, [2, 4, 6, 8, 9])])
+def test_what_is_logged_and_saved(every, saved, rng_seed):
+    pmc, config, records, states = Recorder(), make_config(rng_seed), [], []
+    run = SimpleNamespace(load_checkpoint=lambda: None, log=records.append, save_checkpoint=states.append)
+    pmc.state_dict, pmc.stats = dict, {"seconds": {"sample": 2.0}, "score": 0.5, "collapse_loss": 1, "retain_loss": 0.0}
+    seconds = unlearn(pmc, RETAIN, config, run=run, checkpoint_every=every, progress=False)
+    assert [(record["step"], record["epoch"]) for record in records] == [(n, (n + 2) // 3) for n in range(1, 10)]
+    rates = [0.1 * share for share in (1 / 3, 2 / 3, 1, *(left / 6 for left in range(6, 0, -1)))]
+    assert [record["learning_rate"] for record in records] == pytest.approx(rates)
+    assert [record["collapse_loss"] for record in records] == 3 * [2, 2, 1]  # by micro-batches
+    assert [record["seconds"]["sample"] for record in records] == 3 * [4.0, 4.0, 2.0]
+    assert [state["step"] for state in states] == saved
+    assert states[-1]["seconds"]["sample"] == seconds["sample"] == 30.0
+    assert seconds["train"] > 0 and states[-1]["seconds"].get("checkpoint", 0.0) < seconds["checkpoint"]
+
+
+def test_the_loss_that_is_logged_is_the_mean_of_the_micro_batches(rng_seed):
+    pmc, records = Recorder(), []
+    values = iter([3.0, 5.0, 8.0])
+    pmc.loss = lambda indices, retain: 0 * pmc.lm.model.weight.sum() + next(values)
+    run = SimpleNamespace(load_checkpoint=lambda: None, log=records.append, save_checkpoint=lambda state: None)
+    pmc.state_dict = dict
+    unlearn(pmc, RETAIN, make_config(rng_seed, epochs=1, accumulation=3, batch_size=3), run=run, progress=False)
+    assert [record["loss"] for record in records] == [16 / 3]
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_training_before_it_moves_a_weight(what, value, rng_seed):
+    pmc = Recorder()
+    before, loss = pmc.lm.model.weight.clone(), pmc.loss
+    pmc.loss = lambda *given: loss(*given) * value if len(pmc.batches) == 1 else loss(*given)
+    with pytest.raises(UserError, match=f"^step 1: the loss is -?{value}; try a lower learning rate$"):
+        train(pmc, what, make_config(rng_seed))
+    assert torch.equal(pmc.lm.model.weight, before) and len(pmc.batches) == 2
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+def test_a_model_that_is_frozen_is_refused(what, rng_seed):
+    pmc = Recorder()
+    pmc.lm.model.requires_grad_(False)
+    with pytest.raises(UserError, match="^model: no parameter requires a gradient, expected at least one to train$"):
+        train(pmc, what, make_config(rng_seed))
+    assert not pmc.batches

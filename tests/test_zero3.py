@@ -26,7 +26,8 @@ def test_ranks_agree_with_one_process(ranks, family, rng_seed, tmp_path):
 
 
 def _make_pmc(family, seed):
-    config = PMCConfig(num_samples=3, max_new_tokens=9, max_length=None, retain_weight=0.5, seed=3)
+    # min_words: no score is 0, so every visit to a question samples.
+    config = PMCConfig(num_samples=3, max_new_tokens=9, max_length=None, retain_weight=0.5, seed=3, min_words=9)
     return PMC(make_model(family, seed), make_tokenizer(), config)
 
 

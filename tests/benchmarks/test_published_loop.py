@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -112,6 +112,7 @@ def test_samples_are_asked_for_as_published(model, monkeypatch):
     assert mask.tolist() == [[0] * padding + [1] * len(prompts[0]), [1] * len(prompts[1])]
     assert options.do_sample and options.num_return_sequences == 4
     assert (options.temperature, options.top_k, options.top_p, options.max_length) == (0.9, 50, 0.95, 40)
+    assert (options.eos_token_id, options.pad_token_id) == ([END], PAD)
     assert [len(row) for row in samples.ids] == [4, 4]
     assert all(1 <= len(ids) <= 40 - input_ids.shape[1] for row in samples.ids for ids in row)
 
@@ -128,9 +129,26 @@ def test_padding_behind_the_end_token_is_not_sampled(model, monkeypatch, pad_id)
     assert samples.count == 11
 
 
-def test_prompt_longer_than_max_length_is_refused(model):
-    with pytest.raises(ValueError, match="max_length: got 9"):
-        loop_over(model, max_length=9).sample([0])
+def test_prompts_that_leave_no_room_are_refused(model):
+    longest = len(BytePrompts().prompt_ids("Which river?"))
+    with pytest.raises(ValueError, match=f"max_length: got {longest}, want more than the longest prompt .{longest}."):
+        loop_over(model, max_length=longest).sample([0, 1])
+    samples = loop_over(model, max_length=longest + 1, num_samples=2).sample([0, 1])
+    assert [[len(ids) for ids in row] for row in samples.ids] == [[1, 1], [1, 1]]
+
+
+def test_settings_are_the_published_ones():
+    published = {"num_samples": 20, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "max_length": 200, "min_len": 0}
+    assert asdict(PublishedConfig()) == {**published, "retain_weight": 1.25}
+
+
+def test_first_answers_are_taken_in_batches_and_anew(model, monkeypatch):
+    sizes, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: sizes.append(len(given["input_ids"])) or generate(**given))
+    loop = loop_over(model)
+    loop.stored = {0: Stored("no", 0.5)}
+    loop.initialise([f"Who is {name}?" for name in "abcde"], batch_size=2)
+    assert sizes == [2, 2, 1] and len(loop.references) == 5 and not loop.stored
 
 
 def test_score_is_rouge_l_recall_with_stems(model):

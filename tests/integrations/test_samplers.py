@@ -78,19 +78,25 @@ class TestGenerate:
         assert other.tokens.shape != first.tokens.shape or not torch.equal(other.tokens, first.tokens)
         assert model.generation_config.repetition_penalty == 5.0
 
-    def test_the_distribution_is_the_models(self, rng_seed):
+    @pytest.mark.parametrize("truncation", [{"top_k": 6}, {"top_p": 0.5}, {"min_p": 0.4}], ids=str)
+    def test_the_distribution_is_the_models(self, truncation, rng_seed):
         """Tempered and truncated, and nothing of the model's own generation settings."""
         model, draws = make_model(seed=rng_seed), 3000
         ids = torch.tensor([[3, 1, 4, 1, 5]])
         with torch.no_grad():
-            top = model(input_ids=ids).logits[0, -1].topk(6)
+            top = (model(input_ids=ids).logits[0, -1].double() / 2).softmax(0).sort(descending=True)
         model.generation_config.suppress_tokens = top.indices[:1].tolist()
         model.generation_config.top_k = 2
-        options = {"temperature": 2.0, "top_k": 6, "max_new_tokens": 1, "num_samples": draws, "eos_token_id": 257}
+        options = {"temperature": 2.0, "max_new_tokens": 1, "num_samples": draws, "eos_token_id": 257, **truncation}
         tokens = GenerateSampler(model).sample(ids, seed=rng_seed, **options).tokens.flatten()
-        counts = (tokens[:, None] == top.indices).sum(0)
-        assert counts.sum() == draws
-        assert_follows(counts, (top.values.double() / 2).softmax(0))
+        ((name, value),) = truncation.items()
+        kept = {
+            "top_k": torch.arange(len(top.values)) < value,
+            "top_p": top.values.cumsum(0) - top.values < value,
+            "min_p": top.values >= value * top.values[0],
+        }[name]
+        expected = torch.zeros_like(top.values).scatter(0, top.indices, top.values * kept)
+        assert_follows(tokens.bincount(minlength=len(expected)), expected / expected.sum())
 
     @pytest.mark.parametrize("selection", ["best", "bradley_terry"])
     def test_pmc_trains_with_it(self, selection, rng_seed):
