@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import results
 from benchmarks.bench import OURS, Wrong, relative_error
 from benchmarks.head import HeadInputs, random_head
-from benchmarks.measure import PeakMemory, Spread, environment
+from benchmarks.measure import PeakMemory, Spread, environment, times_as_long
 from benchmarks.ops import Row, table
 from benchmarks.shapes import DECODE_ROWS, LABEL_ROWS, SMOLLM2_135M, Head
 from pmc_fast.errors import UserError
@@ -150,7 +150,6 @@ def _measure(case: Case, rank: int, ranks: int, seed: int, repeats: int) -> list
             start = time.perf_counter()
             runs[name]()
             times[name].append(_most(time.perf_counter() - start))
-    spreads = {name: Spread.of(seconds) for name, seconds in times.items()}
     return [
         Row(
             case.op,
@@ -159,12 +158,12 @@ def _measure(case: Case, rank: int, ranks: int, seed: int, repeats: int) -> list
             name,
             True,
             evidence if name != OURS else "",
-            spread,
+            Spread.of(seconds),
             repeats,
-            spread.median / spreads[OURS].median,
+            times_as_long(seconds, times[OURS]),
             peaks[name],
         )
-        for name, spread in spreads.items()
+        for name, seconds in times.items()
     ]
 
 

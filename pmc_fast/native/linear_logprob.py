@@ -60,7 +60,8 @@ def linear_logprob_ahead(
     logits = _SlicedLogits(_rows(hidden, rows), target, weight, bias, **options)
     gradient = torch.zeros(logits.x.shape, dtype=torch.float32)
     score = _score(logits, rows, gradient)
-    # The target is not among the terms summed up: that 1 - p is exact for a confident row, whose gradient is all the rest.
+    # The target is not among the terms summed up: of a sure row's gradient 1 - p is all that is left, and p rounded with the
+    # others would take its digits. From the mass it is as exact as the log-probability.
     logprob, scale = _logprob(score), logit_scale / temperature
     of_target = -logprob.expm1() * scale
     if softcap is not None:
