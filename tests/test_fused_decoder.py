@@ -11,6 +11,7 @@ from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
+LONG = [[(7 * i) % VOCAB for i in range(90)], [(5 * i + 1) % VOCAB for i in range(75)]]  # each read once for its answers
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def by_modules(model, seed, monkeypatch, **options):
         return sample(model, seed, **options)
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]], LONG], ids=["padded", "one prompt", "long"])
 @pytest.mark.parametrize("family", KNOWN)
 def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)
