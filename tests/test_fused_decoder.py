@@ -11,7 +11,8 @@ from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
-LONG = [[(7 * i) % VOCAB for i in range(90)], [(5 * i + 1) % VOCAB for i in range(75)]]  # each read once for its answers
+# Each is read once for its answers.
+LONG = [[(7 * i) % VOCAB for i in range(90)], [(5 * i + 1) % VOCAB for i in range(75)]]
 
 
 @pytest.fixture
