@@ -120,6 +120,7 @@ BENCHES = [
     DecodeAttentionBench(DECODE_ROWS, SMOLLM2_HEADS, 100),
     DecodeAttentionBench(DECODE_ROWS, LLAMA_3B_HEADS, 100),
     DecodeAttentionBench(DECODE_ROWS, SMOLLM2_HEADS, 100, torch.bfloat16),
+    DecodeAttentionBench(DECODE_ROWS, SMOLLM2_HEADS, 532, prefix=512),
     DecodeAttentionBench(DECODE_ROWS, LLAMA_3B_HEADS, 192, torch.bfloat16, prefix=64),
     DecodeAttentionBench(LARGE_DECODE_ROWS, LLAMA_3B_HEADS, 160, torch.bfloat16, large=True),
     DecodeAttentionBench(LARGE_DECODE_ROWS, LLAMA_3B_HEADS, 192, torch.bfloat16, prefix=64, large=True),

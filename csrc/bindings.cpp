@@ -11,6 +11,7 @@
 
 #include "cpu/decoder.h"
 #include "cpu/isa.h"
+#include "cpu/prefix_sharers.h"
 #include "cpu/rouge_l_recall.h"
 
 namespace py = pybind11;
@@ -215,11 +216,14 @@ PYBIND11_MODULE(_C, m) {
         [](uintptr_t query, int dtype, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, const Positions& own,
            const Positions& prefix, uintptr_t prefix_row, uintptr_t first, uintptr_t length, float scale, float softcap,
            uintptr_t out, uintptr_t workspace, int threads) {
+            pmc::PrefixSharers sharers;
+            sharers.find(pointer<const int64_t>(prefix_row), pointer<const int64_t>(first), rows,
+                         positions(prefix).length, heads, kv_heads, threads);
             return pmc::kernels().decode_attention({pointer<const void>(query), static_cast<pmc::Dtype>(dtype), rows,
                                                     heads, kv_heads, dim, positions(own), positions(prefix),
                                                     pointer<const int64_t>(prefix_row), pointer<const int64_t>(first),
                                                     pointer<const int64_t>(length), scale, softcap, pointer<void>(out),
-                                                    pointer<void>(workspace), threads});
+                                                    pointer<void>(workspace), threads, sharers.found()});
         },
         release());
 

@@ -12,6 +12,8 @@ from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
+# Each is read once for its answers.
+LONG = [[(7 * i) % VOCAB for i in range(90)], [(5 * i + 1) % VOCAB for i in range(75)]]
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def by_modules(model, seed, monkeypatch, **options):
         return sample(model, seed, **options)
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]]], ids=["padded", "one prompt"])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]], LONG], ids=["padded", "one prompt", "long"])
 @pytest.mark.parametrize("family", KNOWN)
 def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)

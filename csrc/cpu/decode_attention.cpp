@@ -4,23 +4,14 @@
 
 #include "common/parallel.h"
 #include "cpu/kernels.h"
-#include "cpu/row.h"
+#include "cpu/prefix_attention.h"
 
 namespace pmc::PMC_ISA {
 namespace {
 
-// Heads that share keys and values are taken a few at a time, so that what they sum stays in registers.
-constexpr int kHeadsAtOnce = 4;
 // Enough dot products at a time to keep the multipliers busy.
 constexpr int kPositionsAtOnce = 8;
 constexpr int64_t kLineBytes = 64;
-
-// Consecutive positions of one key/value head.
-template <class T>
-struct Segment {
-    const T *key, *value;
-    int64_t key_stride, value_stride, positions;
-};
 
 template <class T>
 void to_floats(const T* from, int64_t size, float scale, float* to) {
@@ -58,13 +49,14 @@ void dot_products(const float* query, int64_t dim, const Segment<T>& segment, bo
     }
 }
 
+void soften(float* scores, int64_t positions, float softcap) {
+    int64_t t = 0;
+    for (; t + kLanes <= positions; t += kLanes) store(scores + t, softcap * tanh(load(scores + t) / softcap));
+    for (; t < positions; ++t) scores[t] = softcap * std::tanh(scores[t] / softcap);
+}
+
 // The scores become probabilities; returns false if one of them is no number.
-bool softmax(float* scores, int64_t positions, float softcap) {
-    if (softcap > 0) {
-        int64_t t = 0;
-        for (; t + kLanes <= positions; t += kLanes) store(scores + t, softcap * tanh(load(scores + t) / softcap));
-        for (; t < positions; ++t) scores[t] = softcap * std::tanh(scores[t] / softcap);
-    }
+bool softmax(float* scores, int64_t positions) {
     float top;
     if (!finite_max(scores, positions, &top)) return false;
     float sum = 0;
@@ -81,12 +73,19 @@ bool softmax(float* scores, int64_t positions, float softcap) {
     return true;
 }
 
-// out[h * dim + i] = sum over t of probability[h * stride + t] * value[t][i], h < Heads, for Vectors vectors from i on.
+// out[h * dim + i] = sum over t of probability[h * stride + t] * value[t][i], h < Heads, for Vectors vectors from i on;
+// the first of them is the summary's, if there is one.
 template <int Heads, int Vectors, class T>
-void weighted_sum_part(const float* probability, int64_t stride, const Segment<T> (&segments)[2], int64_t dim,
-                       int64_t i, T* out) {
+void weighted_sum_part(const float* probability, int64_t stride, const Summary& summary,
+                       const Segment<T> (&segments)[2], int64_t dim, int64_t i, T* out) {
     Floats sums[Heads][Vectors] = {};
     const float* p = probability;
+    if (summary.score) {
+        for (int h = 0; h < Heads; ++h)
+            for (int n = 0; n < Vectors; ++n)
+                sums[h][n] = p[h * stride] * load(summary.value + h * summary.stride + i + n * kLanes);
+        ++p;
+    }
     for (const Segment<T>& segment : segments) {
         const T* v = segment.value + i;
         for (int64_t t = 0; t < segment.positions; ++t, ++p, v += segment.value_stride) {
@@ -101,16 +100,18 @@ void weighted_sum_part(const float* probability, int64_t stride, const Segment<T
 }
 
 template <int Heads, class T>
-void weighted_sum(const float* probability, int64_t stride, const Segment<T> (&segments)[2], int64_t dim, T* out) {
+void weighted_sum(const float* probability, int64_t stride, const Summary& summary, const Segment<T> (&segments)[2],
+                  int64_t dim, T* out) {
     constexpr int kVectors = Heads == kHeadsAtOnce ? 2 : 4;  // as many as the registers hold sums for
     int64_t i = 0;
     for (; i + kVectors * kLanes <= dim; i += kVectors * kLanes)
-        weighted_sum_part<Heads, kVectors>(probability, stride, segments, dim, i, out);
-    for (; i + kLanes <= dim; i += kLanes) weighted_sum_part<Heads, 1>(probability, stride, segments, dim, i, out);
+        weighted_sum_part<Heads, kVectors>(probability, stride, summary, segments, dim, i, out);
+    for (; i + kLanes <= dim; i += kLanes)
+        weighted_sum_part<Heads, 1>(probability, stride, summary, segments, dim, i, out);
     for (; i < dim; ++i) {
         for (int h = 0; h < Heads; ++h) {
-            float sum = 0;
             const float* p = probability + h * stride;
+            float sum = summary.score ? *p++ * summary.value[h * summary.stride + i] : 0;
             for (const Segment<T>& segment : segments)
                 for (int64_t t = 0; t < segment.positions; ++t)
                     sum += *p++ * widen(segment.value[t * segment.value_stride + i]);
@@ -120,19 +121,25 @@ void weighted_sum(const float* probability, int64_t stride, const Segment<T> (&s
 }
 
 template <int Heads, class T>
-bool attend(const DecodeAttentionArgs& args, const T* query, const Segment<T> (&segments)[2], T* out, float* scratch) {
+bool attend(const DecodeAttentionArgs& args, const T* query, const Segment<T> (&segments)[2], const Summary& summary,
+            T* out, float* scratch) {
     const int64_t stride = args.prefix.length + args.own.length;
     float* const q = scratch + Heads * stride;
     to_floats(query, Heads * args.dim, args.scale, q);
-    int64_t positions = 0;
+    const int64_t summaries = summary.score ? 1 : 0;
+    int64_t positions = summaries;
     for (const Segment<T>& segment : segments) {
         for (int h = 0; h < Heads; ++h)
             dot_products(q + h * args.dim, args.dim, segment, h == 0, scratch + h * stride + positions);
         positions += segment.positions;
     }
-    for (int h = 0; h < Heads; ++h)
-        if (!softmax(scratch + h * stride, positions, args.softcap)) return false;
-    weighted_sum<Heads>(scratch, stride, segments, args.dim, out);
+    for (int h = 0; h < Heads; ++h) {
+        float* const scores = scratch + h * stride;
+        if (summaries) scores[0] = summary.score[h];
+        if (args.softcap > 0) soften(scores + summaries, positions - summaries, args.softcap);
+        if (!softmax(scores, positions)) return false;
+    }
+    weighted_sum<Heads>(scratch, stride, summary, segments, args.dim, out);
     return true;
 }
 
@@ -147,51 +154,67 @@ Segment<T> segment(const CachedPositions& from, int64_t row, int64_t kv_head, in
             from.value_stride.position, length - skipped};
 }
 
-template <class T>
-bool decode_attention_heads(const DecodeAttentionArgs& args, int64_t row, int64_t kv_head, float* scratch) {
-    const int64_t group = args.heads / args.kv_heads, first = args.first[row];
-    const Segment<T> segments[2] = {
-        segment<T>(args.prefix, args.prefix_row ? args.prefix_row[row] : 0, kv_head, first, args.prefix.length),
-        segment<T>(args.own, row, kv_head, std::max<int64_t>(0, first - args.prefix.length),
-                   args.length ? args.length[row] : args.own.length)};
-    const int64_t begin = (row * args.heads + kv_head * group) * args.dim;
-    const T* query = static_cast<const T*>(args.query) + begin;
-    T* out = static_cast<T*>(args.out) + begin;
-    bool finite = true;
-    for (int64_t done = 0; done < group && finite;) {
-        const int64_t left = group - done;
-        const T* q = query + done * args.dim;
-        T* o = out + done * args.dim;
-        if (left >= kHeadsAtOnce) {
-            finite = attend<kHeadsAtOnce>(args, q, segments, o, scratch);
-            done += kHeadsAtOnce;
-        } else if (left == 3) {
-            finite = attend<3>(args, q, segments, o, scratch);
-            done += 3;
-        } else if (left == 2) {
-            finite = attend<2>(args, q, segments, o, scratch);
-            done += 2;
-        } else {
-            finite = attend<1>(args, q, segments, o, scratch);
-            done += 1;
-        }
+// The rows of a set, or one row.
+struct RowSet {
+    const int64_t* row;
+    int64_t count;
+};
+
+// `Heads` heads from `head` on, all of which have the keys of kv_head.
+template <int Heads, class T, class OnBadRow>
+void attend_rows(const DecodeAttentionArgs& args, const RowSet& set, int64_t kv_head, int64_t head, Scratch scratch,
+                 const OnBadRow& on_bad_row) {
+    const auto at = [&](int64_t i, int64_t h) { return (set.row[i] * args.heads + head + h) * args.dim; };
+    const T* const query = static_cast<const T*>(args.query);
+    const int64_t first = args.first[set.row[0]];
+    Segment<T> prefix =
+        segment<T>(args.prefix, args.prefix_row ? args.prefix_row[set.row[0]] : 0, kv_head, first, args.prefix.length);
+    Summary summary{};
+    if (worth_sharing(set.count * Heads, prefix.positions)) {
+        const auto query_at = [&](int64_t q) { return query + at(q / Heads, q % Heads); };
+        summary = attend_together(args, prefix, set.count * Heads, query_at, scratch);
+        prefix = {};
     }
-    return finite;
+    for (int64_t i = 0; i < set.count; ++i) {
+        const int64_t row = set.row[i];
+        const Segment<T> segments[2] = {
+            prefix, segment<T>(args.own, row, kv_head, std::max<int64_t>(0, first - args.prefix.length),
+                               args.length ? args.length[row] : args.own.length)};
+        T* const out = static_cast<T*>(args.out) + at(i, 0);
+        if (!attend<Heads>(args, query + at(i, 0), segments, summary.after(i * Heads), out, scratch.at))
+            on_bad_row(row);
+    }
+}
+
+template <int Heads, class T, class OnBadRow>
+void attend_rows(int64_t heads, const DecodeAttentionArgs& args, const RowSet& set, int64_t kv_head, int64_t head,
+                 const Scratch& scratch, const OnBadRow& on_bad_row) {
+    if (heads == Heads) return attend_rows<Heads, T>(args, set, kv_head, head, scratch, on_bad_row);
+    if constexpr (Heads > 1) attend_rows<Heads - 1, T>(heads, args, set, kv_head, head, scratch, on_bad_row);
 }
 
 }  // namespace
 
 int64_t decode_attention(const DecodeAttentionArgs& args) {
     int64_t bad_row = kAllRowsFinite;
-    const int64_t slice = decode_attention_workspace_floats(args.prefix.length + args.own.length, args.dim);
-    parallel_for(args.rows * args.kv_heads, args.threads, [&](int64_t task, int thread) {
-        const int64_t row = task / args.kv_heads, kv_head = task % args.kv_heads;
-        float* const scratch = static_cast<float*>(args.workspace) + thread * slice;
-        const bool ok = args.dtype == Dtype::kFloat32 ? decode_attention_heads<float>(args, row, kv_head, scratch)
-                                                      : decode_attention_heads<uint16_t>(args, row, kv_head, scratch);
-        if (!ok) {
+    const auto on_bad_row = [&](int64_t row) {
 #pragma omp critical
-            if (bad_row == kAllRowsFinite || row < bad_row) bad_row = row;
+        if (bad_row == kAllRowsFinite || row < bad_row) bad_row = row;
+    };
+    const Sharers& sharers = args.sharers;
+    const int64_t slice = decode_attention_workspace_floats(args.prefix.length + args.own.length, args.dim);
+    const int64_t sets = sharers.sets ? sharers.sets : args.rows, group = args.heads / args.kv_heads;
+    parallel_for(sets * args.kv_heads, args.threads, [&](int64_t task, int thread) {
+        const int64_t index = task / args.kv_heads, kv_head = task % args.kv_heads;
+        const RowSet set =
+            sharers.sets ? RowSet{sharers.order + sharers.begin[index], sharers.begin[index + 1] - sharers.begin[index]}
+                         : RowSet{&index, 1};
+        const Scratch scratch = Scratch::from_a_line(static_cast<float*>(args.workspace) + thread * slice);
+        for (int64_t done = 0; done < group; done += kHeadsAtOnce) {
+            const int64_t head = kv_head * group + done, heads = std::min(kHeadsAtOnce, group - done);
+            args.dtype == Dtype::kFloat32
+                ? attend_rows<kHeadsAtOnce, float>(heads, args, set, kv_head, head, scratch, on_bad_row)
+                : attend_rows<kHeadsAtOnce, uint16_t>(heads, args, set, kv_head, head, scratch, on_bad_row);
         }
     });
     return bad_row;

@@ -103,7 +103,7 @@ int64_t Decoder::attend(const DecoderStep& step, size_t index) {
     void* const out = wide ? static_cast<void*>(attended_.data()) : narrow_.data();
     const int64_t bad = kernels().decode_attention({turned_.data(), step.dtype, rows_, heads, kv_heads, head_dim_, own,
                                                     prefix, step.prefix_row, first_.data(), nullptr, layer.scale,
-                                                    layer.softcap, out, workspace_.data(), threads_});
+                                                    layer.softcap, out, workspace_.data(), threads_, sharers_.found()});
     if (!wide)
         std::transform(static_cast<uint16_t*>(out), static_cast<uint16_t*>(out) + rows_ * width, attended_.begin(),
                        [](uint16_t x) { return widen(x); });
@@ -113,6 +113,9 @@ int64_t Decoder::attend(const DecoderStep& step, size_t index) {
 int64_t Decoder::step(const DecoderStep& step) {
     rows_ = step.rows, threads_ = step.threads;
     first_.resize(static_cast<size_t>(rows_));
+    sharers_.find(step.prefix_row, step.first, rows_, step.prefix.front().length,
+                  layers_.front().query.out_features / head_dim_, layers_.front().key.out_features / head_dim_,
+                  threads_);
     const int64_t size = layers_.front().query.in_features;
     const Rows hidden{step.hidden, size, size};
     int64_t bad_row = kAllRowsFinite;

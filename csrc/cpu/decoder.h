@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/prefix_sharers.h"
 
 namespace pmc {
 
@@ -90,6 +91,7 @@ class Decoder {
     // In the cache's dtype: queries, and what comes of them where that is not float32.
     std::vector<std::byte> turned_, narrow_;
     std::vector<int64_t> first_;
+    PrefixSharers sharers_;
 };
 
 }  // namespace pmc

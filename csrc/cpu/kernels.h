@@ -108,6 +108,12 @@ struct CachedPositions {
     int64_t length;
 };
 
+// Rows order[begin[i]] ... order[begin[i + 1] - 1], at most kSharingRows, share a prefix and what they see of it.
+struct Sharers {
+    const int64_t *begin, *order;  // [sets + 1], [rows]
+    int64_t sets;                  // of every row; or 0: rows are taken one by one
+};
+
 struct DecodeAttentionArgs {
     const void* query;                   // [rows, heads, dim]
     Dtype dtype;                         // of query, out and all keys and values
@@ -122,6 +128,7 @@ struct DecodeAttentionArgs {
     void* out;              // [rows, heads, dim]
     void* workspace;        // threads * decode_attention_workspace_floats(prefix.length + own.length, dim) floats
     int threads;
+    Sharers sharers = {};
 };
 
 // [tokens, heads, dim], strides in elements; the dimensions of a head are next to one another.
@@ -280,11 +287,6 @@ constexpr int64_t kWorkspaceSlack = 64;  // elements past the end that a vector 
 inline int64_t sample_workspace_bytes(int64_t vocab) { return (vocab + kWorkspaceSlack) * 16; }
 inline int64_t head_workspace_bytes(int64_t tokens) { return (tokens + kWorkspaceSlack) * 4; }
 
-// Of the few heads that are taken at once: a score for each position, and the query.
-inline int64_t decode_attention_workspace_floats(int64_t length, int64_t dim) {
-    return 4 * (length + dim) + kWorkspaceSlack;
-}
-
 // Sums over rows are taken over so many of them and then over those sums: the same for any number of threads.
 constexpr int64_t kNormalizeGradientRows = 32;
 inline int64_t normalize_gradient_chunks(int64_t rows) {
@@ -304,6 +306,20 @@ constexpr int64_t kPackedAttentionTasks = 64;
 constexpr int64_t kPackedAttentionTogether = 512;
 
 inline int64_t packed_attention_padded(int64_t dim) { return (dim + 15) / 16 * 16; }  // to whole vectors
+
+// decode_attention takes heads that share keys a few at a time, of one row or of all that share a prefix.
+constexpr int64_t kHeadsAtOnce = 4, kSharingRows = 32, kSharedQueries = kHeadsAtOnce * kSharingRows;
+// Whether a prefix of so many positions is read once for so many queries, as measured: from 64 on with AVX-512 it takes
+// as long for 8 queries as each row by itself, and more for fewer.
+inline bool worth_sharing(int64_t queries, int64_t positions) { return queries >= 8 && positions >= 64; }
+
+// Of one row: a score for each position, and the query. Of rows that share a prefix: what attend_together takes.
+inline int64_t decode_attention_workspace_floats(int64_t length, int64_t dim) {
+    const int64_t row = kHeadsAtOnce * (length + dim) + kWorkspaceSlack;
+    const int64_t blocks = kPackedAttentionPanel + 2 * kSharedQueries + 2 * kPackedAttentionKeys;
+    return row + blocks * packed_attention_padded(dim) + kPackedAttentionKeys * kPackedAttentionPanel +
+           2 * kSharedQueries + kPackedAttentionPanel + kWorkspaceSlack;  // to begin with a line
+}
 
 // Of the sequences and one more; keeps what follows at a multiple of 64 bytes.
 inline int64_t packed_sequences_floats(int64_t sequences) {

@@ -8,35 +8,6 @@
 namespace pmc::PMC_ISA {
 namespace {
 
-// Scores become exp(score - top), unseen ones 0; top, mass and what is already summed move on to the new maximum.
-void softmax(const Panel& panel, const Seen& seen, int64_t begin, float softcap, float* scores, float* top, float* mass,
-             float* faded) {
-    for (int64_t c = 0; c < panel.columns(); c += kLanes) {
-        const Floats before = load(top + c);
-        Floats most = before;
-        for (int64_t j = seen.from; j < seen.to; ++j) {
-            float* const at = scores + j * kPanel + c;
-            Floats s = load(at);
-            if (softcap > 0) store(at, s = softcap * tanh(s / softcap));
-            if (!panel.all_see(begin + j)) s = panel.see(begin + j, c) ? s : broadcast(-kInfinity);
-            most = max(s, most);
-        }
-        const Floats shift = most == -kInfinity ? Floats{} : most, fade = exp_nonpositive(before - shift);
-        Floats sum = load(mass + c) * fade;
-        for (int64_t j = seen.from; j < seen.to; ++j) {
-            float* const at = scores + j * kPanel + c;
-            const Floats x = load(at) - shift, e = exp_nonpositive(x);
-            Floats weight = x == x ? e : x;
-            if (!panel.all_see(begin + j)) weight = panel.see(begin + j, c) ? weight : Floats{};
-            sum += weight;
-            store(at, weight);
-        }
-        store(top + c, most);
-        store(mass + c, sum);
-        store(faded + c, fade);
-    }
-}
-
 template <class T>
 void forward(const PackedAttentionArgs& args, const Rows& rows, Scratch scratch) {
     const int64_t padded = packed_attention_padded(args.dim), size = kPanel * padded;
@@ -65,7 +36,7 @@ void forward(const PackedAttentionArgs& args, const Rows& rows, Scratch scratch)
             const Seen seen(panel, begin, end);
             if (seen.from >= seen.to) continue;
             multiply_keys(panel, seen, begin, block.key, args.dim, padded, columns + r * padded, scores);
-            softmax(panel, seen, begin, args.softcap, scores, top + r, mass + r, faded);
+            softmax(panel, seen.from, seen.to, begin, args.softcap, scores, top + r, mass + r, faded);
             float* const to = out + r * padded;
             for (int64_t i = 0; begin > rows.seen_from(rows.begin) && i < panel.rows; ++i)
                 copy_in(to + i * padded, padded, faded[i], to + i * padded, padded);

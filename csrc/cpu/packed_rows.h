@@ -1,47 +1,23 @@
 // The rows of a packed batch's sequences, as its attention takes them, forward and backward.
 //
-// The queries of the heads that share keys are rows, token by token. Scores are held for a panel of rows and a block of
-// keys at a time, [keys, rows]: lanes run over rows, so that softmax needs no sum across lanes.
+// The queries of the heads that share keys are rows, token by token.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/kernels.h"
-#include "cpu/row.h"
-#include "cpu/tile_product.h"
+#include "cpu/panel.h"
 
 namespace pmc::PMC_ISA {
 namespace {
 
-constexpr int64_t kPanel = kPackedAttentionPanel, kRows = kPackedAttentionRows, kKeys = kPackedAttentionKeys;
-
-// A panel of rows [kPanel, size] as columns [size, kPanel].
-inline void transpose_panel(const float* from, int64_t size, float* to) {
-    for (int64_t r = 0; r < kPanel; r += kLanes)
-        for (int64_t i = 0; i < size; i += kLanes) {
-            Floats v[kLanes];
-#pragma GCC unroll 16
-            for (int lane = 0; lane < kLanes; ++lane) v[lane] = load(from + (r + lane) * size + i);
-            transpose(v);
-#pragma GCC unroll 16
-            for (int lane = 0; lane < kLanes; ++lane) store(to + (i + lane) * kPanel + r, v[lane]);
-        }
-}
+constexpr int64_t kRows = kPackedAttentionRows;
 
 // Also of NaN with any payload, which rounding could carry over.
 inline void store_any(float* to, Floats v) { store(to, v); }
 inline void store_any(uint16_t* to, Floats v) {
     const Ints quiet = Ints{} + 0x7FC00000;
     store(to, v == v ? v : reinterpret_cast<Floats>(quiet));
-}
-
-// to[i] = from[i] * scale, and zeros up to padded.
-template <class T>
-void copy_in(const T* from, int64_t size, float scale, float* to, int64_t padded) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) store(to + i, load(from + i) * scale);
-    for (; i < size; ++i) to[i] = widen(from[i]) * scale;
-    for (; i < padded; ++i) to[i] = 0;
 }
 
 template <class T>
@@ -148,16 +124,6 @@ inline void add_to_rows(const Panel& panel, const Seen& seen, int64_t begin, con
             b - a, 0, padded);
     });
 }
-
-// Hands out a workspace.
-struct Scratch {
-    float* at;
-    float* take(int64_t floats) {
-        float* const taken = at;
-        at += floats;
-        return taken;
-    }
-};
 
 // Keys and values of a block of positions, [positions, padded].
 struct Block {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/prefix_sharers.h"
 #include "fuzz/positions.h"
 
 namespace pmc::fuzz {
@@ -86,6 +87,15 @@ void fuzz_decode_attention(Case& c) {
     s.dim = random.one_in(2) ? random.between(1, 70) : random.pick<int64_t>({8, 16, 32, 64, 128});
     s.prefixes = s.rows && random.one_in(2) ? random.between(1, 2) : 0;
     s.prefix_length = s.prefixes ? random.between(1, 40) : 0;
+    const bool crowded = s.prefixes && random.one_in(4);
+    if (crowded) {  // rows that read a prefix together
+        s.rows = random.between(3, random.one_in(3) ? 80 : 12);
+        s.kv_heads = random.between(1, 2);
+        s.heads = s.kv_heads * random.between(1, random.one_in(4) ? 9 : 3);
+        s.length = random.between(1, 9);
+        s.dim = random.between(1, 40);
+        s.prefix_length = random.between(60, random.one_in(3) ? 300 : 130);
+    }
     const int64_t positions = s.prefix_length + s.length;
     const Dtype dtype = random.one_in(2) ? Dtype::kFloat32 : Dtype::kBFloat16;
     std::vector<int64_t> first(s.rows), length(s.rows, s.length), prefix_row(s.rows);
@@ -96,6 +106,9 @@ void fuzz_decode_attention(Case& c) {
         const int64_t last = s.prefix_length + length[r] - 1;
         first[r] = random.pick<int64_t>({0, last, random.between(0, last)});
     }
+    const int64_t common = random.one_in(2) ? 0 : random.between(0, s.prefix_length);
+    for (int64_t& f : first)
+        if (crowded && !random.one_in(8)) f = common;
     for (int64_t& p : prefix_row) p = random.between(0, std::max<int64_t>(0, s.prefixes - 1));
     const float scale = random.pick({1.0f, 0.1f, -2.0f, 1 / std::sqrt(static_cast<float>(s.dim))});
     const float softcap = random.pick({0.0f, 0.0f, 1.5f, 50.0f});
@@ -107,11 +120,14 @@ void fuzz_decode_attention(Case& c) {
     Cache key = Cache::random(random, s, dtype, random.pick({0.0f, 1.0f, 4.0f}), first, length, prefix_row);
     Cache value = Cache::random(random, s, dtype, random.pick({1.0f, 1e-30f, 1e30f}), first, length, prefix_row);
     if (s.rows && random.one_in(5)) {
-        const int64_t row = random.between(0, s.rows - 1);
-        const int64_t skipped = std::max<int64_t>(0, first[row] - s.prefix_length);
-        const int64_t at = key.own.at(row, random.between(0, s.kv_heads - 1), random.between(skipped, length[row] - 1));
-        key.own.x.set(at + random.between(0, s.dim - 1),
-                      random.pick({INFINITY, -INFINITY, random.nan(), random.nan()}));
+        const int64_t row = random.between(0, s.rows - 1), head = random.between(0, s.kv_heads - 1);
+        const int64_t t = random.between(first[row], s.prefix_length + length[row] - 1) - s.prefix_length;
+        const int64_t i = random.between(0, s.dim - 1);
+        const float odd = random.pick({INFINITY, -INFINITY, random.nan(), random.nan()});
+        if (t >= 0)
+            key.own.x.set(key.own.at(row, head, t) + i, odd);
+        else
+            key.prefix.x.set(key.prefix.at(prefix_row[row], head, t + s.prefix_length) + i, odd);
     }
 
     std::vector<double> expected(s.rows * s.heads * s.dim), tolerance(s.rows * s.heads);
@@ -123,13 +139,16 @@ void fuzz_decode_attention(Case& c) {
                         &expected[head * s.dim], &tolerance[head]))
                 usable[r] = Usable::kNo;
         }
+    PrefixSharers sharers;
+    if (!random.one_in(4))
+        sharers.find(prefix_row.data(), first.data(), s.rows, s.prefix_length, s.heads, s.kv_heads, threads);
     c.for_each_isa([&] {
         Numbers out(dtype, s.rows * s.heads * s.dim, kNaN);
         std::vector<float> workspace(threads * decode_attention_workspace_floats(positions, s.dim), kNaN);
         const int64_t bad = kernels().decode_attention(
             {query.data(), dtype, s.rows, s.heads, s.kv_heads, s.dim, cached(key.own, value.own, s.length),
              cached(key.prefix, value.prefix, s.prefix_length), s.prefixes ? prefix_row.data() : nullptr, first.data(),
-             filled ? nullptr : length.data(), scale, softcap, out.data(), workspace.data(), threads});
+             filled ? nullptr : length.data(), scale, softcap, out.data(), workspace.data(), threads, sharers.found()});
         check_first_bad(c, usable, bad);
         for (int64_t i = 0; i < s.rows * s.heads * s.dim; ++i) {
             const int64_t head = i / s.dim;

@@ -107,7 +107,7 @@ struct Layer {
     int64_t rotary, window;
     float scale, softcap;
 
-    static Layer random(Random& random, int64_t size, int64_t dim, int64_t rotaries) {
+    static Layer random(Random& random, int64_t size, int64_t dim, int64_t rotaries, int64_t seen) {
         const int64_t kv_heads = random.between(1, 3), heads = kv_heads * random.between(1, random.one_in(4) ? 6 : 2);
         const int64_t inner = random.between(1, 60);
         const auto norm = [&](int64_t of) {
@@ -132,7 +132,7 @@ struct Layer {
                 Linear::random(random, size, inner),
                 norm(size),
                 random.between(0, rotaries - 1),
-                random.one_in(2) ? 0 : random.between(1, 20),
+                random.one_in(2) ? 0 : random.between(1, std::max<int64_t>(20, seen)),
                 random.pick({0.1f, 1 / std::sqrt(static_cast<float>(dim))}),
                 random.pick({0.0f, 0.0f, 1.5f, 50.0f})};
     }
@@ -200,22 +200,29 @@ struct Model {
                 {},
                 {},
                 {}};
+        const bool crowded = m.prefix_length && random.one_in(4);  // rows that read a prefix together
+        if (crowded) m.prefix_length = random.between(60, 150);
         const int64_t length = random.between(1, 12), seen = m.prefix_length + length;
         for (int64_t s = 0, count = random.between(1, 2); s < count; ++s) {
-            const int64_t rows = random.between(1, random.one_in(2) ? 9 : 3), angles = m.rotaries * rows * m.rotated;
+            const int64_t rows = random.between(1, crowded            ? 24
+                                                   : random.one_in(2) ? 9
+                                                                      : 3),
+                          angles = m.rotaries * rows * m.rotated;
             m.steps.push_back({rows, length + s, random_floats(random, rows * size), random_floats(random, angles),
                                random_floats(random, angles)});
         }
         const int64_t rows = std::max(m.steps.front().rows, m.steps.back().rows);
         const int64_t prefixes = m.prefix_length ? random.between(1, 3) : 0;
+        const int64_t common = random.one_in(2) ? 0 : random.between(0, m.prefix_length);
         for (int64_t r = 0; r < rows; ++r) {
             m.prefix_row.push_back(random.between(0, std::max<int64_t>(0, prefixes - 1)));
-            m.first.push_back(random.pick<int64_t>({0, seen - 1, random.between(0, seen - 1)}));
+            const int64_t other = random.pick<int64_t>({0, seen - 1, random.between(0, seen - 1)});
+            m.first.push_back(crowded && !random.one_in(8) ? common : other);
         }
         m.prefix_row.shrink_to_fit(), m.first.shrink_to_fit();
         const int64_t room = m.steps.back().length + random.between(0, 3);
         for (int64_t l = 0, count = random.between(1, 3); l < count; ++l) {
-            m.layers.push_back(Layer::random(random, size, dim, m.rotaries));
+            m.layers.push_back(Layer::random(random, size, dim, m.rotaries, seen));
             const Layer& layer = m.layers.back();
             // What no row looks at is NaN, as is what the steps write.
             std::vector<int64_t> first(m.first), end(static_cast<size_t>(rows), length - 1);

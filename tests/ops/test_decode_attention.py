@@ -231,6 +231,67 @@ def test_a_score_of_minus_infinity_has_no_weight(impl, rng_seed):
         decode_attention(query, key, value, first, impl=impl)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("isa", library().instruction_sets())
+# one head or more than are taken at once to a head of keys, dimensions with and without whole vectors, several blocks
+@pytest.mark.parametrize("heads, kv_heads, positions, dim", [(3, 3, 64, 16), (6, 2, 131, 40), (7, 1, 300, 33)])
+def test_rows_that_share_a_prefix_read_it_together(heads, kv_heads, positions, dim, isa, threads, dtype, rng_seed):
+    """Rows of a prompt in any order, some of which begin elsewhere in it or after it; scale, soft cap, lengths."""
+    rows = 90
+    query, key, value, _ = make(rows, heads, kv_heads, 13, dim, dtype)
+    prefix = torch.full((2, 4, kv_heads, positions + 2, dim), math.nan)
+    prefix[:, :, :, :positions] = torch.randn(2, 4, kv_heads, positions, dim)
+    prefix_key, prefix_value = prefix.to(dtype)[:, :, :, :positions]
+    row = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([70, 17, 3]))[torch.randperm(rows)]
+    begin = torch.tensor([0, positions - 64, 5])[row]  # as padding does
+    first = torch.where(torch.rand(rows) < 0.2, torch.randint(0, positions + 5, (rows,)), begin)
+    length = torch.randint(5, 14, (rows,))
+    shared = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": row}
+    whole = [torch.cat([p[row], own], 2) for p, own in ((prefix_key, key), (prefix_value, value))]
+    before = library().instruction_set(), torch.get_num_threads()
+    library().use_instruction_set(isa)
+    torch.set_num_threads(threads)
+    try:
+        for options in ({}, {"scale": 2.0, "softcap": 3.0}):
+            got = decode_attention(query, key, value, first, impl="native", length=length, **shared, **options)
+            assert_near(got, oracle(query, *whole, first, end=positions + length, **options), dtype)
+    finally:
+        library().use_instruction_set(before[0])
+        torch.set_num_threads(before[1])
+
+
+@pytest.mark.refuses_values
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_of_a_prefix_that_rows_share(impl, rng_seed):
+    """Of -inf, which have no weight unless all are, and NaN or +inf, which the first row that sees them is named for."""
+    query, key, value, _ = make(12, length=13, capacity=13)
+    query, row, first = query.abs() + 1, torch.tensor([1, 0]).repeat(6), torch.zeros(12, dtype=torch.int64)
+    prefix_key, prefix_value = torch.randn(2, 2, 2, 200, 40)
+    first[1] = 150
+    shared = {"prefix_value": prefix_value, "prefix_row": row}
+
+    def check(prefix_key, key):
+        whole = [torch.cat([p[row], own], 2) for p, own in ((prefix_key, key), (prefix_value, value))]
+        got = decode_attention(query, key, value, first, prefix_key=prefix_key, impl=impl, **shared)
+        assert_near(got, oracle(query, *whole, first), torch.float32)
+
+    nothing, own_nothing = prefix_key.clone(), torch.full_like(key, -math.inf)
+    nothing[1] = -math.inf
+    some = nothing.clone()
+    some[1, :, 170] = 0
+    check(prefix_key, own_nothing)
+    check(nothing, key)
+    check(some, own_nothing)
+    with pytest.raises(ValueError, match="the scores of row 0 hold NaN or .inf, or nothing but -inf"):
+        check(nothing, own_nothing)
+    for odd in (math.nan, math.inf):
+        unseen = prefix_key.clone()
+        unseen[0, 1, 100, 7] = odd  # by row 1
+        with pytest.raises(ValueError, match="the scores of row 3"):
+            check(unseen, key)
+
+
 @pytest.mark.refuses_values
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
