@@ -109,7 +109,7 @@ def _is_intel() -> bool:
 
 @contextmanager
 def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
-    """Within a with block, the model's nn.Linear layers on a CPU multiply faster; for use without gradients.
+    """Within a with block, the model's nn.Linear layers on a CPU multiply faster where no gradients are asked for.
 
     Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (as many as
     PACKED_SHARE has room for), which pays when few rows are multiplied many times.
@@ -190,7 +190,8 @@ def _gains(weight: Tensor) -> bool:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     changed = kind(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
-    if changed or x.dtype != layer.weight.dtype or not x.numel():
+    differentiated = x.requires_grad and torch.is_grad_enabled()  # in the trial of `LanguageModel.unpackable`
+    if changed or differentiated or x.dtype != layer.weight.dtype or not x.numel():
         return nn.functional.linear(x, layer.weight, layer.bias)
     multiply = _multiply_unseen if torch.compiler.is_compiling() else _multiply
     return multiply(x, layer.weight, layer.bias)

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from pmc_fast import PMC, Sampler, attention
 from pmc_fast.errors import UserError
+from pmc_fast.fast_linear import fast_linear
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.packing import pack
 
@@ -148,6 +149,19 @@ def test_weak_mixing_is_seen(family, dtype, rng_seed):
     with torch.inference_mode():
         assert "mixes tokens" in weak.unpackable
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weak_mixing_is_seen_while_sampling(rng_seed):
+    """When linear layers are replaced by ones without gradients."""
+    model = make_model(seed=rng_seed)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = Mixing(attention.o_proj, 1e-6)
+    lm, ids = LanguageModel(model), torch.tensor([[*range(1, 10)], [*range(1, 9), 10]])
+    with fast_linear(lm.backbone), torch.no_grad():
+        assert "mixes tokens" in lm.unpackable
+    sampler = Sampler(LanguageModel(model))
+    sampler.sample(ids, max_new_tokens=2, eos_token_id=257)
+    assert "mixes tokens" in vars(sampler.lm)["unpackable"]  # was tried
 
 
 def test_a_model_that_sees_ahead_is_refused(rng_seed):
