@@ -33,7 +33,7 @@ class _Copies:
     def __init__(self, room: int) -> None:
         self._room = room
         self._held: dict[tuple, PackedWeight] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, weight: Tensor) -> PackedWeight | None:
         """The copy of this weight, if there is one."""
@@ -48,8 +48,8 @@ class _Copies:
 
     def scratch(self, nbytes: int) -> Tensor:
         if len(self._scratch) < nbytes:
-            self._scratch = torch.empty(0, dtype=torch.uint8)  # goes first
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+            self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")  # goes first
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return self._scratch[:nbytes]
 
 
@@ -160,7 +160,7 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """
     copies, size = _copies.get(), (rows, columns)
     if copies is None:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
     return copies.scratch(rows * columns * dtype.itemsize).view(dtype).view(size)
 
 

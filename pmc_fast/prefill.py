@@ -114,8 +114,9 @@ def _packed(
         _padded_only.add(lm.backbone)
         return None
     # Where each prompt's tokens lie among the packed ones: the beginning first, the rest before its last token.
-    place = packed.rows[:, None] - torch.arange(input_ids.shape[1]).flip(0)
-    text = torch.arange(input_ids.shape[1]) - (mask == 0).sum(1, keepdim=True)
+    column = torch.arange(input_ids.shape[1], device=device)
+    place = packed.rows[:, None] - column.flip(0)
+    text = column - (mask == 0).sum(1, keepdim=True)
     cache.spread(torch.where(text < shared, text.clamp(min=0), place))
     return hidden, cache, calls
 
