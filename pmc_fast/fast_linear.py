@@ -33,7 +33,7 @@ class _Copies:
     def __init__(self, room: int) -> None:
         self._room = room
         self._held: dict[tuple, PackedWeight] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, weight: Tensor) -> PackedWeight | None:
         """The copy of this weight, if there is one."""
@@ -48,8 +48,8 @@ class _Copies:
 
     def scratch(self, nbytes: int) -> Tensor:
         if len(self._scratch) < nbytes:
-            self._scratch = torch.empty(0, dtype=torch.uint8)  # goes first
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+            self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")  # goes first
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return self._scratch[:nbytes]
 
 
@@ -109,7 +109,7 @@ def _is_intel() -> bool:
 
 @contextmanager
 def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
-    """Within a with block, the model's nn.Linear layers on a CPU multiply faster; for use without gradients.
+    """Within a with block, the model's nn.Linear layers on a CPU multiply faster where no gradients are asked for.
 
     Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (as many as
     PACKED_SHARE has room for), which pays when few rows are multiplied many times.
@@ -160,7 +160,7 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """
     copies, size = _copies.get(), (rows, columns)
     if copies is None:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
     return copies.scratch(rows * columns * dtype.itemsize).view(dtype).view(size)
 
 
@@ -190,7 +190,8 @@ def _gains(weight: Tensor) -> bool:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     changed = kind(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
-    if changed or x.dtype != layer.weight.dtype or not x.numel():
+    differentiated = x.requires_grad and torch.is_grad_enabled()  # in the trial of `LanguageModel.unpackable`
+    if changed or differentiated or x.dtype != layer.weight.dtype or not x.numel():
         return nn.functional.linear(x, layer.weight, layer.bias)
     multiply = _multiply_unseen if torch.compiler.is_compiling() else _multiply
     return multiply(x, layer.weight, layer.bias)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from threading import Lock, RLock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from pmc_fast.cache import SampleCache, argument_of
 from pmc_fast.errors import BackendUnavailable, UserError, described
 from pmc_fast.ops._autograd import in_transform
 from pmc_fast.positions import Positions
-from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, refuse_parts
+from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, kind, refuse_parts
 
 if TYPE_CHECKING:
     from pmc_fast.parallel_head import VocabShards
@@ -34,6 +33,9 @@ WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
 # Who may change what a model's modules do for the time of a call.
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _new_turn = Lock()
+
+# What keeps a backbone, while its modules are of these classes, from running a packed batch; whoever wraps it.
+_unpackable: WeakKeyDictionary[nn.Module, tuple[tuple[type, ...], str | None]] = WeakKeyDictionary()
 
 # Models whose modules a thread had changed when this process was forked, which nobody here will change back.
 _left: WeakSet[nn.Module] = WeakSet()
@@ -114,8 +116,8 @@ class LanguageModel:
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
-        unpackable: what keeps its modules from running a packed batch of several sequences, which is tried when it is first asked;
-            None if nothing does or nothing is to be checked.
+        unpackable: what keeps its modules from running a packed batch of several sequences, which is tried when it is first asked
+            of a model whose modules are of these classes; None if nothing does or nothing is to be checked.
         packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), or
             the model's "modules".
 
@@ -202,9 +204,16 @@ class LanguageModel:
         if self.shards is None:
             refuse_parts(self.head_module.weight)
 
-    @cached_property
+    @property
     def unpackable(self) -> str | None:
-        return self._why_not_packed() if self._checks else None
+        if not self._checks:
+            return None
+        classes = tuple(map(kind, self.backbone.modules()))
+        tried, why = _unpackable.get(self.backbone, (None, None))
+        if tried != classes:
+            # Under no lock but the model's turn, which whoever samples has when they ask here: two threads may both try.
+            _unpackable[self.backbone] = classes, (why := self._why_not_packed())
+        return why
 
     def check_packable(self) -> None:
         """A UserError if its modules cannot run a packed batch of several sequences."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache, layers_of
@@ -18,8 +18,8 @@ from pmc_fast.packing import pack
 # Prompts are packed if that leaves so many of the tokens of the padded batch at most.
 MOST_TOKENS = 0.95
 
-# Models whose packed prompts were of no use, so that the padded ones had to be run as well: once is enough.
-_padded_only: WeakSet[LanguageModel] = WeakSet()
+# Backbones whose packed prompts were of no use, so that the padded ones had to be run as well: once is enough.
+_padded_only: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _packed(
     model, device = lm.model, input_ids.device
     if device.type != "cpu" or model.config._attn_implementation != attention.NAME or bool((mask.diff() < 0).any()):
         return None
-    if lm in _padded_only:
+    if lm.backbone in _padded_only:
         return None
     # Of chunks only the masks know, and some models scale attention by the place in a row.
     if lm.positions.chunk is not None or lm.positions.tuned is not None:
@@ -111,11 +111,12 @@ def _packed(
     except attention.LengthsLost:
         suits = False
     if not suits:
-        _padded_only.add(lm)
+        _padded_only.add(lm.backbone)
         return None
     # Where each prompt's tokens lie among the packed ones: the beginning first, the rest before its last token.
-    place = packed.rows[:, None] - torch.arange(input_ids.shape[1]).flip(0)
-    text = torch.arange(input_ids.shape[1]) - (mask == 0).sum(1, keepdim=True)
+    column = torch.arange(input_ids.shape[1], device=device)
+    place = packed.rows[:, None] - column.flip(0)
+    text = column - (mask == 0).sum(1, keepdim=True)
     cache.spread(torch.where(text < shared, text.clamp(min=0), place))
     return hidden, cache, calls
 

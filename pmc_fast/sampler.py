@@ -183,7 +183,7 @@ class Sampler:
         if attention_mask is not None:  # a token that pads may be none of the model's
             input_ids = input_ids.masked_fill(attention_mask == 0, 0)
         check_ids(input_ids, vocabulary_size(self.lm.model))
-        ends = torch.tensor(end_tokens(eos_token_id))
+        ends = torch.tensor(end_tokens(eos_token_id), device="cpu")
         device, prompts = input_ids.device, len(input_ids)
         if attention_mask is not None and (attention_mask[:, -1] == 0).any():
             raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")

@@ -4,6 +4,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_models_that_can_be_packed(family, dtype, rng_seed):
     assert LanguageModel(make_model(family, seed=rng_seed).to(dtype)).unpackable is None
 
 
+@pytest.fixture
+def tried(monkeypatch):
+    """The models whose sequences were tried together."""
+    why_not_packed, models = LanguageModel._why_not_packed, []
+
+    def trying(lm):
+        models.append(lm.model)
+        return why_not_packed(lm)
+
+    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
+    return models
+
+
 class Mixing(nn.Module):
     """Gives a token a little of the one before it."""
 
@@ -148,6 +162,16 @@ def test_weak_mixing_is_seen(family, dtype, rng_seed):
     with torch.inference_mode():
         assert "mixes tokens" in weak.unpackable
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weak_mixing_is_seen_while_sampling(tried, rng_seed):
+    """When linear layers are replaced by ones without gradients."""
+    model = make_model(seed=rng_seed)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = Mixing(attention.o_proj, 1e-6)
+    alike = torch.tensor([[*range(1, 10)], [*range(1, 9), 10]])
+    Sampler(model).sample(alike, max_new_tokens=2, eos_token_id=257)
+    assert "mixes tokens" in LanguageModel(model).unpackable and tried == [model]
 
 
 def test_a_model_that_sees_ahead_is_refused(rng_seed):
@@ -185,19 +209,6 @@ def test_modules_that_fail_at_a_packed_batch_do_so_alone(monkeypatch, rng_seed):
         pack([[1], [2]], [[3], [4]]).hidden(lm)
 
 
-@pytest.fixture
-def tried(monkeypatch):
-    """The models whose sequences were tried together."""
-    why_not_packed, models = LanguageModel._why_not_packed, []
-
-    def trying(lm):
-        models.append(lm.model)
-        return why_not_packed(lm)
-
-    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
-    return models
-
-
 def test_sequences_are_tried_together_before_the_first_batch_of_several(tried, rng_seed):
     lm = LanguageModel(model := make_model(seed=rng_seed).train())
     sampler, options = Sampler(lm), {"max_new_tokens": 2, "eos_token_id": 257}
@@ -209,8 +220,36 @@ def test_sequences_are_tried_together_before_the_first_batch_of_several(tried, r
     pack([[1, 2], [3]], [[3], [4]]).hidden(lm).sum().backward()
     assert tried == [model] and model.training
     Sampler(model).sample(alike, **options)
-    torch.compile(lambda: pack([[1, 2], [3]], [[3], [4]]).hidden(LanguageModel(model)), backend="eager")()
-    assert tried == [model] * 3
+    assert tried == [model]  # whoever wraps it
+    other = make_model(seed=rng_seed)
+    torch.compile(lambda: pack([[1, 2], [3]], [[3], [4]]).hidden(LanguageModel(other)), backend="eager")()
+    assert tried == [model, other]
+
+
+def test_who_samples_asks_while_another_thread_waits_to_try(monkeypatch, rng_seed):
+    lm, why_not_packed = LanguageModel(make_model(seed=rng_seed)), LanguageModel._why_not_packed
+    waits, answers = Event(), []
+
+    def trying(lm):
+        waits.set()
+        return why_not_packed(lm)
+
+    def ask():
+        answers.append(lm.unpackable)
+
+    def ask_in_turn():
+        with lm.turn:
+            other.start()
+            waits.wait()
+            ask()
+
+    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
+    one, other = (Thread(target=target, daemon=True) for target in (ask_in_turn, ask))
+    one.start()
+    one.join(60)
+    assert not one.is_alive()
+    other.join(60)
+    assert answers == [None, None]
 
 
 def test_pmc_is_refused_when_it_is_made(tried, rng_seed):

@@ -50,6 +50,17 @@ def test_masks_of_somebodys_own_are_kept(same_length, monkeypatch, rng_seed):
     assert torch.equal(samples.tokens[:, 0], model.generate(input_ids=ids, **options)[:, ids.shape[1] :])
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, [[*range(9), *prompt] for prompt in PROMPTS]])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])  # decoded by this library's kernels, by modules
+def test_whatever_torchs_default_device_is(family, prompts, rng_seed):
+    sampler, options = Sampler(make_model(family, seed=rng_seed)), {"max_new_tokens": 9, "eos_token_id": 257}
+    ids, mask = pad_left(prompts, 256)
+    expected = sampler.sample(ids, mask, num_samples=3, seed=rng_seed, **options)
+    with torch.device("meta"):
+        got = sampler.sample(ids, mask, num_samples=3, seed=rng_seed, **options)
+    assert_same(got, expected)
+
+
 @pytest.mark.parametrize("whose", ["one sampler", "samplers", "samplers of wrapped models"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])  # decoded by this library's kernels, by modules
 def test_threads_draw_what_each_draws_alone(family, whose, rng_seed):

@@ -33,7 +33,7 @@ def packed_bytes(weight: Tensor) -> int:
 def pack(weight: Tensor) -> PackedWeight:
     """Copy a float32 or bfloat16 weight; the copy is valid while the instruction set in use stays the same."""
     weight = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
-    panels = torch.empty(library().packed_weight_elements(*weight.shape), dtype=weight.dtype)
+    panels = weight.new_empty(library().packed_weight_elements(*weight.shape))
     library().pack_weight(
         weight.data_ptr(),
         dtype_code(weight.dtype),
@@ -59,7 +59,7 @@ def packed_linear(
     """
     rows = x.reshape(-1, weight.in_features)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = torch.empty(len(rows), weight.out_features, dtype=torch.float32) if out is None else out
+    y = x.new_empty(len(rows), weight.out_features, dtype=torch.float32) if out is None else out
     bias = None if bias is None else bias.contiguous()
     library().packed_linear(
         rows.data_ptr(),
