@@ -249,5 +249,7 @@ def _attend(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, leng
 
 def _mlp(layer: Layer[NormParts, LinearParts], x: Tensor) -> Tensor:
     gate, up = products(x, (layer.gate, layer.up)) if layer.gate else (*products(x, (layer.up,)), None)
-    (down,) = products(activate(gate, layer.activation, up), (layer.down,))
+    activated = activate(gate, layer.activation, up)
+    del gate, up  # without gradients nobody else holds them
+    (down,) = products(activated, (layer.down,))
     return _normalized(layer.down_norm, down)
