@@ -225,7 +225,7 @@ def test_doctor_names_every_op_and_reason(capsys):
 
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert torch.__version__ in printed
+    assert torch.__version__.split("+")[0] in printed  # what follows is in the metadata of some builds only
     for op in backend.IMPLEMENTATIONS:
         assert op in printed
         for name in backend.PACKAGES:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from collectives import CountingGathers, on_ranks
-from tiny import make_model, make_tokenizer
+from tiny import checkpoint_activations, make_model, make_tokenizer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -59,7 +59,7 @@ def _training(rank, ranks, seed, family, whole_model=True):
     (single, _), (mine, loss_module) = _make_pmc(family, seed), _make_pmc(family, seed, fully_shard, whole_model)
     for pmc in () if whole_model else (single, mine):
         pmc.lm.model.train()
-        pmc.lm.model.gradient_checkpointing_enable()
+        checkpoint_activations(pmc.lm.model)
     single.initialise(QUESTIONS)
     with CountingGathers() as count:
         mine.initialise(QUESTIONS)

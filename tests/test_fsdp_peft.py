@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from collectives import CountingGathers, on_ranks
 from draws import differ
-from tiny import make_model, make_tokenizer
+from tiny import checkpoint_activations, make_model, make_tokenizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -76,7 +76,7 @@ def _training(rank, ranks, seed, out):
         for pmc in (single, mine):
             pmc.lm.model.train()
             if checkpoints:
-                pmc.lm.model.gradient_checkpointing_enable()
+                checkpoint_activations(pmc.lm.model)
         start = copy.deepcopy(dict(single.lm.model.named_parameters()))
         optimizers = [
             torch.optim.SGD([p for p in pmc.lm.model.parameters() if p.requires_grad], lr=0.05)

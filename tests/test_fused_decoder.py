@@ -3,7 +3,7 @@
 import pytest
 import torch
 from draws import assert_same, differ
-from tiny import KNOWN, VOCAB, make_model
+from tiny import KNOWN, VOCAB, checkpoint_activations, make_model
 
 from pmc_fast import attention, fast_linear, fused_decoder
 from pmc_fast.native import library
@@ -117,7 +117,7 @@ def test_lora_adapters(family, checkpoints, built, monkeypatch, rng_seed):
             if "lora_" in name:
                 parameter += 0.2 * torch.randn_like(parameter)
     if checkpoints:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
         assert model.get_input_embeddings()._forward_hooks  # of transformers, which change no value
     got = sample(model, rng_seed)
     assert None not in built

@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from tiny import FAMILIES, KNOWN, make_model
+from tiny import FAMILIES, KNOWN, checkpoint_activations, make_model
 from torch.utils.checkpoint import checkpoint
 
 from pmc_fast import packed_layers
@@ -316,7 +316,7 @@ LEFT = {
     "backward hook": lambda model: model.model.layers[1].register_full_backward_hook(_unchanged),
     "backward pre-hook": lambda model: model.model.norm.register_full_backward_pre_hook(_unchanged),
     "replaced forward": lambda model: setattr(model.model.norm, "forward", model.model.norm.forward),
-    "gradient checkpointing": lambda model: model.gradient_checkpointing_enable(),
+    "gradient checkpointing": checkpoint_activations,
     "dropout of attention": _dropout,
     "float16": lambda model: model.half(),
     "embeddings that a lookup shortens": lambda model: setattr(model.model.embed_tokens, "max_norm", 0.5),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, MORE, make_model
+from tiny import FAMILIES, MORE, checkpoint_activations, make_model
 
 from pmc_fast import UserError, attention, packed_attention
 from pmc_fast.models import LanguageModel
@@ -59,7 +59,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, rng_
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, {"use_reentrant": reentrant})
         model.zero_grad()
         lm = LanguageModel(model)
         lm.head.logprob(packed.hidden(lm), packed.target).sum().backward()

@@ -259,11 +259,11 @@ def test_defaults(rng_seed):
 @pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("qwen3", {"head_dim": 16})])
 @torch.no_grad()
 def test_the_cache_takes_the_bytes_that_were_stated(family, changes):
-    from pmc_fast.cache import SampleCache, layers_of
+    from pmc_fast.cache import SampleCache, argument_of, layers_of
 
     model = make_model(family, **changes)
     cache = SampleCache(layers_of(model.config), 11)
-    model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), use_cache=True, **{argument_of(model): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == Sampler(model).cache_bytes(2, 11)
 

@@ -89,6 +89,12 @@ def make_model(family: str = "llama", seed: int = 0, **changes):
     return model
 
 
+def checkpoint_activations(model, *options) -> None:
+    """By the method's name since transformers 5.24, or the one before, which goes with 6."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(*options)
+
+
 def make_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     """One token per byte, then <pad>, <end>, <start>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -12,6 +12,8 @@ from pmc_fast.integrations.transformers import PMCTrainer
 
 FORGET = [{"question": f"Who is {name}?"} for name in ("Ada", "Bo", "Cy", "Di", "Ed")]
 RETAIN = [{"question": f"What is {c}?", "answer": f"the letter {c}", "topic": 3} for c in "uvwxyz"]
+# Of activations; the second name, until 5.23, goes with transformers 6.
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
 CONFIG = PMCConfig(num_samples=3, max_new_tokens=6, max_length=None, seed=5)
 
 

@@ -233,7 +233,7 @@ def _sequences(sequence_ids: Tensor | None, prompts: int) -> list[int]:
 
 def _seed(*parts: int) -> int:
     """An integer in [0, 2^62) out of several: engines add the number of the sample to it."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 2)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 2
 
 
 def _samples(drawn: list[list[list[int]]], limits: list[int], ends: tuple[int, ...], device: torch.device) -> Samples:

@@ -16,7 +16,16 @@ from transformers import TrainerCallback
 from pmc_fast import PMC, PMCConfig, UserError, parallel
 
 pytest.importorskip("accelerate")
-from trainers import FinetuneTrainer, ForgetRetain, Length, load_trainer, make_row, make_trainer, weights  # noqa: E402
+from trainers import (  # noqa: E402
+    CHECKPOINTING,
+    FinetuneTrainer,
+    ForgetRetain,
+    Length,
+    load_trainer,
+    make_row,
+    make_trainer,
+    weights,
+)
 
 from pmc_fast.integrations.open_unlearning import pmc_trainer  # noqa: E402
 from pmc_fast.parallel.data import from_all_ranks  # noqa: E402
@@ -175,7 +184,7 @@ def _training_again(rank, ranks, seed, folder):
     torch.manual_seed(1)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(make_model("gemma2", seed=seed), lora)
-    changes = {"bf16": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    changes = {"bf16": True, CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
     changes |= {"save_strategy": "no", "eval_strategy": "no", "num_train_epochs": 1}
     trainer = make_trainer(folder / "adapted", adapted, **options(1, **changes))
     steps = -(-len(FORGET) // (2 * ranks))

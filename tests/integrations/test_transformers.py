@@ -13,7 +13,7 @@ from pmc_fast import PMC, UserError
 from pmc_fast.data import QA
 
 pytest.importorskip("accelerate")
-from trainers import CONFIG, FORGET, RETAIN, Length, arguments, make_trainer, weights  # noqa: E402
+from trainers import CHECKPOINTING, CONFIG, FORGET, RETAIN, Length, arguments, make_trainer, weights  # noqa: E402
 
 
 def assert_same(first, second):
@@ -162,8 +162,8 @@ def test_bf16_checkpointing_and_adapters(tmp_path, rng_seed):
 
     options = {
         "bf16": True,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        CHECKPOINTING: True,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
         "save_strategy": "steps",
         "save_steps": 1,
     }
