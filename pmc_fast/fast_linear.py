@@ -155,8 +155,7 @@ def packed(weight: Tensor) -> PackedWeight | None:
 def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Memory [rows, columns] for what lives shorter than the next call of this, kept by the `fast_linear` block around, if any.
 
-    malloc would have the system make fresh pages for more than 32 MiB each time: with a vocabulary of 262144, a seventh of a
-    sampling call.
+    malloc would have the system make fresh pages for more than 32 MiB each time.
     """
     copies, size = _copies.get(), (rows, columns)
     if copies is None:
