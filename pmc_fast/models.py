@@ -192,12 +192,10 @@ class LanguageModel:
         Keys and values join the cache, if one is given.
         """
         self.check_whole()
-        cached = {} if cache is None else {argument_of(self.backbone): cache}
-        return self._autocast(
-            self.backbone(
-                input_ids=input_ids, **{"use_cache": cache is not None, **cached, **options}
-            ).last_hidden_state
-        )
+        options = {"use_cache": cache is not None, **options}
+        if cache is not None:
+            options[argument_of(self.backbone)] = cache
+        return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
 
     def check_whole(self) -> None:
         """A UserError if this rank holds only a part of weights that are to be gathered."""

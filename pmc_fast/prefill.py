@@ -104,10 +104,9 @@ def _packed(
     try:
         with attention.watching() as watched:
             hidden = packed.hidden(lm, cache)
-        calls = watched.calls if lm.packed_by == "modules" else packed_layers.attention_calls(lm)
-        suits = calls is not watched.calls or (
-            _suits_decode_attention(cache, watched) and all(call.packed for call in calls)
-        )
+        by_layers = lm.packed_by != "modules"  # which know what they attend to
+        calls = packed_layers.attention_calls(lm) if by_layers else watched.calls
+        suits = by_layers or (_suits_decode_attention(cache, watched) and all(call.packed for call in calls))
     except attention.LengthsLost:
         suits = False
     if not suits:
