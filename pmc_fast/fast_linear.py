@@ -112,7 +112,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     """Within a with block, the model's nn.Linear layers on a CPU multiply faster where no gradients are asked for.
 
     Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (as many as
-    PACKED_SHARE has room for), which pays when few rows are multiplied many times.
+    PACKED_SHARE has room for), which pays when few rows are multiplied many times. See `operand` for the others.
 
     Args:
         model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
@@ -201,7 +201,7 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In float32, from the copy of the weight, if there is one, or from the weight as it is."""
+    """In float32, from the copy of the weight, if there is one, or from the weight as it is: oneDNN where it need not be widened."""
     wide, bias = x.float(), None if bias is None else bias.float()
     own = operand(weight) if packed(weight) or weight.dtype != torch.float32 else None
     product = _onednn(wide, weight.float(), bias) if own is None else packed_linear(wide, own, bias)
