@@ -48,7 +48,7 @@ pmc::PackedAttentionTasks tasks(const pmc::PackedAttentionArgs& args) {
 // A decoder's weights, as native/decoder.py hands them over.
 using Norm = std::tuple<uintptr_t, uintptr_t, int64_t, float, bool>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, int64_t>;
-using Linear = std::tuple<uintptr_t, int, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
+using Linear = std::tuple<uintptr_t, int, int64_t, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
 
 pmc::NormWeights norm(const Norm& from) {
     const auto& [weight, bias, size, epsilon, centered] = from;
@@ -56,9 +56,10 @@ pmc::NormWeights norm(const Norm& from) {
 }
 
 pmc::LinearWeights linear(const Linear& from) {
-    const auto& [packed, dtype, bias, out_features, in_features, adapters] = from;
-    pmc::LinearWeights to{pointer<const void>(packed),
+    const auto& [weight, dtype, row_stride, bias, out_features, in_features, adapters] = from;
+    pmc::LinearWeights to{pointer<const void>(weight),
                           static_cast<pmc::Dtype>(dtype),
+                          row_stride,
                           pointer<const float>(bias),
                           out_features,
                           in_features,
@@ -291,10 +292,10 @@ PYBIND11_MODULE(_C, m) {
         release());
     m.def(
         "packed_linear",
-        [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t packed, int packed_dtype, uintptr_t bias,
+        [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t weight, int dtype, int64_t row_stride, uintptr_t bias,
            int64_t out_features, int64_t in_features, uintptr_t y, int64_t y_stride, bool accumulate, int threads) {
-            pmc::kernels().packed_linear({pointer<const float>(x), rows, x_stride, pointer<const void>(packed),
-                                          static_cast<pmc::Dtype>(packed_dtype), pointer<const float>(bias),
+            pmc::kernels().packed_linear({pointer<const float>(x), rows, x_stride, pointer<const void>(weight),
+                                          static_cast<pmc::Dtype>(dtype), row_stride, pointer<const float>(bias),
                                           out_features, in_features, pointer<float>(y), y_stride, accumulate, threads});
         },
         release());

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pmc_fast.errors import BackendUnavailable
 from pmc_fast.memory import free_bytes
 from pmc_fast.native import library
-from pmc_fast.native.packed_linear import PackedWeight, pack, packed_bytes, packed_linear
+from pmc_fast.native.packed_linear import PackedWeight, in_place, pack, packed_bytes, packed_linear
 from pmc_fast.sharding import is_dtensor, kind
 
 # Of the memory that is free, how much copies of weights in the library's own layout take at most, for one sampling call.
@@ -112,7 +112,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     """Within a with block, the model's nn.Linear layers on a CPU multiply faster where no gradients are asked for.
 
     Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (as many as
-    PACKED_SHARE has room for), which pays when few rows are multiplied many times.
+    PACKED_SHARE has room for), which pays when few rows are multiplied many times. See `operand` for the others.
 
     Args:
         model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
@@ -163,10 +163,14 @@ def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return copies.scratch(rows * columns * dtype.itemsize).view(dtype).view(size)
 
 
-def packed_rows(weight: Tensor, begin: int, end: int) -> PackedWeight | None:
-    """weight[begin:end], if there is a copy of this weight: within that, or where no panel begins there, one of its own."""
-    whole = packed(weight)
-    return whole and (whole.rows(begin, end) or _copies.get().make(weight[begin:end]))
+def operand(weight: Tensor, begin: int = 0, end: int | None = None) -> PackedWeight | None:
+    """weight[begin:end] for the library's own product, within a `fast_linear` block: of the copy, or where there is none, or no
+    panel begins there, as it lies in memory; None where torch's product is the faster one, or the only one."""
+    if _copies.get() is None or not _gains(weight):
+        return None
+    end = len(weight) if end is None else end
+    copy = packed(weight)
+    return (copy and copy.rows(begin, end)) or in_place(weight[begin:end])
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -197,9 +201,10 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In float32, from the copy of the weight, if there is one, or from the weight as it is."""
-    wide, bias, copy = x.float(), None if bias is None else bias.float(), packed(weight)
-    product = _onednn(wide, weight.float(), bias) if copy is None else packed_linear(wide, copy, bias)
+    """In float32, from the copy of the weight, if there is one, or from the weight as it is: oneDNN where it need not be widened."""
+    wide, bias = x.float(), None if bias is None else bias.float()
+    own = operand(weight) if packed(weight) or weight.dtype != torch.float32 else None
+    product = _onednn(wide, weight.float(), bias) if own is None else packed_linear(wide, own, bias)
     return product.to(x.dtype)
 
 

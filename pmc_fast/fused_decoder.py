@@ -1,4 +1,4 @@
-"""Decodes a model of a known kind by this library's own CPU kernels, from the weights that `fast_linear` packed."""
+"""Decodes a model of a known kind by this library's own CPU kernels, from the weights that `fast_linear` packed, or as they lie."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from pmc_fast.attention import AttentionCall
 from pmc_fast.cache import SampleCache
 from pmc_fast.decoder_layers import Adapter, LinearParts, NormParts, Unknown, read_layers
-from pmc_fast.fast_linear import packed_rows
+from pmc_fast.fast_linear import operand
 from pmc_fast.models import LanguageModel
 from pmc_fast.native import decoder
 from pmc_fast.native.packed_linear import PackedWeight, pack
@@ -55,7 +55,7 @@ def _norm(parts: NormParts) -> decoder.Norm:
 
 
 def _linear(parts: LinearParts) -> decoder.Linear:
-    if (weight := packed_rows(parts.whole, parts.begin, parts.begin + len(parts.weight))) is None:
+    if (weight := operand(parts.whole, parts.begin, parts.begin + len(parts.weight))) is None:
         raise Unknown
     bias = None if parts.bias is None else parts.bias.float()
     return decoder.Linear(weight, bias, tuple(_adapter(adapter) for adapter in parts.adapters))
@@ -66,7 +66,7 @@ def _adapter(adapter: Adapter) -> tuple[PackedWeight, PackedWeight]:
 
 
 def fused_decoder(lm: LanguageModel, calls: list[AttentionCall], cache: SampleCache) -> FusedDecoder | None:
-    """A decoder for this model, or None if one of its parts is not known or was not packed by `fast_linear`.
+    """A decoder for this model, or None if one of its parts is not known or torch multiplies it faster.
 
     Args:
         calls: the attention calls of a pass through the model.

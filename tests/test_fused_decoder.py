@@ -1,17 +1,20 @@
 """Decoding by this library's own kernels gives the answers of the model's modules, or leaves the model alone."""
 
+import weakref
+
 import pytest
 import torch
 from draws import assert_same, differ
 from tiny import KNOWN, VOCAB, checkpoint_activations, make_model
 
 from pmc_fast import attention, fast_linear, fused_decoder
-from pmc_fast.native import library
 from pmc_fast.native.packed_linear import packed_bytes
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [20, 21]]
+ENDS = list(range(0, VOCAB, 11))  # rows retire all the time
+DRAW = {"top_p": 0.95, "temperature": 0.9}
 # Each is read once for its answers.
 LONG = [[(7 * i) % VOCAB for i in range(90)], [(5 * i + 1) % VOCAB for i in range(75)]]
 
@@ -38,10 +41,7 @@ def make(family, seed):
 
 def sample(model, seed, prompts=PROMPTS):
     ids, mask = pad_left(prompts, 256)
-    ends = list(range(0, VOCAB, 11))  # rows retire all the time
-    return Sampler(model).sample(
-        ids, mask, num_samples=5, max_new_tokens=14, eos_token_id=ends, seed=seed, top_p=0.95, temperature=0.9
-    )
+    return Sampler(model).sample(ids, mask, num_samples=5, max_new_tokens=14, eos_token_id=ENDS, seed=seed, **DRAW)
 
 
 def by_modules(model, seed, monkeypatch, **options):
@@ -86,22 +86,72 @@ def test_parts_of_a_fused_product_that_begin_within_a_panel(dtype, isa, built, m
         assert error(got, exact) < error(want, exact)
 
 
-def test_parts_that_find_no_room_are_left_to_the_modules(built, monkeypatch, rng_seed):
-    model = make_model("phi3", seed=rng_seed, **ODD)
-    layers = [m.weight for m in [*model.model.modules(), model.lm_head] if isinstance(m, torch.nn.Linear)]
-    needed = sum(map(packed_bytes, layers))
-    parts = sum(packed_bytes(weight) for layer in model.model.layers for weight in own_parts(layer))
-    for room, packs in ((needed + parts, True), (needed + parts - 4, False)):
-        monkeypatch.setattr("pmc_fast.fast_linear.free_bytes", lambda device, room=room: 4 * room)
-        sample(model, rng_seed)
-        assert (built[-1] is not None) == packs
+@pytest.fixture(params=[0, 0.5], ids=["no room", "room for half"])
+def memory(request, monkeypatch):
+    """Little memory for copies of weights, and those that were made."""
+    made = {"copies": [], "in place": []}
+
+    def limit(model):
+        weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        room = int(request.param * sum(map(packed_bytes, weights)))
+        monkeypatch.setattr(fast_linear, "free_bytes", lambda device: room / fast_linear.PACKED_SHARE)
+        return room
+
+    def watch(name, make):
+        def watched(weight):
+            own = make(weight)
+            made[name].append((weakref.ref(own.memory), own.memory.nbytes))
+            return own
+
+        return watched
+
+    monkeypatch.setattr(fast_linear, "pack", watch("copies", fast_linear.pack))
+    monkeypatch.setattr(fast_linear, "in_place", watch("in place", fast_linear.in_place))
+    return limit, made
 
 
-def own_parts(layer):
-    """Of Phi-3's `ODD` layers: those that begin within a panel."""
-    panel, qkv, gates = library().packed_weight_elements(1, 1), layer.self_attn.qkv_proj.weight, layer.mlp.gate_up_proj
-    parts = [(qkv, 32, 40), (qkv, 40, 48), (gates.weight, 51, 102)]
-    return [weight[begin:end] for weight, begin, end in parts if begin % panel]
+@pytest.mark.parametrize("family", KNOWN)
+def test_weights_that_find_no_room_are_read_where_they_lie(family, isa, memory, monkeypatch, rng_seed):
+    limit, made = memory
+    model = make(family, rng_seed)
+    want = by_modules(model, rng_seed, monkeypatch)
+    room = limit(model)
+    made["copies"].clear()
+    ids, mask = pad_left(PROMPTS, 256)
+    sampler = Sampler(model)
+    got = sampler.sample(ids, mask, num_samples=5, max_new_tokens=14, eos_token_id=ENDS, seed=rng_seed, **DRAW)
+    assert sampler.decoder == "native"
+    assert_same(got, want)
+    assert made["in place"] and bool(made["copies"]) == bool(room)
+    assert sum(size for _, size in made["copies"]) <= room
+    del sampler
+    assert all(memory() is None for memory, _ in made["copies"] + made["in place"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_so_they_are_in_bfloat16(family, isa, built, memory, monkeypatch, rng_seed):
+    monkeypatch.setattr(fast_linear, "has_fast_bfloat16", lambda: False)
+    model, exact = make(family, rng_seed).bfloat16(), make(family, rng_seed).bfloat16().float()
+    memory[0](model)
+    got = sample(model, rng_seed)
+    assert built[-1] is not None and memory[1]["in place"]
+    assert error(got, exact) < error(by_modules(model, rng_seed, monkeypatch), exact) < 0.02
+
+
+def test_so_they_are_beside_lora_adapters(built, memory, monkeypatch, rng_seed):
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(make_model("phi3", seed=rng_seed), peft.LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    want = by_modules(model, rng_seed, monkeypatch)
+    memory[0](model)
+    got = sample(model, rng_seed)
+    assert built[-1] is not None and memory[1]["in place"]
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +268,3 @@ def test_a_model_that_somebody_changed_is_left_to_its_modules(family, change, bu
 def test_other_kinds_of_layers_are_left_to_their_modules(family, changes, built, rng_seed):
     sample(make_model(family, seed=rng_seed, **changes), rng_seed)
     assert built == [None]
-
-
-def test_weights_that_find_no_room_are_not_packed(built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed)
-    with monkeypatch.context() as patch:
-        patch.setattr("pmc_fast.fast_linear.free_bytes", lambda device: 36000)
-        got = sample(model, rng_seed)
-    assert built == [None]
-    assert_same(got, sample(model, rng_seed))
-    assert built[1] is not None

@@ -5,20 +5,22 @@ import torch
 from tiny import make_model
 from torch.nn import functional as F
 
-from pmc_fast.fast_linear import fast_linear, packed
+from pmc_fast.fast_linear import fast_linear, operand, packed
 from pmc_fast.models import LanguageModel
-from pmc_fast.native.packed_linear import PackedWeight, pack, packed_bytes, packed_linear
+from pmc_fast.native.packed_linear import PackedWeight, in_place, pack, packed_bytes, packed_linear
 
 SHAPES = [(1, 1, 1), (5, 3, 16), (6, 7, 15), (7, 33, 19), (13, 2500, 40), (25, 64, 97), (160, 48, 33), (0, 4, 4)]
+LAID = pytest.mark.parametrize("laid", [pack, in_place])
 
 
+@LAID
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values(isa, shape, bias, rng_seed):
+def test_values(isa, shape, bias, laid, rng_seed):
     rows, inputs, outputs = shape
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     b = torch.randn(outputs) if bias else None
-    got = packed_linear(x, pack(weight), b)
+    got = packed_linear(x, laid(weight), b)
     want = F.linear(x.double(), weight.double(), None if b is None else b.double())
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * max(1, inputs) ** 0.5)
@@ -35,20 +37,22 @@ def test_torchs_default_dtype_is_not_its_own(default, rng_seed):
     torch.testing.assert_close(got, F.linear(x, weight), rtol=1e-5, atol=1e-5)
 
 
+@LAID
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accumulating(isa, shape, rng_seed):
+def test_accumulating(isa, shape, laid, rng_seed):
     rows, inputs, outputs = shape
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     held = torch.randn(rows, outputs)
     want = held.double() + F.linear(x.double(), weight.double(), bias.double())
-    assert packed_linear(x, pack(weight), bias, held, accumulate=True) is held
+    assert packed_linear(x, laid(weight), bias, held, accumulate=True) is held
     torch.testing.assert_close(held.double(), want, rtol=1e-5, atol=1e-5 * max(1, inputs) ** 0.5)
 
 
-def test_views_are_read_and_written_in_place(isa, rng_seed):
+@LAID
+def test_views_are_read_and_written_in_place(isa, laid, rng_seed):
     x, weight = torch.randn(9, 2 * 21)[:, 21:], torch.randn(17, 3 * 21)[:, :21]
     held = torch.full((9, 40), torch.nan)
-    out = packed_linear(x, pack(weight), out=held[:, 5:22])
+    out = packed_linear(x, laid(weight), out=held[:, 5:22])
     torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-5, atol=1e-5)
     assert held[:, :5].isnan().all() and held[:, 22:].isnan().all()
 
@@ -58,7 +62,7 @@ def test_rows_that_begin_with_a_panel_are_multiplied_where_they_lie(isa, rng_see
     whole = pack(weight)
     for begin, end in ((0, 101), (0, 5), (32, 61), (64, 101)):
         part = whole.rows(begin, end)
-        assert part.panels.untyped_storage().data_ptr() == whole.panels.untyped_storage().data_ptr()
+        assert part.memory.untyped_storage().data_ptr() == whole.memory.untyped_storage().data_ptr()
         torch.testing.assert_close(packed_linear(x, part), F.linear(x, weight[begin:end]), rtol=1e-5, atol=1e-5)
     assert whole.rows(3, 40) is None
 
@@ -73,12 +77,26 @@ def test_a_bfloat16_weight_is_widened_to_the_bit(isa, rng_seed):
     for rows, inputs in ((4, 30), (24, 513), (40, 30), (41, 1100)):  # few rows are multiplied as it is, more widened
         x, weight = torch.randn(rows, inputs), torch.randn(20, inputs).bfloat16()
         assert torch.equal(packed_linear(x, pack(weight)), packed_linear(x, pack(weight.float())))
-        assert packed_bytes(weight) == pack(weight).panels.nbytes >= 20 * inputs * 2
+        assert packed_bytes(weight) == pack(weight).memory.nbytes >= 20 * inputs * 2
 
 
-def test_a_row_depends_on_nothing_but_itself(isa, rng_seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 16), (13, 2500, 40), (25, 300, 97), (41, 517, 33)], ids=str)
+def test_a_weight_that_lies_as_it_is_gives_the_same_to_the_bit(isa, shape, dtype, rng_seed):
+    rows, inputs, outputs = shape
+    memory = torch.full((outputs, inputs + 5), torch.nan, dtype=dtype)
+    x, weight = torch.randn(rows, inputs), memory[:, 2 : inputs + 2].copy_(torch.randn(outputs, inputs))
+    own = in_place(weight)
+    assert own.memory.data_ptr() == weight.data_ptr()
+    assert torch.equal(packed_linear(x, own), packed_linear(x, pack(weight)))
+    assert torch.equal(packed_linear(x, in_place(weight[3:])), packed_linear(x, own)[:, 3:])
+    assert in_place(weight.T) is None
+
+
+@LAID
+def test_a_row_depends_on_nothing_but_itself(isa, laid, rng_seed):
     """Whatever company a row is in: retiring rows must not change what the others draw."""
-    x, weight = torch.randn(41, 50), pack(torch.randn(37, 50))
+    x, weight = torch.randn(41, 50), laid(torch.randn(37, 50))
     whole = packed_linear(x, weight)
     for rows in (1, 5, 6, 7, 12, 13, 30):
         assert torch.equal(packed_linear(x[:rows], weight), whole[:rows])
@@ -93,9 +111,11 @@ def test_head_and_layers_are_packed_within_the_block_only(rng_seed, monkeypatch)
         assert isinstance(packed(layer.weight), PackedWeight)
         assert isinstance(packed(weight), PackedWeight)
         assert packed(weight[1:]) is None and packed(weight.clone()) is None
+        assert operand(weight).memory.data_ptr() == packed(weight).memory.data_ptr()
+        assert operand(weight, 3, 9).memory.data_ptr() == weight[3:].data_ptr()
         hidden, sequence = torch.randn(5, weight.shape[1]), torch.arange(5)
         inside = lm.head.sample(hidden, sequence=sequence, position=sequence, seed=3, impl="native")
-    assert packed(weight) is None and packed(layer.weight) is None
+    assert packed(weight) is None and packed(layer.weight) is None and operand(weight) is None
     outside = lm.head.sample(hidden, sequence=sequence, position=sequence, seed=3, impl="native")
     assert torch.equal(inside.token, outside.token)
     torch.testing.assert_close(inside.logprob, outside.logprob, rtol=1e-4, atol=1e-5)

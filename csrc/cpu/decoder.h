@@ -18,15 +18,16 @@ struct NormWeights {
     bool centered;
 };
 
-// x W^T + bias, and (x down^T) up^T for each adapter; all weights packed.
+// x W^T + bias, and (x down^T) up^T for each adapter, whose weights are packed.
 struct LinearWeights {
     struct Adapter {
         const float *down, *up;  // float32
         int64_t rank;
     };
-    const void* packed;
+    const void* weight;
     Dtype dtype;
-    const float* bias;  // may be null
+    int64_t row_stride;  // or kPacked
+    const float* bias;   // may be null
     int64_t out_features, in_features;
     std::vector<Adapter> adapters;
 };

@@ -179,12 +179,15 @@ struct PackWeightArgs {
     int threads;
 };
 
+constexpr int64_t kPacked = 0;  // in place of the stride of a weight's rows
+
 struct PackedLinearArgs {
     const float* x;  // [rows, in_features], x_stride elements apart
     int64_t rows, x_stride;
-    const void* packed;
-    Dtype packed_dtype;
-    const float* bias;  // [out_features] or null
+    const void* weight;  // packed, or [out_features, in_features] as it is
+    Dtype dtype;
+    int64_t row_stride;  // in elements, or kPacked
+    const float* bias;   // [out_features] or null
     int64_t out_features, in_features;
     float* y;  // [rows, out_features], y_stride elements apart
     int64_t y_stride;

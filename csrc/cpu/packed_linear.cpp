@@ -1,10 +1,12 @@
 // y (+)= x W^T + bias in float32, W packed into panels of a few columns that lie as the inner loop reads them, in its
-// own dtype: where rows are few, reading W is what takes the time.
+// own dtype: where rows are few, reading W is what takes the time. W may lie as it is, too; then a part of a panel is
+// packed, and widened, whenever it is multiplied.
 #include <algorithm>
 
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace pmc::PMC_ISA {
 namespace {
@@ -16,12 +18,37 @@ constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 constexpr int64_t kDepth = 2048;
 // Of bfloat16, which more tiles than these find already widened.
 constexpr int64_t kWidenedDepth = 512, kTilesThatWiden = 2;
+// Of a weight as it is: a part of a panel that the first-level cache holds.
+constexpr int64_t kGatheredDepth = 256;
 // How far ahead of use a panel's lines are asked for, in inputs: they come from the second-level cache.
 constexpr int64_t kAhead = 8;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLongestRun = 48;
 
-template <class T>
+// What a tile fetches from memory meanwhile, an address with each of its inputs: the same part of the next panel.
+struct NextPanel {
+    const char* at;
+    int64_t bytes_per_input;
+
+    const char* operator()(int64_t k) const { return at + k * bytes_per_input; }
+    NextPanel share(int64_t index, int64_t tiles, int64_t depth) const {
+        return {at + depth * index / tiles * bytes_per_input,
+                std::min(kLineBytes, (bytes_per_input + tiles - 1) / tiles)};
+    }
+};
+
+// Or so many bytes of each of kPanel rows, row_bytes apart: an input's address is in the row after the last one's.
+struct NextRows {
+    const char* at;
+    int64_t row_bytes, bytes;
+
+    const char* operator()(int64_t k) const { return at + k % kPanel * row_bytes + k / kPanel * bytes; }
+    NextRows share(int64_t index, int64_t tiles, int64_t depth) const {
+        return {at + bytes * index / tiles, row_bytes, bytes * kPanel / (depth * tiles)};
+    }
+};
+
+template <class T, class Next>
 struct Tile {
     const float* x;
     int64_t x_stride;
@@ -31,13 +58,12 @@ struct Tile {
     bool accumulate;    // and with what y holds
     float* y;
     int64_t y_stride;
-    const char* next;  // this tile's share of the next panel, fetched from memory while it multiplies
-    int64_t bytes_per_input;
+    Next next;
 };
 
 // y[Rows, kPanel] = bias (+ y) + x[Rows, depth] panel[depth, kPanel]. Unrolled, or the sums would live in memory.
-template <int Rows, class T>
-inline void multiply_tile(const Tile<T>& tile) {
+template <int Rows, class T, class Next>
+inline void multiply_tile(const Tile<T, Next>& tile) {
     Floats low[Rows], high[Rows];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
@@ -52,10 +78,10 @@ inline void multiply_tile(const Tile<T>& tile) {
     }
     const float* x = tile.x;
     const T* panel = tile.panel;
-    const char* next = tile.next;
+    const Next next = tile.next;
     // One loop: with AVX-512, a shorter one inside it, for each line of the next panel, takes a tenth of the rate.
-    for (int64_t k = 0; k < tile.depth; ++k, ++x, panel += kPanel, next += tile.bytes_per_input) {
-        __builtin_prefetch(next, 0, 2);
+    for (int64_t k = 0; k < tile.depth; ++k, ++x, panel += kPanel) {
+        __builtin_prefetch(next(k), 0, 2);
         for (int64_t at = 0; at < kPanel; at += kLineBytes / sizeof(T))
             __builtin_prefetch(panel + kAhead * kPanel + at);
         const Floats a = load(panel), b = load(panel + kLanes);
@@ -73,40 +99,38 @@ inline void multiply_tile(const Tile<T>& tile) {
     }
 }
 
-template <int Rows, class T>
-inline void multiply_tile(const Tile<T>& tile, int64_t rows) {
+template <int Rows, class T, class Next>
+inline void multiply_tile(const Tile<T, Next>& tile, int64_t rows) {
     if (rows == Rows) return multiply_tile<Rows>(tile);
     if constexpr (Rows > 1) multiply_tile<Rows - 1>(tile, rows);
 }
 
 // `depth` inputs of a panel, from the one numbered `k` on.
-template <class T>
+template <class T, class Next>
 struct PanelPart {
     const T* at;
     int64_t k, depth;
-    const char* next;  // the same part of the next panel, in memory
-    int64_t bytes_per_input;
+    Next next;
 };
 
 // Its share of one panel's columns of y, `begin` and those after it, for all rows.
-template <class T>
-void multiply_part(const PackedLinearArgs& args, const PanelPart<T>& part, const float* bias, int64_t begin,
+template <class T, class Next>
+void multiply_part(const PackedLinearArgs& args, const PanelPart<T, Next>& part, const float* bias, int64_t begin,
                    int64_t columns) {
     const bool whole = columns == kPanel;
     const int64_t tiles = (args.rows + kTileRows - 1) / kTileRows;
     for (int64_t index = 0; index < tiles; ++index) {
         const int64_t row = args.rows * index / tiles, rows = args.rows * (index + 1) / tiles - row;
         float* const y = args.y + row * args.y_stride + begin;
-        Tile<T> tile{args.x + row * args.x_stride + part.k,
-                     args.x_stride,
-                     part.at,
-                     part.depth,
-                     bias,
-                     args.accumulate || part.k > 0,
-                     y,
-                     args.y_stride,
-                     part.next + part.depth * index / tiles * part.bytes_per_input,
-                     std::min(kLineBytes, (part.bytes_per_input + tiles - 1) / tiles)};
+        Tile<T, Next> tile{args.x + row * args.x_stride + part.k,
+                           args.x_stride,
+                           part.at,
+                           part.depth,
+                           bias,
+                           args.accumulate || part.k > 0,
+                           y,
+                           args.y_stride,
+                           part.next.share(index, tiles, part.depth)};
         float edge[kTileRows * kPanel] = {};  // the last columns, where a whole vector would leave the row
         if (!whole) {
             tile.y = edge, tile.y_stride = kPanel;
@@ -121,27 +145,74 @@ void multiply_part(const PackedLinearArgs& args, const PanelPart<T>& part, const
 
 // One panel's columns of y, for all rows.
 template <class T>
-void multiply_panel(const PackedLinearArgs& args, int64_t panel) {
+void multiply_packed(const PackedLinearArgs& args, int64_t panel) {
     const bool widens = sizeof(T) < sizeof(float) && args.rows > kTilesThatWiden * kTileRows;
     const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
-    const T* const weight = static_cast<const T*>(args.packed) + panel * kPanel * args.in_features;
+    const T* const weight = static_cast<const T*>(args.weight) + panel * kPanel * args.in_features;
     float bias[kPanel] = {};
     if (args.bias) std::copy_n(args.bias + begin, columns, bias);
     const int64_t most = widens ? kWidenedDepth : kDepth;
     for (int64_t k = 0; k < args.in_features; k += most) {
         const int64_t depth = std::min(most, args.in_features - k);
         const T* const at = weight + k * kPanel;
-        const char* const next = reinterpret_cast<const char*>(at + kPanel * args.in_features);
-        constexpr int64_t kBytesPerInput = kPanel * sizeof(T);
+        const NextPanel next{reinterpret_cast<const char*>(at + kPanel * args.in_features), kPanel * sizeof(T)};
         if (widens) {
             alignas(kLineBytes) float wide[kWidenedDepth * kPanel];
             for (int64_t i = 0; i < depth * kPanel; i += kLanes) store(wide + i, load(at + i));
-            multiply_part<float>(args, {wide, k, depth, next, kBytesPerInput}, bias, begin, columns);
+            multiply_part<float, NextPanel>(args, {wide, k, depth, next}, bias, begin, columns);
         } else {
-            multiply_part<T>(args, {at, k, depth, next, kBytesPerInput}, bias, begin, columns);
+            multiply_part<T, NextPanel>(args, {at, k, depth, next}, bias, begin, columns);
         }
         std::fill_n(bias, kPanel, 0.0f);
     }
+}
+
+// [depth, kPanel] of float32 from `columns` rows of a weight as it is, row_stride elements apart.
+template <class T>
+inline void gather(const T* weight, int64_t row_stride, int64_t columns, int64_t depth, float* to) {
+    for (int64_t begin = 0; begin < kPanel; begin += kLanes) {
+        const T* const rows = weight + begin * row_stride;
+        const int64_t here = std::clamp<int64_t>(columns - begin, 0, kLanes);
+        int64_t k = 0;
+        if (here == kLanes) {
+            for (; k + kLanes <= depth; k += kLanes) {
+                Floats v[kLanes];
+#pragma GCC unroll 16
+                for (int r = 0; r < kLanes; ++r) v[r] = load(rows + r * row_stride + k);
+                transpose(v);
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i) store(to + (k + i) * kPanel + begin, v[i]);
+            }
+        }
+        for (; k < depth; ++k)
+            for (int64_t r = 0; r < kLanes; ++r)
+                to[k * kPanel + begin + r] = r < here ? widen(rows[r * row_stride + k]) : 0.0f;
+    }
+}
+
+// The same from a weight as it is.
+template <class T>
+void multiply_in_place(const PackedLinearArgs& args, int64_t panel) {
+    const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
+    const T* const weight = static_cast<const T*>(args.weight) + begin * args.row_stride;
+    float bias[kPanel] = {};
+    if (args.bias) std::copy_n(args.bias + begin, columns, bias);
+    for (int64_t k = 0; k < args.in_features; k += kGatheredDepth) {
+        const int64_t depth = std::min(kGatheredDepth, args.in_features - k);
+        alignas(kLineBytes) float wide[kGatheredDepth * kPanel];
+        gather(weight + k, args.row_stride, columns, depth, wide);
+        const bool last = k + depth == args.in_features;
+        const T* const next = weight + (last ? kPanel * args.row_stride : k + depth);
+        constexpr int64_t kBytes = sizeof(T);
+        const NextRows rows{reinterpret_cast<const char*>(next), args.row_stride * kBytes, depth * kBytes};
+        multiply_part<float, NextRows>(args, {wide, k, depth, rows}, bias, begin, columns);
+        std::fill_n(bias, kPanel, 0.0f);
+    }
+}
+
+template <class T>
+void multiply_panel(const PackedLinearArgs& args, int64_t panel) {
+    args.row_stride == kPacked ? multiply_packed<T>(args, panel) : multiply_in_place<T>(args, panel);
 }
 
 template <class T>
@@ -174,8 +245,7 @@ void packed_linear(const PackedLinearArgs& args) {
     const int64_t run = std::min(kLongestRun, std::max<int64_t>(1, count / (args.threads * 3)));
     parallel_for((count + run - 1) / run, args.threads, [&](int64_t part, int) {
         for (int64_t panel = part * run; panel < std::min(count, (part + 1) * run); ++panel)
-            args.packed_dtype == Dtype::kFloat32 ? multiply_panel<float>(args, panel)
-                                                 : multiply_panel<uint16_t>(args, panel);
+            args.dtype == Dtype::kFloat32 ? multiply_panel<float>(args, panel) : multiply_panel<uint16_t>(args, panel);
     });
 }
 

@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "cpu/row.h"
 #include "cpu/tile_product.h"
+#include "cpu/transpose.h"
 
 namespace pmc::PMC_ISA {
 namespace {

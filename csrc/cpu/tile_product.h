@@ -1,8 +1,7 @@
-// Products of small matrices as tiles of sums in registers, and transposition.
+// Products of small matrices as tiles of sums in registers.
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "cpu/simd.h"
 
@@ -64,27 +63,6 @@ template <class Body>
 void for_each_tile(int64_t rows, const Body& body) {
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     for (int64_t i = 0; i < tiles; ++i) body(rows * i / tiles, rows * (i + 1) / tiles);
-}
-
-template <int Width, int... Lane>
-inline void exchange(Floats& a, Floats& b, std::integer_sequence<int, Lane...>) {
-#ifdef __clang__
-    const Floats low = __builtin_shufflevector(a, b, (Lane & Width ? kLanes + Lane - Width : Lane)...);
-    b = __builtin_shufflevector(a, b, (Lane & Width ? kLanes + Lane : Lane + Width)...);
-#else
-    const Floats low = __builtin_shuffle(a, b, Ints{(Lane & Width ? kLanes + Lane - Width : Lane)...});
-    b = __builtin_shuffle(a, b, Ints{(Lane & Width ? kLanes + Lane : Lane + Width)...});
-#endif
-    a = low;
-}
-
-// v[i][j] and v[j][i] change places.
-template <int Width = kLanes / 2>
-inline void transpose(Floats (&v)[kLanes]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-        if (!(i & Width)) exchange<Width>(v[i], v[i + Width], std::make_integer_sequence<int, kLanes>{});
-    if constexpr (Width > 1) transpose<Width / 2>(v);
 }
 
 }  // namespace

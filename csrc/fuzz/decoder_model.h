@@ -82,7 +82,8 @@ struct Linear {
     }
 
     LinearWeights pack(std::vector<Numbers>* held) {
-        LinearWeights made{weight.pack(held), weight.stored.dtype(), or_null(bias), weight.rows, weight.columns, {}};
+        LinearWeights made{weight.pack(held), weight.stored.dtype(), kPacked, or_null(bias),
+                           weight.rows,       weight.columns,        {}};
         for (Adapter& a : adapters)
             made.adapters.push_back({static_cast<const float*>(a.down.pack(held)),
                                      static_cast<const float*>(a.up.pack(held)), a.down.rows});

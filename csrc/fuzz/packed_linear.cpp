@@ -1,6 +1,7 @@
-// pack_weight and packed_linear against the product in double.
+// pack_weight and packed_linear, also of a weight as it is, against the product in double.
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "fuzz/fuzz.h"
 
@@ -51,15 +52,18 @@ void fuzz_packed_linear(Case& c) {
     c.for_each_isa([&] {
         Numbers packed(weight.dtype(), kernels().packed_weight_elements(outputs, inputs), kNaN);
         kernels().pack_weight({weight.data(), weight.dtype(), outputs, inputs, w_stride, packed.data(), threads});
-        Numbers y = before;
-        kernels().packed_linear({static_cast<const float*>(x.data()), rows, x_stride, packed.data(), packed.dtype(),
-                                 biased ? bias.data() : nullptr, outputs, inputs, static_cast<float*>(y.data()),
-                                 y_stride, accumulate, threads});
-        for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t o = 0; o < outputs; ++o)
-                c.check_near("y", r, o, y.get(r * y_stride + o), expected[r * outputs + o], tolerance[r * outputs + o]);
-            for (int64_t at = r * y_stride + outputs; at < (r + 1) * y_stride && r + 1 < rows; ++at)
-                if (!y.same_bits(before, at)) c.fail("wrote past row %lld", static_cast<long long>(r));
+        for (const auto& [of, row_stride] : {std::pair{packed.data(), kPacked}, {weight.data(), w_stride}}) {
+            Numbers y = before;
+            kernels().packed_linear({static_cast<const float*>(x.data()), rows, x_stride, of, weight.dtype(),
+                                     row_stride, biased ? bias.data() : nullptr, outputs, inputs,
+                                     static_cast<float*>(y.data()), y_stride, accumulate, threads});
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t o = 0; o < outputs; ++o)
+                    c.check_near("y", r, o, y.get(r * y_stride + o), expected[r * outputs + o],
+                                 tolerance[r * outputs + o]);
+                for (int64_t at = r * y_stride + outputs; at < (r + 1) * y_stride && r + 1 < rows; ++at)
+                    if (!y.same_bits(before, at)) c.fail("wrote past row %lld", static_cast<long long>(r));
+            }
         }
     });
 }

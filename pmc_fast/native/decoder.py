@@ -103,9 +103,10 @@ def _norm(norm: Norm) -> tuple:
 
 def _linear(linear: Linear) -> tuple:
     weight = linear.weight
-    adapters = [(down.panels.data_ptr(), up.panels.data_ptr(), down.out_features) for down, up in linear.adapters]
+    adapters = [(down.memory.data_ptr(), up.memory.data_ptr(), down.out_features) for down, up in linear.adapters]
     sizes = weight.out_features, weight.in_features
-    return weight.panels.data_ptr(), dtype_code(weight.panels.dtype), _address(linear.bias), *sizes, adapters
+    at = weight.memory.data_ptr(), dtype_code(weight.memory.dtype), weight.row_stride
+    return *at, _address(linear.bias), *sizes, adapters
 
 
 def _address(tensor: Tensor | None) -> int:

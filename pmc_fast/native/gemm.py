@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pmc_fast.fast_linear import add_linear, has_fast_bfloat16, linear, packed
+from pmc_fast.fast_linear import add_linear, has_fast_bfloat16, linear, operand
 from pmc_fast.native.packed_linear import packed_linear
 
 # Tokens of the vocabulary multiplied at a time in float32: a slice of a product then stays in cache on its way to where it
@@ -30,8 +30,7 @@ class HeadSlice:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, tokens: slice, dtype: torch.dtype, wide: Tensor | None = None
     ) -> None:
-        panels = packed(weight) if dtype == torch.float32 else None
-        self._panels = None if panels is None else panels.rows(tokens.start, tokens.stop)
+        self._own = operand(weight, tokens.start, tokens.stop) if dtype == torch.float32 else None
         self._weight, self._dtype, self._wide = weight[tokens], dtype, wide
         self._bias = None if bias is None else bias[tokens].to(dtype)
 
@@ -43,8 +42,8 @@ class HeadSlice:
 
     def write_logits(self, hidden: Tensor, out: Tensor) -> None:
         """out = hidden @ weight.T + bias, where hidden and out have the dtype to compute in."""
-        if self._panels is not None:
-            packed_linear(hidden, self._panels, self._bias, out)
+        if self._own is not None:
+            packed_linear(hidden, self._own, self._bias, out)
         else:
             linear(hidden, self.weight, self._bias, out=out)
 
@@ -55,7 +54,7 @@ class HeadSlice:
 
 def write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias, where hidden and out have the dtype to compute in."""
-    whole = out.dtype == torch.bfloat16 or packed(weight) is not None
+    whole = out.dtype == torch.bfloat16 or operand(weight) is not None
     slices = [slice(0, len(weight))] if whole else vocabulary_slices(weight, copied=weight.dtype != out.dtype)
     for tokens in slices:
         HeadSlice(weight, bias, tokens, out.dtype).write_logits(hidden, out[:, tokens])

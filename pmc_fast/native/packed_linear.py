@@ -1,4 +1,4 @@
-"""Products with a weight that was packed once into the layout the C++ kernel reads."""
+"""Products with a weight that was packed once into the layout the C++ kernel reads, or that lies as torch has it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from pmc_fast.native import dtype_code, library
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A copy of a weight [out_features, in_features] in panels, of its dtype; made by `pack`."""
+    """A weight [out_features, in_features] in panels, of its dtype; made by `pack`.
 
-    panels: Tensor
+    row_stride: of one that was not packed, in elements, made by `in_place`; 0 in panels.
+    """
+
+    memory: Tensor
     out_features: int
     in_features: int
+    row_stride: int = 0
 
     def rows(self, begin: int, end: int) -> PackedWeight | None:
-        """weight[begin:end] in the same memory; None unless a panel begins there."""
+        """weight[begin:end] of a packed one, in the same memory; None unless a panel begins there."""
         if begin % library().packed_weight_elements(1, 1):  # the columns of a panel
             return None
-        return PackedWeight(self.panels[begin * self.in_features :], end - begin, self.in_features)
+        return PackedWeight(self.memory[begin * self.in_features :], end - begin, self.in_features)
 
 
 def packed_bytes(weight: Tensor) -> int:
@@ -45,6 +49,15 @@ def pack(weight: Tensor) -> PackedWeight:
     return PackedWeight(panels, *weight.shape)
 
 
+def in_place(weight: Tensor) -> PackedWeight | None:
+    """A float32 or bfloat16 weight without a copy; None unless each of its rows is contiguous.
+
+    Where it is multiplied, a part of a panel is packed at a time: the same values to the bit, at a cost for each product.
+    """
+    weight = weight.detach()
+    return PackedWeight(weight, *weight.shape, weight.stride(0)) if weight.stride(1) == 1 and weight.stride(0) else None
+
+
 def packed_linear(
     x: Tensor,
     weight: PackedWeight,
@@ -65,8 +78,9 @@ def packed_linear(
         rows.data_ptr(),
         len(rows),
         rows.stride(0),
-        weight.panels.data_ptr(),
-        dtype_code(weight.panels.dtype),
+        weight.memory.data_ptr(),
+        dtype_code(weight.memory.dtype),
+        weight.row_stride,
         0 if bias is None else bias.data_ptr(),
         weight.out_features,
         weight.in_features,
