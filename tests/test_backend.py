@@ -164,6 +164,7 @@ def test_a_gpu_too_old_for_the_kernels(cuda_module, monkeypatch):
 def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("sample", "triton", "cpu", torch.float16) == "triton"
+    assert "the tensors are on mps" in why_not("sample", "triton", "mps", torch.float16)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(
         BackendUnavailable, match=r"sample\(impl='triton'\): Triton's kernels run on GPUs.*TRITON_INTERPRET"

@@ -37,6 +37,7 @@ def _checks(rank, ranks, seed):
         _samples,
         _ties_and_bad_rows,
         _dtensors,
+        _groups_side_by_side,
         _bad_shards,
         _merging,
         _data_parallel,
@@ -193,6 +194,23 @@ def _dtensors(rank, ranks):
     assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
     with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(dim=0\),\)"):
         parallel.linear_sample(hidden, distribute_tensor(weight, mesh, [Shard(1)]))
+
+
+def _groups_side_by_side(rank, ranks):
+    """The first rank has a head of its own, which the others share."""
+    alone, others = dist.new_group([0]), dist.new_group(range(1, ranks))
+    group, number, size = (others, rank - 1, ranks - 1) if rank else (alone, 0, 1)
+    hidden, weight, bias, target = _head()
+    whole, part = ([hidden.clone().requires_grad_(), w.clone()] for w in (weight, _share(number, size, weight)))
+    shards = VocabShards.of(part[1], group)
+    got = parallel.linear_logprob(*part, target, shards=shards, bias=_share(number, size, bias))
+    want = pmc_fast.linear_logprob(*whole, target, bias=bias, impl="reference")
+    torch.testing.assert_close(got, want)
+    got.sum().backward(), want.sum().backward()
+    torch.testing.assert_close(part[0].grad, whole[0].grad)
+    hidden, shard = hidden.float(), part[1].float()
+    token = parallel.linear_sample(hidden, shard, shards=shards, top_k=9).token
+    assert torch.equal(token, pmc_fast.linear_sample(hidden, weight.float(), top_k=9, impl="reference").token)
 
 
 def _bad_shards(rank, ranks):

@@ -564,6 +564,7 @@ def test_bad_hidden_rows():
     hidden, weight = torch.zeros(3, 5), torch.zeros(7, 5)
     for row, error, match in [
         (torch.tensor([0, 3]), ValueError, r"hidden_row: .* expected integers in \[0, 3\)"),
+        (torch.tensor([2, -1]), ValueError, "hidden_row: got -1 at row 1"),
         (torch.tensor([[0]]), ValueError, r"hidden_row: got shape \[1, 1\]"),
         (torch.tensor([0], dtype=torch.int32), TypeError, "hidden_row: got dtype torch.int32"),
     ]:
@@ -594,6 +595,8 @@ def test_bad_input(op, impl):
         ({"hidden": hidden[:, 1:]}, ValueError, "weight: got shape"),
         ({"hidden": hidden[0]}, ValueError, "hidden: got shape"),
         ({"weight": weight.bfloat16()}, TypeError, "weight: got dtype torch.bfloat16"),
+        ({"weight": weight[:0]}, ValueError, r"weight: got shape \[0, 19\], expected at least one token and one dim"),
+        ({"hidden": hidden[:, :0], "weight": weight[:, :0]}, ValueError, r"weight: got shape \[307, 0\], expected at"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias: got shape \[3\]"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
         ({"softcap": 1e-50}, ValueError, r"softcap: got 1e-50, expected None or a number in \[1.175e-38, 3.403e\+38\]"),

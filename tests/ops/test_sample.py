@@ -202,6 +202,7 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(top, imp
         ({"top_p": 0.0}, ValueError, "top_p: got 0.0"),
         ({"top_p": 1.01}, ValueError, "top_p: got 1.01"),
         ({"min_p": 1.5}, ValueError, "min_p: got 1.5"),
+        ({"min_p": -0.1}, ValueError, "min_p: got -0.1"),
         ({"seed": -1}, ValueError, "seed: got -1"),
         ({"sequence": torch.zeros(2, dtype=torch.int64)}, ValueError, r"sequence: got shape \[2\], expected \[3\]"),
         ({"position": torch.zeros(3)}, TypeError, "position: got dtype torch.float32"),
