@@ -150,9 +150,15 @@ def _samples(rank, ranks):
 
 
 def _same_draw(got, want, options):
-    assert torch.equal(got.token, want.token), options
+    assert torch.equal(got.token, want.token) and (got.kept_mass <= 1).all(), options
     for name in ("logprob", "sampling_logprob", "kept_mass"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_keys_are_in_the_order_of_floats(rng_seed):
+    values = torch.cat([torch.randn(50), torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf])])
+    key = sampling._ordered(values)
+    assert torch.equal(key[:, None] < key, values[:, None] < values) and key.min() >= 0 and key.max() < 2**32
 
 
 def _ties_and_bad_rows(rank, ranks):

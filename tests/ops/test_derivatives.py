@@ -147,6 +147,15 @@ def test_many_upstream_gradients_at_once(loss, dtype, inputs):
         torch.testing.assert_close(got, *torch.autograd.grad(upstream * value, leaf, retain_graph=True))
 
 
+def test_an_upstream_gradient_larger_than_those_that_it_scales_can_be(inputs):
+    """A usual scale of losses, 65536, is infinite in float16."""
+    hidden, weight, target, token_weight = inputs
+    leaf = hidden.half().requires_grad_()
+    value = collapse(leaf, weight.half(), target, token_weight / 1000, "reference")
+    (got,) = torch.autograd.grad(value, leaf, torch.tensor([2.0**16]), retain_graph=True, is_grads_batched=True)
+    assert torch.equal(got[0], torch.autograd.grad(value, leaf)[0] * 2**16) and got.isfinite().all()
+
+
 def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, in_torch, inputs):
     hidden, *others = inputs
     hidden.requires_grad_()

@@ -292,7 +292,9 @@ def test_bad_input(change, error, message, rng_seed):
 @pytest.mark.parametrize("options", [(0.2, None, None), (0.2, 5.0, 3)], ids=str)
 def test_opcheck(impl, options, rng_seed):
     ops = import_module("pmc_fast.ops.packed_attention")
-    query, key, value, upstream = (x.requires_grad_() for x in make([2, 3, 4]))
+    # Heads outside, which no result takes over.
+    inputs = (x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in make([2, 3, 4]))
+    query, key, value, upstream = inputs
     arguments = (query, key, value, [2, 3, 4], *options, impl)
     torch.library.opcheck(ops._packed_attention, arguments)
     out, log_mass = (x.detach() for x in ops._packed_attention(*arguments))
