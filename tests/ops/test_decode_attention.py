@@ -153,6 +153,7 @@ def test_bad_length(impl, change, error, message, rng_seed):
     ("change", "error", "message"),
     [
         ({"prefix_row": None}, ValueError, "prefix_key, prefix_value, prefix_row: got some of them, expected all or"),
+        ({"prefix_key": None, "prefix_value": None}, ValueError, "prefix_key, prefix_value, prefix_row: got some of"),
         ({"prefix_row": torch.full((5,), 2)}, ValueError, r"prefix_row: got 2 at row 0, expected integers in \[0, 2\)"),
         ({"prefix_row": torch.zeros(4, dtype=torch.int64)}, ValueError, r"prefix_row: got shape \[4\]"),
         (
@@ -203,6 +204,13 @@ def test_strides(impl, rng_seed):
     shared = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": row_, "length": length_}
     want = oracle(query, *whole, first, end=3 + length)
     assert_near(decode_attention(query, key, value, first_, impl=impl, **shared), want, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_scale_of_zero_makes_a_mean(impl, rng_seed):
+    query, key, value, first = make(length=7)
+    got = decode_attention(query, key, value, torch.zeros_like(first), scale=0.0, impl=impl)
+    assert_near(got, value.double().mean(2).repeat_interleave(3, 1), torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory that is never touched costs nothing on a CPU alone")

@@ -245,6 +245,12 @@ def test_no_tokens(impl, lengths):
     assert [x.shape[0] for x in results(packed_attention, make(lengths), lengths, impl=impl)] == [0] * 4
 
 
+def test_a_scale_of_zero_makes_a_mean(impl, rng_seed):
+    query, key, value, _ = make([0, 7])
+    want = value.cumsum(0).repeat_interleave(3, 1) / torch.arange(1, 8)[:, None, None]
+    torch.testing.assert_close(packed_attention(query, key, value, [0, 7], scale=0.0, impl=impl), want)
+
+
 def test_a_gradient_is_made_for_who_wants_one(impl, rng_seed):
     query, key, value, upstream = make([2, 5])
     key.requires_grad_()

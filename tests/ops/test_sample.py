@@ -117,7 +117,7 @@ def test_cuda_draws_the_same_tokens(vocab, dtype, impl, rng_seed):
 def test_native_draws_the_same_tokens(vocab, dtype, each_isa, rng_seed):
     """The reference, which takes most of the time, draws once for all instruction sets."""
     logits = (torch.randn(65, vocab + 3) * 3).to(dtype)[:, 3:]  # an offset view
-    sequence, position = torch.randint(0, 2**32, (65,)), torch.randint(0, 2**20, (65,))
+    sequence, position = torch.randint(0, 2**32, (65, 2)).unbind(1)  # every other one in memory
     where = {"seed": rng_seed, "sequence": sequence, "position": position}
     for options in OPTIONS:
         want = sample(logits, impl="reference", **where, **options)
@@ -162,6 +162,8 @@ def test_greedy_takes_the_first_maximum(impl, rng_seed):
     drawn = sample(logits, temperature=0.0, impl=impl)
     first = torch.tensor([row.index(max(row)) for row in logits.tolist()])
     assert torch.equal(drawn.token, first)
+    most_probable = sample(logits, min_p=1.0, impl=impl).token[:, None]
+    assert torch.equal(logits.gather(1, most_probable)[:, 0], logits.amax(1))
     assert not drawn.sampling_logprob.any() and (drawn.kept_mass == 1).all()
 
 
