@@ -16,7 +16,9 @@ from pmc_fast.fast_linear import fast_linear, scratch
 from pmc_fast.native import gemm, library
 from pmc_fast.native.packed_linear import packed_linear
 
-COLLAPSE_LOSS, LINEAR_LOGPROB = (import_module(f"pmc_fast.native.{op}") for op in ("collapse_loss", "linear_logprob"))
+COLLAPSE_LOSS, LINEAR_LOGPROB, LINEAR_SAMPLE = (
+    import_module(f"pmc_fast.native.{op}") for op in ("collapse_loss", "linear_logprob", "linear_sample")
+)
 IMPLS = ["reference", "native", "triton"]
 DRAWING = [*IMPLS, "cuda"]
 HEADS = [
@@ -68,6 +70,7 @@ def impl(request, monkeypatch):
         monkeypatch.setattr(COLLAPSE_LOSS, "CHUNK_ROWS", {torch.float32: 4, torch.bfloat16: 5})
         monkeypatch.setattr(gemm, "SLICE_TOKENS", 100)
         monkeypatch.setattr(LINEAR_LOGPROB, "CHUNK_ROWS", 5)
+        monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", 3)
         monkeypatch.setattr(LINEAR_LOGPROB, "SLICE_TOKENS", 64)
     if path == "fast bfloat16":
         monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
@@ -297,8 +300,12 @@ def test_the_first_row_of_infinite_logits_is_named_wherever_they_are(impl):
     hidden, weight = torch.zeros(9, 2), torch.zeros(307, 2)
     hidden[7, 0] = hidden[4, 1] = 9
     weight[5, 0] = weight[250, 1] = 3e38
+    target = torch.tensor([IGNORED, *range(8)])
+    for op in (partial(linear_logprob, target=target), linear_sample):
+        with pytest.raises(ValueError, match="row 4 hold"):
+            op(hidden, weight, impl=impl)
     with pytest.raises(ValueError, match="row 4 hold"):
-        linear_logprob(hidden, weight, torch.tensor([IGNORED, *range(8)]), impl=impl)
+        collapse_loss(hidden, weight, target, torch.ones(9), impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -328,7 +335,7 @@ def test_a_packed_head_is_multiplied_as_it_is_packed(monkeypatch, rng_seed):
 
 @pytest.mark.parametrize("chunk", [256, 3])
 def test_logits_lie_where_those_of_the_draw_before_did(chunk, monkeypatch, rng_seed):
-    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", chunk)
     hidden, weight, b, _ = (t.detach() for t in make(vocab=1000))
     options = {"bias": b, "top_p": 0.9, "seed": rng_seed, "impl": "native"}
     want = [linear_sample(hidden[:rows], weight, **options) for rows in (5, 23, 2)]
@@ -532,7 +539,7 @@ def test_gradcheck(head, rng_seed):
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("impl", DRAWING)
 def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
-    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 10)
+    monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", 10)
     rows = 6 if impl == "triton" and not torch.cuda.is_available() else 23  # a third of a second each, interpreted
     hidden, weight, b, _ = (t.detach() for t in make(rows))
     z = head["logit_scale"] * F.linear(hidden, weight, b)
@@ -546,7 +553,7 @@ def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
 @pytest.mark.parametrize("options", [{}, {"top_k": 9, "top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("impl", DRAWING)
 def test_many_draws_from_one_hidden_state(impl, options, monkeypatch, rng_seed):
-    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 4)
+    monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", 4)
     hidden, weight, b, _ = (t.detach() for t in make(9))
     hidden[7] = math.nan  # nobody draws from it
     row = torch.tensor([8, 0, 0, 3, 8, 5, 0, 3, 0, 2])
