@@ -308,4 +308,4 @@ def test_what_does_not_fit_is_named(rng_seed):
         with pytest.raises(ValueError, match="^" + message):
             call()
     row = slice(1)
-    backward(x[row], x[row], stats[row], out=torch.randn(6).expand(1, 6))  # a single row overlaps no other
+    backward(x[row], x[row], stats[row], out=torch.randn(6).expand(4, 6)[row])  # a single row overlaps no other

@@ -649,8 +649,9 @@ def test_opcheck(impl, rng_seed):
     op, options = import_module("pmc_fast.ops.linear_logprob")._linear_logprob, (None, 1.0, 0.9, IGNORED, impl)
     torch.library.opcheck(op, (hidden, weight, target, b, None, *options))
     if impl != "triton":
-        behind = hidden[:0].sum()
-        torch.library.opcheck(op, (hidden, weight.detach(), target, b.detach(), behind, *options))
+        x, *head = (t.detach().bfloat16() for t in (hidden, weight, b))
+        behind = x.requires_grad_()[:0].sum()
+        torch.library.opcheck(op, (x, head[0], target, head[1], behind, *options))
     torch.library.opcheck(
         import_module("pmc_fast.ops.collapse_loss")._collapse_loss,
         (hidden, weight, target, token_weight, b, None, 3.0, 1.0, IGNORED, [True, True, True], impl),

@@ -154,6 +154,8 @@ def test_ties_are_kept_by_lower_token_id(impl, rng_seed):
         assert len(logits) < 300 or len(drawn.token.unique()) == kept
         torch.testing.assert_close(drawn.kept_mass, torch.full((len(logits),), kept / 1031), rtol=1e-4, atol=0)
     assert not sample(logits, temperature=0.0, impl=impl).token.any()
+    halves = sample(logits[:, :8], top_p=0.5, seed=rng_seed, impl=impl)  # which four reach, so that a fifth is too many
+    assert halves.token.max() < 4 and (halves.kept_mass == 0.5).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -173,10 +175,11 @@ def test_greedy_takes_the_first_maximum(impl, rng_seed):
 def test_rows_that_are_no_distribution_are_named(value, impl):
     logits = torch.zeros(5, 67)
     logits[3, 66] = value
-    with pytest.raises(ValueError, match="logits of row 3"):
-        sample(logits, impl=impl)
-    with pytest.raises(ValueError, match="logits of row 0"):
-        sample(torch.full((1, 9), -math.inf), impl=impl)
+    for temperature in (1.0, 0.0):
+        with pytest.raises(ValueError, match="logits of row 3"):
+            sample(logits, temperature=temperature, impl=impl)
+        with pytest.raises(ValueError, match="logits of row 0"):
+            sample(torch.full((1, 9), -math.inf), temperature=temperature, impl=impl)
 
 
 @pytest.mark.refuses_values
