@@ -10,6 +10,7 @@ from distribution import assert_follows
 from pmc_fast import BackendUnavailable, linear_sample, sample
 from pmc_fast.native.sample import sample as native_sample
 from pmc_fast.ops import _checks
+from pmc_fast.philox import gumbel
 
 IMPLS = ["reference", "native", "triton", "cuda"]
 
@@ -133,6 +134,14 @@ def test_native_draws_the_same_tokens(vocab, dtype, each_isa, rng_seed):
             for isa in each_isa():
                 got, *_ = native_sample(logits, first_token=first, **where, **options)
                 assert torch.equal(got, want), (isa, options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_noise_is_that_of_seed_sequence_and_position(impl, rng_seed):
+    rows = rows_for(impl, 40)
+    logits, sequence, position = torch.randn(rows, 101), torch.randint(0, 2**32, (rows,)), torch.randint(0, 99, (rows,))
+    drawn = sample(logits, temperature=0.7, seed=rng_seed, sequence=sequence, position=position, impl=impl)
+    assert torch.equal(drawn.token, (logits / 0.7 + gumbel(rng_seed, sequence, position, 101)).argmax(1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
