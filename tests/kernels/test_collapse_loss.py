@@ -148,7 +148,13 @@ def test_nothing_to_score(rows):
 
 @pytest.mark.parametrize(
     ("largest", "scale", "temperature", "exponent"),
-    [(1.0, 1.0, 1.0, 14), (0.75, -4.0, 2.0, 14), (0.002, 1.0, 1.0, 23), (3e38, 10.0, 1.0, -113), (1e-37, 1.0, 1.0, 126)],
+    [
+        (1.0, 1.0, 1.0, 14),
+        (0.75, -4.0, 2.0, 14),
+        (0.002, 1.0, 1.0, 23),
+        (3e38, 10.0, 1.0, -113),
+        (1e-37, 1.0, 1.0, 126),
+    ],
 )
 def test_magnification(largest, scale, temperature, exponent):
     """The power of two that brings the largest gradient to [2^14, 2^15), as far as float32 has such powers."""

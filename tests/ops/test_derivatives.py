@@ -100,6 +100,24 @@ def test_a_second_backward_pass_is_refused(loss, inputs):
     refuse_second_derivatives(loss, *inputs)
 
 
+class Stop(torch.autograd.Function):
+    """Hands no gradient on, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+def test_no_gradient_from_above_is_none_below(loss, inputs):
+    hidden, *others = inputs
+    leaf = hidden.clone().requires_grad_()
+    assert torch.autograd.grad(Stop.apply(loss(leaf, *others)), leaf, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("function, frozen", [(collapse, False), (collapse, True), (logprob, True)])
 def test_what_has_its_gradient_is_not_kept(function, frozen, inputs):
     """It would be in memory until the backward pass, as a weight that autocast made for the call."""
