@@ -234,8 +234,9 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(top, imp
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         sample(torch.zeros(3, 5), **change)
-    with pytest.raises(ValueError, match="logits: got shape"):
-        sample(torch.zeros(5))
+    for shape in ((5,), (3, 0)):
+        with pytest.raises(ValueError, match="logits: got shape"):
+            sample(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("op", [sample, lambda x, **options: linear_sample(x, torch.eye(5), **options)])
