@@ -20,7 +20,7 @@ from pmc_fast.ledger import Entry
 from pmc_fast.parallel import VocabShards
 
 chunks, sampling = (import_module(f"pmc_fast.parallel_head.{op}") for op in ("linear_logprob", "linear_sample"))
-VOCAB, WIDTH, ROWS = 83, 19, 9  # odd: no rank's share begins at a multiple of 4
+VOCAB, WIDTH, ROWS = 85, 19, 9  # odd: no rank's share begins at a multiple of 4
 IGNORED = -100
 QUESTIONS = [f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")]
 RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old tree")]
