@@ -64,7 +64,7 @@ def assert_near(got, want, dtype):
 
 @pytest.fixture(params=[*IMPLS, "native, many chunks", "native, fast bfloat16"])
 def impl(request, monkeypatch):
-    """Each implementation; of the native one its chunks and slices too, and the path of CPUs that multiply bfloat16."""
+    """Each implementation; of the native one its chunks and slices, too, where bfloat16 is widened and where it is not."""
     name, _, path = request.param.partition(", ")
     if path == "many chunks":
         monkeypatch.setattr(COLLAPSE_LOSS, "CHUNK_ROWS", {torch.float32: 4, torch.bfloat16: 5})
@@ -72,8 +72,8 @@ def impl(request, monkeypatch):
         monkeypatch.setattr(LINEAR_LOGPROB, "CHUNK_ROWS", 5)
         monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", 3)
         monkeypatch.setattr(LINEAR_LOGPROB, "SLICE_TOKENS", 64)
-    if path == "fast bfloat16":
-        monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
+    if path:
+        monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: path == "fast bfloat16")
     return name
 
 
