@@ -2,6 +2,7 @@
 
 import builtins
 import inspect
+import warnings
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -60,7 +61,9 @@ def test_every_implementation_takes_the_same_arguments(op):
 )
 def test_the_fastest_that_can_run(op, device, dtype, expected):
     expected = expected if expected in IMPLEMENTATIONS[op] else "reference"
-    assert choose(op, None, device, dtype) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the library is there
+        assert choose(op, None, device, dtype) == expected
 
 
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
@@ -164,6 +167,7 @@ def test_a_gpu_too_old_for_the_kernels(cuda_module, monkeypatch):
 def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("sample", "triton", "cpu", torch.float16) == "triton"
+    assert "the tensors are on mps" in why_not("sample", "triton", "mps", torch.float16)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(
         BackendUnavailable, match=r"sample\(impl='triton'\): Triton's kernels run on GPUs.*TRITON_INTERPRET"

@@ -265,7 +265,7 @@ def test_other_layouts_are_copied(isa, rng_seed):
         activate_backward(expanded, x, "silu", up), activate_backward(expanded.contiguous(), x, "silu", up), strict=True
     ):
         assert torch.equal(got, want)
-    heads, cosine, sine = torch.randn(2, 6, 34).transpose(0, 1), torch.randn(34, 6).T, torch.randn(6, 70)[:, 36:]
+    heads, cosine, sine = torch.randn(2, 6, 34).transpose(0, 1), *torch.randn(2, 6, 70)[..., 36:]
     got, want = rotate(heads, cosine, sine), rotate(heads.contiguous(), cosine.contiguous(), sine.contiguous())
     assert torch.equal(got, want)
 
@@ -307,3 +307,5 @@ def test_what_does_not_fit_is_named(rng_seed):
     for message, call in cases.items():
         with pytest.raises(ValueError, match="^" + message):
             call()
+    row = slice(1)
+    backward(x[row], x[row], stats[row], out=torch.randn(6).expand(4, 6)[row])  # a single row overlaps no other

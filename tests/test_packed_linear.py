@@ -71,6 +71,8 @@ def test_a_transposed_weight_and_a_batch_of_any_rank(isa, rng_seed):
     x, weight = torch.randn(2, 3, 12), torch.randn(12, 10).T
     got = packed_linear(x, pack(weight))
     torch.testing.assert_close(got, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    x, bias = torch.randn(12, 7).T, torch.randn(10, 2)[:, 1]
+    torch.testing.assert_close(packed_linear(x, pack(weight), bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_a_bfloat16_weight_is_widened_to_the_bit(isa, rng_seed):

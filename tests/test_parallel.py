@@ -20,7 +20,7 @@ from pmc_fast.ledger import Entry
 from pmc_fast.parallel import VocabShards
 
 chunks, sampling = (import_module(f"pmc_fast.parallel_head.{op}") for op in ("linear_logprob", "linear_sample"))
-VOCAB, WIDTH, ROWS = 83, 19, 9  # odd: no rank's share begins at a multiple of 4
+VOCAB, WIDTH, ROWS = 85, 19, 9  # odd: no rank's share begins at a multiple of 4
 IGNORED = -100
 QUESTIONS = [f"Who is {name}?" for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")]
 RETAIN = [QA("What is two?", "a number"), QA("Who sings?", "the bird in the old tree")]
@@ -37,6 +37,7 @@ def _checks(rank, ranks, seed):
         _samples,
         _ties_and_bad_rows,
         _dtensors,
+        _groups_side_by_side,
         _bad_shards,
         _merging,
         _data_parallel,
@@ -149,9 +150,15 @@ def _samples(rank, ranks):
 
 
 def _same_draw(got, want, options):
-    assert torch.equal(got.token, want.token), options
+    assert torch.equal(got.token, want.token) and (got.kept_mass <= 1).all(), options
     for name in ("logprob", "sampling_logprob", "kept_mass"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_keys_are_in_the_order_of_floats(rng_seed):
+    values = torch.cat([torch.randn(50), torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf])])
+    key = sampling._ordered(values)
+    assert torch.equal(key[:, None] < key, values[:, None] < values) and key.min() >= 0 and key.max() < 2**32
 
 
 def _ties_and_bad_rows(rank, ranks):
@@ -193,6 +200,23 @@ def _dtensors(rank, ranks):
     assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
     with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(dim=0\),\)"):
         parallel.linear_sample(hidden, distribute_tensor(weight, mesh, [Shard(1)]))
+
+
+def _groups_side_by_side(rank, ranks):
+    """The first rank has a head of its own, which the others share."""
+    alone, others = dist.new_group([0]), dist.new_group(range(1, ranks))
+    group, number, size = (others, rank - 1, ranks - 1) if rank else (alone, 0, 1)
+    hidden, weight, bias, target = _head()
+    whole, part = ([hidden.clone().requires_grad_(), w.clone()] for w in (weight, _share(number, size, weight)))
+    shards = VocabShards.of(part[1], group)
+    got = parallel.linear_logprob(*part, target, shards=shards, bias=_share(number, size, bias))
+    want = pmc_fast.linear_logprob(*whole, target, bias=bias, impl="reference")
+    torch.testing.assert_close(got, want)
+    got.sum().backward(), want.sum().backward()
+    torch.testing.assert_close(part[0].grad, whole[0].grad)
+    hidden, shard = hidden.float(), part[1].float()
+    token = parallel.linear_sample(hidden, shard, shards=shards, top_k=9).token
+    assert torch.equal(token, pmc_fast.linear_sample(hidden, weight.float(), top_k=9, impl="reference").token)
 
 
 def _bad_shards(rank, ranks):

@@ -42,7 +42,7 @@ def regroup(
         out = index.new_zeros(answers + 1)
         return out.scatter_(0, torch.where(where, place, answers), value)[:answers]
 
-    text, order = torch.where(running, row << _TOKEN_BITS | token, -1 - index).sort(stable=True)
+    text, order = torch.where(running, row << _TOKEN_BITS | token, -1).sort(stable=True)
     begins = torch.cat([index[:1] == 0, text[1:] != text[:-1]])
     first_of_text = torch.empty_like(index)
     first_of_text[order] = order[torch.where(begins, index, 0).cummax(0).values]

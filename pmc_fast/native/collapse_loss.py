@@ -81,7 +81,6 @@ def _epilogue(
     lib, threads = library(), torch.get_num_threads()
     count, vocab = logits.shape
     nll = torch.empty(count, dtype=torch.float32)
-    token_weight = None if token_weight is None else token_weight.contiguous()
     workspace = torch.empty(threads * lib.head_workspace_bytes(vocab), dtype=torch.uint8)
     bad = lib.cross_entropy(
         logits.data_ptr(),

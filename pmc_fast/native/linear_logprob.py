@@ -116,7 +116,7 @@ def linear_logprob_backward(
     rows = _where(_scored(target, ignore_index) & (upstream != 0))
     x = _rows(hidden, rows)
     logits = _SlicedLogits(x, _rows(target, rows), weight, bias, **options)
-    row_weight, normalizer = _rows(-upstream.float(), rows), _rows(normalizer, rows)
+    row_weight, normalizer = _rows(-upstream, rows), _rows(normalizer, rows)
     d_x = torch.zeros(x.shape, dtype=torch.float32) if needs[0] else None
     d_weight = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
     d_bias = torch.zeros(len(weight), dtype=torch.float32) if needs[2] else None
@@ -157,7 +157,7 @@ class _SlicedLogits:
         temperature: float,
     ) -> None:
         self.dtype = compute_dtype(weight.dtype)
-        self.x = hidden.to(self.dtype).contiguous()
+        self.x = hidden.to(self.dtype)
         self._target, self._weight, self._bias = target, weight, bias
         self._transform = logit_scale, softcap or 0.0, temperature
         self.slices = vocabulary_slices(weight, most=SLICE_TOKENS, copied=True)  # or its gradient is, for many rows

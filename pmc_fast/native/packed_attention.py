@@ -80,7 +80,7 @@ def _call(
         dim,
         sizes.data_ptr(),
         len(sizes),
-        max(1, tokens if window is None else min(window, tokens)),
+        tokens if window is None else min(window, tokens),
         scale,
         softcap or 0.0,
         out.data_ptr(),

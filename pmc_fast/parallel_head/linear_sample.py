@@ -152,7 +152,6 @@ def _candidates(
         floor = _reached(scaled, min(top_k, scaled.shape[1]))
     elif top_p < 1:  # what lies below holds less than 1 - top_p of the mass together, all ranks' tokens included
         floor = (shift + ((1 - top_p) / shards.vocab * total).log()).float() - 1e-3
-        floor -= 1e-6 * floor.abs()
     else:
         floor = _floor(shift, min_p)
     row, index = (scaled >= floor[:, None]).nonzero().unbind(1)

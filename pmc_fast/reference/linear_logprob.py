@@ -21,12 +21,27 @@ def linear_logprob(
     temperature: float,
     ignore_index: int | None,
 ) -> tuple[Tensor, None]:
+    return score("linear_logprob", hidden, weight, target, bias, softcap, logit_scale, temperature, ignore_index), None
+
+
+def score(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int | None,
+) -> Tensor:
+    """The log-probabilities, for the op that errors name."""
     rows = _scored(target, ignore_index)
     logits = head.logits(hidden[rows], weight, bias, softcap, logit_scale)
     scaled = logits / temperature
-    head.check_finite("linear_logprob", scaled, rows)
+    head.check_finite(op, scaled, rows)
     picked = scaled.log_softmax(-1).gather(1, target[rows, None])[:, 0]
-    return torch.zeros(target.shape, dtype=picked.dtype, device=picked.device).index_copy(0, rows, picked), None
+    return torch.zeros(target.shape, dtype=picked.dtype, device=picked.device).index_copy(0, rows, picked)
 
 
 def linear_logprob_ahead(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

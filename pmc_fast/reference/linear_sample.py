@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pmc_fast.phases import phase
 from pmc_fast.reference import head
-from pmc_fast.reference.sample import sample
+from pmc_fast.reference.sample import draw
 
 
 def linear_sample(
@@ -15,4 +15,4 @@ def linear_sample(
     with phase("head"):
         logits = head.logits(hidden, weight, bias, softcap, logit_scale)
     with phase("sample"):
-        return sample(logits, **sampling)
+        return draw("linear_sample", logits, **sampling)

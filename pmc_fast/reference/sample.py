@@ -22,8 +22,23 @@ def sample(
     sequence: Tensor,
     position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return draw("sample", logits, temperature, top_k, top_p, min_p, seed, sequence, position)
+
+
+def draw(
+    op: str,
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    sequence: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sample` for the op that errors name."""
     logits = logits.float()
-    check_finite("sample", logits)
+    check_finite(op, logits)
     log_probs = logits.double().log_softmax(-1)
     if temperature == 0:
         token = _first_maximum(logits)
@@ -31,7 +46,7 @@ def sample(
         return token, _pick(log_probs, token), (0 * ones).float(), ones.float()
 
     scaled = logits / temperature
-    check_finite("sample", scaled)
+    check_finite(op, scaled)
     top = scaled.amax(-1, keepdim=True)
     mass = (scaled.double() - top).exp()
     kept = torch.ones_like(scaled, dtype=torch.bool)

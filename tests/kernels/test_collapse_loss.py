@@ -146,6 +146,22 @@ def test_nothing_to_score(rows):
         assert gradient.shape == leaf.shape and not gradient.any()
 
 
+@pytest.mark.parametrize(
+    ("largest", "scale", "temperature", "exponent"),
+    [
+        (1.0, 1.0, 1.0, 14),
+        (0.75, -4.0, 2.0, 14),
+        (0.002, 1.0, 1.0, 23),
+        (3e38, 10.0, 1.0, -113),
+        (1e-37, 1.0, 1.0, 126),
+    ],
+)
+def test_magnification(largest, scale, temperature, exponent):
+    """The power of two that brings the largest gradient to [2^14, 2^15), as far as float32 has such powers."""
+    found = cross_entropy.magnification(torch.tensor([0.0, -largest, largest / 3]), scale, temperature)
+    assert found.tolist() == [2.0**exponent]
+
+
 def test_chunks_do_not_shrink_with_the_vocabulary():
     for vocab, element_bytes, rows in [(49152, 2, 4096), (128256, 2, 4096), (262208, 2, 2048), (262208, 4, 2048)]:
         weight = torch.empty(vocab, 1, dtype={2: torch.bfloat16, 4: torch.float32}[element_bytes], device="meta")

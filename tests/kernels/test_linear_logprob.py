@@ -191,12 +191,19 @@ def test_pieces_cover_everything():
         (1, 5, 128),
         (5, 5, 4),
         (11, 5, 4),
+        (14, 5, 4),
         (5000, 4096, 128),
         (128256, 8192, 256),
     ]:
         pieces = list(gemm.even_pieces(count, most, multiple))
         assert [i for piece in pieces for i in range(count)[piece]] == list(range(count))
         assert all(piece.stop - piece.start <= most for piece in pieces)
+
+
+def test_rows_are_apart_by_multiples_of_16():
+    for columns, stride in ((16, 16), (83, 96)):
+        rows = gemm.padded_rows(3, columns, torch.bfloat16, torch.device("cpu"))
+        assert rows.shape == (3, columns) and rows.stride() == (stride, 1)
 
 
 def test_float32_is_multiplied_as_tf32_only_where_torch_may():

@@ -1,4 +1,4 @@
-"""Arguments of another type than the ops want are named, with what was got and what is wanted."""
+"""Arguments of another type than the ops want or on another device are named, with what was got and what is wanted."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,9 @@ def refuses_other_types(op, arguments):
     for name, good in arguments.items():
         bad = ["3", True, [1, 2]]
         if isinstance(good, torch.Tensor):
-            bad += [good.numpy(), 1.0]
+            bad += [good.numpy(), 1.0, good.int(), good[..., None]]
+            if name != next(iter(arguments)):  # whose device the others must be on
+                bad.append(good.to("meta"))
         else:
             bad.append(np.ones(1))
         if name not in OPTIONAL and not name.startswith("prefix"):

@@ -124,6 +124,11 @@ def test_each_row_holds_positions_of_its_own_number(impl, prefix_length, dtype, 
             r"first: got 4 at row 3, expected integers in \[0, length\)",
         ),
         (
+            {"length": torch.full((5,), 4), "first": torch.tensor([3, -1, 0, 0, 0])},
+            ValueError,
+            "first: got -1 at row 1",
+        ),
+        (
             {
                 "length": torch.full((5,), 4),
                 "first": torch.tensor([9, 0, 0, 10, 0]),
@@ -148,6 +153,7 @@ def test_bad_length(impl, change, error, message, rng_seed):
     ("change", "error", "message"),
     [
         ({"prefix_row": None}, ValueError, "prefix_key, prefix_value, prefix_row: got some of them, expected all or"),
+        ({"prefix_key": None, "prefix_value": None}, ValueError, "prefix_key, prefix_value, prefix_row: got some of"),
         ({"prefix_row": torch.full((5,), 2)}, ValueError, r"prefix_row: got 2 at row 0, expected integers in \[0, 2\)"),
         ({"prefix_row": torch.zeros(4, dtype=torch.int64)}, ValueError, r"prefix_row: got shape \[4\]"),
         (
@@ -190,6 +196,21 @@ def test_strides(impl, rng_seed):
     want = oracle(query, key, value, first)
     for inputs in ((strided, key, value), (query, *spread), (query, *apart)):
         assert_near(decode_attention(*inputs, first, impl=impl), want, torch.float32)
+    prefix, row, length = torch.randn(2, 2, 2, 3, 40), torch.tensor([1, 0, 1, 0, 0]), torch.tensor([1, 13, 2, 9, 5])
+    first = length + torch.tensor([2, -13, 0, -1, 1])
+    whole = [torch.cat([p[row], own], 2) for p, own in zip(prefix, (key, value), strict=True)]
+    first_, row_, length_ = torch.stack([first, row, length], 1).unbind(1)
+    prefix_key, prefix_value = prefix.transpose(3, 4).contiguous().transpose(3, 4)
+    shared = {"prefix_key": prefix_key, "prefix_value": prefix_value, "prefix_row": row_, "length": length_}
+    want = oracle(query, *whole, first, end=3 + length)
+    assert_near(decode_attention(query, key, value, first_, impl=impl, **shared), want, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_scale_of_zero_makes_a_mean(impl, rng_seed):
+    query, key, value, first = make(length=7)
+    got = decode_attention(query, key, value, torch.zeros_like(first), scale=0.0, impl=impl)
+    assert_near(got, value.double().mean(2).repeat_interleave(3, 1), torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory that is never touched costs nothing on a CPU alone")
@@ -306,6 +327,7 @@ def test_scores_of_a_prefix_that_rows_share(impl, rng_seed):
         ({"query": torch.zeros(5, 6, 40, dtype=torch.int32)}, TypeError, "query: got dtype torch.int32"),
         ({"key": torch.zeros(5, 2, 0, 40)}, ValueError, r"key: got shape \[5, 2, 0, 40\], expected \[5, K, T, 40\]"),
         ({"key": torch.zeros(5, 4, 13, 40), "value": torch.zeros(5, 4, 13, 40)}, ValueError, "key: got 4 heads"),
+        ({"key": torch.zeros(5, 0, 13, 40), "value": torch.zeros(5, 0, 13, 40)}, ValueError, "key: got 0 heads"),
         ({"value": torch.zeros(5, 2, 12, 40)}, ValueError, r"value: got shape \[5, 2, 12, 40\], expected \[5, 2, 13"),
         ({"value": torch.zeros(5, 2, 13, 40).double()}, TypeError, "value: got dtype torch.float64"),
         ({"first": torch.full((5,), 13)}, ValueError, r"first: got 13 at row 0, expected integers in \[0, 13\)"),
@@ -329,6 +351,7 @@ def test_native_takes_no_float16():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl, rng_seed):
     inputs = make()
+    inputs = (inputs[0].mT.contiguous().mT, *inputs[1:])  # the result has strides of its own
     op = import_module("pmc_fast.ops.decode_attention")._decode_attention
     for prefix in ((None, None, None), (inputs[1][:2], inputs[2][:2], torch.tensor([1, 0, 1, 0, 0]))):
         for length in (None, torch.full((5,), 13)):

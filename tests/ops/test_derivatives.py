@@ -87,9 +87,13 @@ def refuse_second_derivatives(loss, hidden, weight, target, token_weight):
             arguments[3].requires_grad_()
         value = loss(*arguments)
         (gradient,) = torch.autograd.grad(value**power, arguments[of], create_graph=True)
+        refused = pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order")
+        if of == 3:
+            (of_hidden,) = torch.autograd.grad(value, arguments[0], create_graph=True)
+            with refused:
+                torch.autograd.grad(of_hidden.sum(), arguments[3], allow_unused=True)
         if of == 3 and gradient.grad_fn.name() == "MulBackward0":
             continue  # the token weights multiply log-probabilities outside of the op
-        refused = pytest.raises(RuntimeError, match="its gradients have no derivatives; for second-order")
         with refused:
             torch.autograd.grad(gradient.pow(2).sum(), arguments[0], retain_graph=True, allow_unused=True)
         with refused:
@@ -98,6 +102,24 @@ def refuse_second_derivatives(loss, hidden, weight, target, token_weight):
 
 def test_a_second_backward_pass_is_refused(loss, inputs):
     refuse_second_derivatives(loss, *inputs)
+
+
+class Stop(torch.autograd.Function):
+    """Hands no gradient on, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+def test_no_gradient_from_above_is_none_below(loss, inputs):
+    hidden, *others = inputs
+    leaf = hidden.clone().requires_grad_()
+    assert torch.autograd.grad(Stop.apply(loss(leaf, *others)), leaf, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("function, frozen", [(collapse, False), (collapse, True), (logprob, True)])
@@ -145,6 +167,15 @@ def test_many_upstream_gradients_at_once(loss, dtype, inputs):
     (batch,) = torch.autograd.grad(value, leaf, torch.tensor([1.0, 3.0]), retain_graph=True, is_grads_batched=True)
     for got, upstream in zip(batch, (1, 3), strict=True):
         torch.testing.assert_close(got, *torch.autograd.grad(upstream * value, leaf, retain_graph=True))
+
+
+def test_an_upstream_gradient_larger_than_those_that_it_scales_can_be(inputs):
+    """A usual scale of losses, 65536, is infinite in float16."""
+    hidden, weight, target, token_weight = inputs
+    leaf = hidden.half().requires_grad_()
+    value = collapse(leaf, weight.half(), target, token_weight / 1000, "reference")
+    (got,) = torch.autograd.grad(value, leaf, torch.tensor([2.0**16]), retain_graph=True, is_grads_batched=True)
+    assert torch.equal(got[0], torch.autograd.grad(value, leaf)[0] * 2**16) and got.isfinite().all()
 
 
 def test_a_graph_of_the_gradients_that_nobody_differentiates(loss, in_torch, inputs):

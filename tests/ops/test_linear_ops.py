@@ -16,7 +16,9 @@ from pmc_fast.fast_linear import fast_linear, scratch
 from pmc_fast.native import gemm, library
 from pmc_fast.native.packed_linear import packed_linear
 
-COLLAPSE_LOSS, LINEAR_LOGPROB = (import_module(f"pmc_fast.native.{op}") for op in ("collapse_loss", "linear_logprob"))
+COLLAPSE_LOSS, LINEAR_LOGPROB, LINEAR_SAMPLE = (
+    import_module(f"pmc_fast.native.{op}") for op in ("collapse_loss", "linear_logprob", "linear_sample")
+)
 IMPLS = ["reference", "native", "triton"]
 DRAWING = [*IMPLS, "cuda"]
 HEADS = [
@@ -62,15 +64,16 @@ def assert_near(got, want, dtype):
 
 @pytest.fixture(params=[*IMPLS, "native, many chunks", "native, fast bfloat16"])
 def impl(request, monkeypatch):
-    """Each implementation; of the native one its chunks and slices too, and the path of CPUs that multiply bfloat16."""
+    """Each implementation; of the native one its chunks and slices, too, where bfloat16 is widened and where it is not."""
     name, _, path = request.param.partition(", ")
     if path == "many chunks":
         monkeypatch.setattr(COLLAPSE_LOSS, "CHUNK_ROWS", {torch.float32: 4, torch.bfloat16: 5})
         monkeypatch.setattr(gemm, "SLICE_TOKENS", 100)
         monkeypatch.setattr(LINEAR_LOGPROB, "CHUNK_ROWS", 5)
+        monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", 3)
         monkeypatch.setattr(LINEAR_LOGPROB, "SLICE_TOKENS", 64)
-    if path == "fast bfloat16":
-        monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: True)
+    if path:
+        monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: path == "fast bfloat16")
     return name
 
 
@@ -297,8 +300,12 @@ def test_the_first_row_of_infinite_logits_is_named_wherever_they_are(impl):
     hidden, weight = torch.zeros(9, 2), torch.zeros(307, 2)
     hidden[7, 0] = hidden[4, 1] = 9
     weight[5, 0] = weight[250, 1] = 3e38
+    target = torch.tensor([IGNORED, *range(8)])
+    for op in (partial(linear_logprob, target=target), linear_sample):
+        with pytest.raises(ValueError, match="row 4 hold"):
+            op(hidden, weight, impl=impl)
     with pytest.raises(ValueError, match="row 4 hold"):
-        linear_logprob(hidden, weight, torch.tensor([IGNORED, *range(8)]), impl=impl)
+        collapse_loss(hidden, weight, target, torch.ones(9), impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -328,7 +335,7 @@ def test_a_packed_head_is_multiplied_as_it_is_packed(monkeypatch, rng_seed):
 
 @pytest.mark.parametrize("chunk", [256, 3])
 def test_logits_lie_where_those_of_the_draw_before_did(chunk, monkeypatch, rng_seed):
-    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", chunk)
     hidden, weight, b, _ = (t.detach() for t in make(vocab=1000))
     options = {"bias": b, "top_p": 0.9, "seed": rng_seed, "impl": "native"}
     want = [linear_sample(hidden[:rows], weight, **options) for rows in (5, 23, 2)]
@@ -532,7 +539,7 @@ def test_gradcheck(head, rng_seed):
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("impl", DRAWING)
 def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
-    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 10)
+    monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", 10)
     rows = 6 if impl == "triton" and not torch.cuda.is_available() else 23  # a third of a second each, interpreted
     hidden, weight, b, _ = (t.detach() for t in make(rows))
     z = head["logit_scale"] * F.linear(hidden, weight, b)
@@ -546,7 +553,7 @@ def test_linear_sample_is_head_then_sample(impl, head, monkeypatch, rng_seed):
 @pytest.mark.parametrize("options", [{}, {"top_k": 9, "top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("impl", DRAWING)
 def test_many_draws_from_one_hidden_state(impl, options, monkeypatch, rng_seed):
-    monkeypatch.setattr(import_module("pmc_fast.native.linear_sample"), "CHUNK_ROWS", 4)
+    monkeypatch.setattr(LINEAR_SAMPLE, "CHUNK_ROWS", 4)
     hidden, weight, b, _ = (t.detach() for t in make(9))
     hidden[7] = math.nan  # nobody draws from it
     row = torch.tensor([8, 0, 0, 3, 8, 5, 0, 3, 0, 2])
@@ -564,6 +571,7 @@ def test_bad_hidden_rows():
     hidden, weight = torch.zeros(3, 5), torch.zeros(7, 5)
     for row, error, match in [
         (torch.tensor([0, 3]), ValueError, r"hidden_row: .* expected integers in \[0, 3\)"),
+        (torch.tensor([2, -1]), ValueError, "hidden_row: got -1 at row 1"),
         (torch.tensor([[0]]), ValueError, r"hidden_row: got shape \[1, 1\]"),
         (torch.tensor([0], dtype=torch.int32), TypeError, "hidden_row: got dtype torch.int32"),
     ]:
@@ -594,6 +602,8 @@ def test_bad_input(op, impl):
         ({"hidden": hidden[:, 1:]}, ValueError, "weight: got shape"),
         ({"hidden": hidden[0]}, ValueError, "hidden: got shape"),
         ({"weight": weight.bfloat16()}, TypeError, "weight: got dtype torch.bfloat16"),
+        ({"weight": weight[:0]}, ValueError, r"weight: got shape \[0, 19\], expected at least one token and one dim"),
+        ({"hidden": hidden[:, :0], "weight": weight[:, :0]}, ValueError, r"weight: got shape \[307, 0\], expected at"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias: got shape \[3\]"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
         ({"softcap": 1e-50}, ValueError, r"softcap: got 1e-50, expected None or a number in \[1.175e-38, 3.403e\+38\]"),
@@ -601,7 +611,7 @@ def test_bad_input(op, impl):
         ({"logit_scale": math.inf}, ValueError, "logit_scale: got inf"),
         ({"logit_scale": 0}, ValueError, "logit_scale: got 0, expected a number in .* or the negative of one"),
         ({"logit_scale": -1e-50}, ValueError, "logit_scale: got -1e-50"),
-        ({"hidden": hidden + math.nan}, ValueError, "hold NaN"),
+        ({"hidden": hidden + math.nan}, ValueError, f"^{op}: the logits of row {int(op != 'linear_sample')} hold NaN"),
     ]
     if op != "linear_sample":
         cases += [
@@ -634,12 +644,14 @@ def test_bad_input(op, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl, rng_seed):
     hidden, weight, b, target = make(rows=7, size=5, vocab=21)
+    hidden, weight = (x.detach().T.contiguous().T.requires_grad_() for x in (hidden, weight))  # gradients lie in rows
     token_weight = torch.rand(7)
     op, options = import_module("pmc_fast.ops.linear_logprob")._linear_logprob, (None, 1.0, 0.9, IGNORED, impl)
     torch.library.opcheck(op, (hidden, weight, target, b, None, *options))
     if impl != "triton":
-        behind = hidden[:0].sum()
-        torch.library.opcheck(op, (hidden, weight.detach(), target, b.detach(), behind, *options))
+        x, *head = (t.detach().bfloat16() for t in (hidden, weight, b))
+        behind = x.requires_grad_()[:0].sum()
+        torch.library.opcheck(op, (x, head[0], target, head[1], behind, *options))
     torch.library.opcheck(
         import_module("pmc_fast.ops.collapse_loss")._collapse_loss,
         (hidden, weight, target, token_weight, b, None, 3.0, 1.0, IGNORED, [True, True, True], impl),

@@ -245,10 +245,16 @@ def test_no_tokens(impl, lengths):
     assert [x.shape[0] for x in results(packed_attention, make(lengths), lengths, impl=impl)] == [0] * 4
 
 
+def test_a_scale_of_zero_makes_a_mean(impl, rng_seed):
+    query, key, value, _ = make([0, 7])
+    want = value.cumsum(0).repeat_interleave(3, 1) / torch.arange(1, 8)[:, None, None]
+    torch.testing.assert_close(packed_attention(query, key, value, [0, 7], scale=0.0, impl=impl), want)
+
+
 def test_a_gradient_is_made_for_who_wants_one(impl, rng_seed):
     query, key, value, upstream = make([2, 5])
     key.requires_grad_()
-    out = packed_attention(query, key, value, (2, 5), impl=impl)
+    out = packed_attention(query, key, value, (2, 5), window=2**63 - 1, impl=impl)
     (d_key,) = torch.autograd.grad(out, key, upstream)
     torch.testing.assert_close(d_key, results(plain, [query, key, value, upstream], [2, 5])[2])
     assert not packed_attention(query, key.detach(), value, (2, 5), impl=impl).requires_grad
@@ -292,7 +298,9 @@ def test_bad_input(change, error, message, rng_seed):
 @pytest.mark.parametrize("options", [(0.2, None, None), (0.2, 5.0, 3)], ids=str)
 def test_opcheck(impl, options, rng_seed):
     ops = import_module("pmc_fast.ops.packed_attention")
-    query, key, value, upstream = (x.requires_grad_() for x in make([2, 3, 4]))
+    # Heads outside, which no result takes over.
+    inputs = (x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in make([2, 3, 4]))
+    query, key, value, upstream = inputs
     arguments = (query, key, value, [2, 3, 4], *options, impl)
     torch.library.opcheck(ops._packed_attention, arguments)
     out, log_mass = (x.detach() for x in ops._packed_attention(*arguments))

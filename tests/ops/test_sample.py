@@ -10,6 +10,7 @@ from distribution import assert_follows
 from pmc_fast import BackendUnavailable, linear_sample, sample
 from pmc_fast.native.sample import sample as native_sample
 from pmc_fast.ops import _checks
+from pmc_fast.philox import gumbel
 
 IMPLS = ["reference", "native", "triton", "cuda"]
 
@@ -117,7 +118,7 @@ def test_cuda_draws_the_same_tokens(vocab, dtype, impl, rng_seed):
 def test_native_draws_the_same_tokens(vocab, dtype, each_isa, rng_seed):
     """The reference, which takes most of the time, draws once for all instruction sets."""
     logits = (torch.randn(65, vocab + 3) * 3).to(dtype)[:, 3:]  # an offset view
-    sequence, position = torch.randint(0, 2**32, (65,)), torch.randint(0, 2**20, (65,))
+    sequence, position = torch.randint(0, 2**32, (65, 2)).unbind(1)  # every other one in memory
     where = {"seed": rng_seed, "sequence": sequence, "position": position}
     for options in OPTIONS:
         want = sample(logits, impl="reference", **where, **options)
@@ -133,6 +134,14 @@ def test_native_draws_the_same_tokens(vocab, dtype, each_isa, rng_seed):
             for isa in each_isa():
                 got, *_ = native_sample(logits, first_token=first, **where, **options)
                 assert torch.equal(got, want), (isa, options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_noise_is_that_of_seed_sequence_and_position(impl, rng_seed):
+    rows = rows_for(impl, 40)
+    logits, sequence, position = torch.randn(rows, 101), torch.randint(0, 2**32, (rows,)), torch.randint(0, 99, (rows,))
+    drawn = sample(logits, temperature=0.7, seed=rng_seed, sequence=sequence, position=position, impl=impl)
+    assert torch.equal(drawn.token, (logits / 0.7 + gumbel(rng_seed, sequence, position, 101)).argmax(1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -154,6 +163,8 @@ def test_ties_are_kept_by_lower_token_id(impl, rng_seed):
         assert len(logits) < 300 or len(drawn.token.unique()) == kept
         torch.testing.assert_close(drawn.kept_mass, torch.full((len(logits),), kept / 1031), rtol=1e-4, atol=0)
     assert not sample(logits, temperature=0.0, impl=impl).token.any()
+    halves = sample(logits[:, :8], top_p=0.5, seed=rng_seed, impl=impl)  # which four reach, so that a fifth is too many
+    assert halves.token.max() < 4 and (halves.kept_mass == 0.5).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -162,6 +173,8 @@ def test_greedy_takes_the_first_maximum(impl, rng_seed):
     drawn = sample(logits, temperature=0.0, impl=impl)
     first = torch.tensor([row.index(max(row)) for row in logits.tolist()])
     assert torch.equal(drawn.token, first)
+    most_probable = sample(logits, min_p=1.0, impl=impl).token[:, None]
+    assert torch.equal(logits.gather(1, most_probable)[:, 0], logits.amax(1))
     assert not drawn.sampling_logprob.any() and (drawn.kept_mass == 1).all()
 
 
@@ -171,10 +184,11 @@ def test_greedy_takes_the_first_maximum(impl, rng_seed):
 def test_rows_that_are_no_distribution_are_named(value, impl):
     logits = torch.zeros(5, 67)
     logits[3, 66] = value
-    with pytest.raises(ValueError, match="logits of row 3"):
-        sample(logits, impl=impl)
-    with pytest.raises(ValueError, match="logits of row 0"):
-        sample(torch.full((1, 9), -math.inf), impl=impl)
+    for temperature in (1.0, 0.0):
+        with pytest.raises(ValueError, match="logits of row 3"):
+            sample(logits, temperature=temperature, impl=impl)
+        with pytest.raises(ValueError, match="logits of row 0"):
+            sample(torch.full((1, 9), -math.inf), temperature=temperature, impl=impl)
 
 
 @pytest.mark.refuses_values
@@ -202,6 +216,7 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(top, imp
         ({"top_p": 0.0}, ValueError, "top_p: got 0.0"),
         ({"top_p": 1.01}, ValueError, "top_p: got 1.01"),
         ({"min_p": 1.5}, ValueError, "min_p: got 1.5"),
+        ({"min_p": -0.1}, ValueError, "min_p: got -0.1"),
         ({"seed": -1}, ValueError, "seed: got -1"),
         ({"sequence": torch.zeros(2, dtype=torch.int64)}, ValueError, r"sequence: got shape \[2\], expected \[3\]"),
         ({"position": torch.zeros(3)}, TypeError, "position: got dtype torch.float32"),
@@ -219,8 +234,9 @@ def test_logits_that_overflow_when_divided_by_the_temperature_are_named(top, imp
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         sample(torch.zeros(3, 5), **change)
-    with pytest.raises(ValueError, match="logits: got shape"):
-        sample(torch.zeros(5))
+    for shape in ((5,), (3, 0)):
+        with pytest.raises(ValueError, match="logits: got shape"):
+            sample(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("op", [sample, lambda x, **options: linear_sample(x, torch.eye(5), **options)])
