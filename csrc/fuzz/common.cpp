@@ -30,7 +30,7 @@ float Random::nan() {
     // A payload of the upper bits only is what bfloat16 has too.
     uint32_t word = static_cast<uint32_t>(bits()) | 0x7F800000;
     if (one_in(2)) word &= 0xFFFF0000;
-    word |= 0x00010000;
+    word |= one_in(2) ? 0x7FFFFFFF : 0x00010000;  // all ones: rounding to bfloat16 would carry out of them
     float value;
     std::memcpy(&value, &word, sizeof value);
     return value;

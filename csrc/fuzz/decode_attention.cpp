@@ -87,9 +87,9 @@ void fuzz_decode_attention(Case& c) {
     s.dim = random.one_in(2) ? random.between(1, 70) : random.pick<int64_t>({8, 16, 32, 64, 128});
     s.prefixes = s.rows && random.one_in(2) ? random.between(1, 2) : 0;
     s.prefix_length = s.prefixes ? random.between(1, 40) : 0;
-    const bool crowded = s.prefixes && random.one_in(4);
+    const bool crowded = s.prefixes && random.one_in(2);
     if (crowded) {  // rows that read a prefix together
-        s.rows = random.between(3, random.one_in(3) ? 80 : 12);
+        s.rows = random.between(3, random.one_in(4) ? 130 : 20);
         s.kv_heads = random.between(1, 2);
         s.heads = s.kv_heads * random.between(1, random.one_in(4) ? 9 : 3);
         s.length = random.between(1, 9);

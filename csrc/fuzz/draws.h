@@ -39,7 +39,8 @@ struct Options {
         Options o{random_temperature(random), 0, 1, -INFINITY, random.bits()};
         if (random.one_in(8)) o.temperature = 0;
         if (random.one_in(3))
-            o.top_k = random.pick<int64_t>({1, 2, vocab - 1, vocab, vocab + 1, 1000000, random.between(1, vocab)});
+            o.top_k = random.pick<int64_t>({1, 2, vocab - 1, vocab, vocab + 1, 1000000, random.between(1, vocab),
+                                            random.between(1, std::min<int64_t>(vocab, 60))});
         if (random.one_in(3))
             o.top_p =
                 random.pick({5e-324, 1e-9, 1e-3, 0.3, 0.9, 0.95, 1 - 1e-7, std::nextafter(1.0, 0.0), random.uniform()});

@@ -227,6 +227,9 @@ void fuzz_rotate(Case& c) {
     Numbers x(Dtype::kFloat32, elements(rows, x_stride, heads * dim), kNaN);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < heads * dim; ++i) x.set(r * x_stride + i, random.normal());
+    if (rows && random.one_in(2))
+        x.set(random.between(0, rows - 1) * x_stride + random.between(0, heads * dim - 1),
+              random.pick({INFINITY, random.nan(), random.nan()}));
     const std::vector<float> cosine = random_floats(random, rows * rotated),
                              sine = random_floats(random, rows * rotated);
     c.for_each_isa([&] {

@@ -45,6 +45,12 @@ Fuzzer fuzzers[] = {
 };
 constexpr int64_t kFuzzers = sizeof fuzzers / sizeof *fuzzers;
 
+bool is_kernel(const char* name) {
+    for (const Fuzzer& fuzzer : fuzzers)
+        if (!std::strcmp(name, fuzzer.kernel)) return true;
+    return false;
+}
+
 const Case* running = nullptr;
 
 void report_case(int signal) {
@@ -84,7 +90,7 @@ int main(int argc, char** argv) {
             seconds = 1e9;
         } else if (value && !std::strcmp(argv[i], "--case")) {
             only = std::strtoll(value, nullptr, 10);
-        } else if (value && !std::strcmp(argv[i], "--kernel")) {
+        } else if (value && !std::strcmp(argv[i], "--kernel") && is_kernel(value)) {
             kernel = value;
         } else {
             std::fprintf(stderr, "usage: fuzz [--seed N] [--kernel NAME] [--seconds S | --cases N | --case NUMBER]\n");

@@ -5,7 +5,24 @@
 
 #include "fuzz/draws.h"
 
+#define PMC_ISA fuzz
+#define PMC_LANES 4
+#include "cpu/noise.h"
+
 namespace pmc::fuzz {
+namespace {
+
+// What the noise of any word can be at most, by which the kernels leave tokens out.
+void check_bounds(const Case& c, Random& random) {
+    const uint32_t power = 1u << random.between(0, 31);  // where the bound is tightest
+    for (uint32_t word : {uint32_t{0}, power - 1, power, static_cast<uint32_t>(random.bits())}) {
+        const float g = gumbel_from_word(word), bound = gumbel_bound(broadcast_word(word))[0];
+        if (g > kMaxGumbel || g > bound)
+            c.fail("the noise of word %u is %.9g, its bounds %.9g and %.9g", word, g, bound, kMaxGumbel);
+    }
+}
+
+}  // namespace
 
 void fuzz_sample(Case& c) {
     Random& random = c.random;
@@ -74,6 +91,7 @@ void fuzz_gumbel(Case& c) {
     std::vector<int64_t> sequence, position;
     for (int64_t r = 0; r < rows; ++r) sequence.push_back(counter(random)), position.push_back(counter(random));
     sequence.shrink_to_fit(), position.shrink_to_fit();
+    check_bounds(c, random);
     c.for_each_isa([&] {
         std::vector<float> got(rows * vocab);
         kernels().gumbel({rows, vocab, seed, sequence.data(), position.data(), got.data(), 2});

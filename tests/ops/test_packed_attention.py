@@ -226,6 +226,8 @@ def test_what_is_no_number_reaches_who_sees_it_and_no_other_sequence(impl, which
     for name, mine, before in zip(NAMES, got, clean, strict=True):
         assert torch.equal(mine[45:], before[45:]), name
     assert got[1][20][head].isnan().any() and got[2][20].isnan().any()
+    if which < 2:  # a row's weights are no numbers
+        assert got[3][:21, which].isnan().all()
 
 
 def test_a_score_of_minus_infinity_is_no_part(impl, rng_seed):
