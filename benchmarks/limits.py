@@ -10,7 +10,7 @@ import torch
 from benchmarks.measure import Stopwatch, times_as_long
 from pmc_fast.fast_linear import linear
 
-PRODUCT, PRODUCT_S = "a large product", 0.4  # takes turns with what it limits, for so many seconds
+PRODUCT, _TOGETHER = "large products", 4  # which take turns with what they limit, so many at once
 _REPEATS = 5
 
 
@@ -43,9 +43,15 @@ def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> Limit
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """One of the products whose rate is the limit of this dtype, to be run in turns with what it limits."""
+    """Some of the products whose rate is the limit of this dtype, to be run in turns with what it limits."""
     wide = _products(device, torch.float32) if device.type == "cpu" and dtype != torch.float32 else []
-    return min([*_products(device, dtype), *wide], key=lambda work: _best(work, device))
+    work = min([*_products(device, dtype), *wide], key=lambda work: _best(work, device))
+
+    def several() -> None:
+        for _ in range(_TOGETHER):
+            work()
+
+    return several
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class LimitInTurns:
 
     def share(self, flops: float, moved: float, seconds: Sequence[float]) -> float:
         """The least time for so many operations and bytes over what they took, the median over the turns."""
-        rates = [2 * _size(self.device) ** 3 / product for product in self.products]
+        rates = [_TOGETHER * 2 * _size(self.device) ** 3 / product for product in self.products]
         turns = [replace(self.limits, flops_per_s={self.dtype: rate}) for rate in rates]
         return times_as_long([turn.seconds(flops, moved, self.dtype) for turn in turns], seconds)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import families, results, step
 from benchmarks.bench import OURS, Wrong
-from benchmarks.limits import PRODUCT, PRODUCT_S, LimitInTurns, Limits, fastest_product, measure_limits
+from benchmarks.limits import PRODUCT, LimitInTurns, Limits, fastest_product, measure_limits
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave, times_as_long
 from benchmarks.ops import Row, table
 
@@ -167,7 +167,7 @@ def measure(case: Case, repeats: int, limits: Limits, tick: Callable[[], object]
             once[name] = [watch.seconds]
     timed = {name: contestants[name] for name, row in rows.items() if row.right and name not in once}
     timed[PRODUCT] = fastest_product(device, dtype)
-    times = interleave(timed, repeats, device=device, at_least_s=PRODUCT_S, tick=tick)
+    times = interleave(timed, repeats, device=device, warmups=int(not case.brief), at_least_s=0.0, tick=tick)
     limit = LimitInTurns(limits, device, rows[OURS].dtype, times.pop(PRODUCT))
     for name, seconds in (times | once).items():
         flops, moved = _work(case, first[name])

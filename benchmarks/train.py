@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import families, results, step
 from benchmarks.bench import OURS, Wrong
-from benchmarks.limits import PRODUCT, PRODUCT_S, LimitInTurns, Limits, fastest_product, measure_limits
+from benchmarks.limits import PRODUCT, LimitInTurns, Limits, fastest_product, measure_limits
 from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave, times_as_long
 from benchmarks.ops import Row, table
 from pmc_fast import packed_layers
@@ -133,7 +133,7 @@ def measure(case: Case, repeats: int, limits: Limits) -> list[Row]:
 
     right = {name: partial(timed, contestants[name]) for name, row in rows.items() if row.right and name not in once}
     right[PRODUCT] = fastest_product(device, dtype)
-    times = interleave(right, repeats, device=device, at_least_s=PRODUCT_S)
+    times = interleave(right, repeats, device=device, warmups=int(not case.brief))
     limit = LimitInTurns(limits, device, rows[OURS].dtype, times.pop(PRODUCT))
     for name, seconds in (times | once).items():
         spread, ratio = Spread.of(seconds), times_as_long(seconds, times[OURS])
