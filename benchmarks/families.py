@@ -28,7 +28,7 @@ def _sizes(kind: str, vocabulary: int, hidden: int, inner: int, heads: int, laye
     }
 
 
-# As the models' configurations have them, but for the numbers of layers and of Mixtral's experts.
+# As the models' configurations have them, but for the numbers of layers and of Mixtral's experts, and Gemma's head.
 FAMILIES = {
     "Llama-3.2-1B": _sizes(
         "llama", 128256, 2048, 8192, 32, 3, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True
@@ -41,7 +41,10 @@ FAMILIES = {
         "qwen3", 151936, 2048, 6144, 16, 3, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True
     ),
     "Phi-1.5": _sizes("phi", 51200, 2048, 8192, 32, 4, partial_rotary_factor=0.5),
-    "Gemma-2-2B": _sizes("gemma2", 256000, 2304, 9216, 8, 2, num_key_value_heads=4, head_dim=256),
+    # Under a tied head its scaled embedding would find itself again: every answer would repeat one token.
+    "Gemma-2-2B": _sizes(
+        "gemma2", 256000, 2304, 9216, 8, 2, num_key_value_heads=4, head_dim=256, tie_word_embeddings=False
+    ),
     "Pythia-1.4B": _sizes("gpt_neox", 50304, 2048, 8192, 16, 4, rotary_pct=0.25),
     "GPT-2-medium": _sizes("gpt2", 50257, 1024, 4096, 16, 8),
     "GPT-2-large": _sizes("gpt2", 50257, 1280, 5120, 20, 8),
