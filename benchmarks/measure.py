@@ -92,12 +92,13 @@ def interleave(
     """Seconds per call of each contestant, `repeats` of them, measured in turns.
 
     Turns keep a slow drift of the machine from favouring anyone; who goes first moves on by one each round. A call
-    shorter than `at_least_s` is repeated within its turn and its mean taken. `tick` is called after every turn.
+    shorter than `at_least_s` is repeated within its turn and its mean taken, unless there are no warm-ups. `tick` is called after every turn.
     """
     names = list(contestants)
     calls = {}
     for name in names:
-        for _ in range(max(1, warmups)):
+        seconds = at_least_s
+        for _ in range(warmups):
             seconds = _seconds(contestants[name], 1, device)
         calls[name] = max(1, min(1000, round(at_least_s / max(seconds, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -1,6 +1,7 @@
 """`python -m benchmarks sampling`: a whole sampling call, by pmc_fast, by the model's modules alone, by transformers' generate.
 
 Answers with little in common are drawn as PMC draws them; greedy ones to a question say all the same, which is the other end.
+Of families of models only the former are, by the modules alone just once, and not by transformers' generate.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import results, step
+from benchmarks import families, results, step
 from benchmarks.bench import OURS, Wrong
-from benchmarks.limits import Limits, measure_limits
-from benchmarks.measure import PeakMemory, Spread, environment, interleave, times_as_long
+from benchmarks.limits import PRODUCT, LimitInTurns, Limits, fastest_product, measure_limits
+from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave, times_as_long
 from benchmarks.ops import Row, table
 
 SCHEMA = "pmc_fast.benchmarks.sampling/1"
@@ -47,6 +47,7 @@ class Case:
     title: str
     task: step.Task
     greedy: bool
+    brief: bool = False
 
     def __post_init__(self) -> None:
         from pmc_fast.packing import pad_left
@@ -57,7 +58,8 @@ class Case:
         object.__setattr__(self, "inputs", (ids.to(self.task.device), mask.to(self.task.device)))
 
     def contestants(self) -> dict[str, Callable[[], Drawn]]:
-        return {OURS: self._ours, MODULES: self._by_modules, GENERATE: self._generate}
+        ours = {OURS: self._ours, MODULES: self._by_modules}
+        return ours if self.brief else {**ours, GENERATE: self._generate}
 
     def _ours(self) -> Drawn:
         from pmc_fast import Sampler
@@ -119,22 +121,26 @@ def _watched(model: torch.nn.Module) -> Iterator[None]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `step`, whose model and questions are taken."""
     step.add_arguments(parser)
+    families.add_argument(parser)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """Check and measure both cases, print a table each, and write the result."""
-    task = step.load(args, device)
-    task.model.eval()
+    """Check and measure the cases, print a table each, and write the result."""
     where = environment(device, args.seed)
     limits = measure_limits(device, [getattr(torch, args.dtype)])
     size = f"{args.batch_size} questions x {args.num_samples} answers"
-    cases = [Case(f"{size}, as PMC draws", task, False), Case(f"{size}, greedy", task, True)]
     rows: list[Row] = []
-    with tqdm(total=len(cases) * 3 * (args.repeats + 1), unit="call", disable=None) as bar:
-        for case in cases:
-            bar.set_description(case.title)
-            rows += measure(case, args.repeats, limits, bar.update)
-            print(table([row for row in rows if row.title == case.title]))
+    with tqdm(unit="call", disable=None) as bar:
+        for family, task in families.tasks(args, device):
+            task.model.eval()
+            if family is None:
+                cases = [Case(f"{size}, as PMC draws", task, False), Case(f"{size}, greedy", task, True)]
+            else:
+                cases = [Case(f"{family}, {size}", task, False, brief=True)]
+            for case in cases:
+                bar.set_description(case.title)
+                rows += measure(case, args.repeats, limits, bar.update)
+                print(table([row for row in rows if row.title == case.title]))
             if args.json:
                 content = {"environment": where, "config": step.options(args, task), "limits": asdict(limits)}
                 content |= {"rows": [asdict(row) for row in rows], "command": args.command_line}
@@ -142,11 +148,13 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def measure(case: Case, repeats: int, limits: Limits, tick: Callable[[], object] = lambda: None) -> list[Row]:
-    """A row for each contestant of a case; a wrong one has no time."""
-    dtype = next(case.task.model.parameters()).dtype
-    contestants, rows, first = case.contestants(), {}, {}
+    """A row for each contestant of a case; a wrong one has no time. The modules are no contestant where ours are they."""
+    dtype, device = next(case.task.model.parameters()).dtype, case.task.device
+    contestants, rows, first, once = case.contestants(), {}, {}, {}
     for name, call in contestants.items():
-        with PeakMemory(case.task.device) as peak:
+        if name == MODULES and first[OURS].about.startswith("modules,"):
+            continue
+        with PeakMemory(device) as peak, Stopwatch(device) as watch:
             first[name] = call()
         tick()
         row = Row("sampling", case.title, str(dtype).removeprefix("torch."), name, peak_bytes=peak.bytes)
@@ -155,13 +163,17 @@ def measure(case: Case, repeats: int, limits: Limits, tick: Callable[[], object]
             rows[name] = replace(row, right=True, evidence=evidence)
         except Wrong as error:
             rows[name] = replace(row, right=False, evidence=str(error), peak_bytes=None)
-    right = {name: call for name, call in contestants.items() if rows[name].right}
-    times = interleave(right, repeats, device=case.task.device, at_least_s=0.0, tick=tick)
-    for name, seconds in times.items():
-        flops, moved = _work(case.task.model, first[name])
+        if case.brief and name != OURS and rows[name].right:
+            once[name] = [watch.seconds]
+    timed = {name: contestants[name] for name, row in rows.items() if row.right and name not in once}
+    timed[PRODUCT] = fastest_product(device, dtype)
+    times = interleave(timed, repeats, device=device, warmups=int(not case.brief), at_least_s=0.0, tick=tick)
+    limit = LimitInTurns(limits, device, rows[OURS].dtype, times.pop(PRODUCT))
+    for name, seconds in (times | once).items():
+        flops, moved = _work(case, first[name])
         spread, ratio = Spread.of(seconds), times_as_long(seconds, times[OURS])
-        share = limits.seconds(flops, moved, rows[name].dtype) / spread.median
-        measured = {"seconds": spread, "repeats": repeats, "ratio": ratio, "share_of_limit": share}
+        share = limit.share(flops, moved, seconds)
+        measured = {"seconds": spread, "repeats": len(seconds), "ratio": ratio, "share_of_limit": share}
         rows[name] = replace(rows[name], **measured, flops=flops, bytes=moved)
     return list(rows.values())
 
@@ -185,11 +197,18 @@ def agreement(case: Case, name: str, drawn: Drawn, ours: Drawn, dtype: torch.dty
     return f", {share:.0%} of the {what} equal"
 
 
-def _work(model: Any, drawn: Drawn) -> tuple[int, int]:
-    """Operations on weights, and the bytes of them that must be read: all, once for each step of the longest answer."""
-    weights = {id(parameter): parameter for parameter in model.parameters() if parameter.dim() > 1}
-    if not model.config.get_text_config(decoder=True).tie_word_embeddings:
+def _work(case: Case, drawn: Drawn) -> tuple[int, int]:
+    """Operations on weights, and the bytes of them that must be read: all, once for each step of the longest answer.
+
+    Prompts do not meet the head but at their ends.
+    """
+    model, prompts = case.task.model, int(case.inputs[1].sum())
+    weights = {id(parameter): (name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    config = model.config.get_text_config(decoder=True)
+    if not config.tie_word_embeddings:
         weights.pop(id(model.get_input_embeddings().weight), None)  # of which a few rows are read
-    count = sum(weight.numel() for weight in weights.values())
-    size = next(iter(weights.values())).element_size()
-    return 2 * count * drawn.decoded, int(drawn.lengths.max()) * count * size
+    size = sum(parameter.nbytes for _, parameter in weights.values())
+    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    count = sum(int(weight.numel() * (chosen if ".experts." in name else 1)) for name, weight in weights.values())
+    layers = count - model.get_output_embeddings().weight.numel()
+    return 2 * (count * drawn.decoded + layers * prompts), int(drawn.lengths.max()) * size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
@@ -138,8 +138,10 @@ def options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     }
 
 
-def load(args: argparse.Namespace, device: torch.device) -> Task:
-    """The model and the rows that the options name.
+def load(
+    args: argparse.Namespace, device: torch.device, new_model: Callable[[Any, int], torch.nn.Module] | None = None
+) -> Task:
+    """The model and the rows that the options name; without --model it is made by `new_model` of a tokenizer and a seed.
 
     Raises UserError for options that do not fit together, too few rows, a model that cannot be loaded.
     """
@@ -157,7 +159,7 @@ def load(args: argparse.Namespace, device: torch.device) -> Task:
     if missing and len(missing) < len(named):
         raise UserError(f"{', '.join(missing)}: missing; want --model, --forget and --retain together or none of them")
     if missing:
-        model, tokenizer, forget, retain = _tiny(args.seed)
+        model, tokenizer, forget, retain = _made(args.seed, new_model)
         model = model.to(device, getattr(torch, args.dtype))
     else:
         from pmc_fast.data import read_jsonl
@@ -177,13 +179,16 @@ def load(args: argparse.Namespace, device: torch.device) -> Task:
     return Task(model, prompts, forget, retain, config, device)
 
 
-def _tiny(seed: int) -> tuple[Any, Any, list[Any], list[Any]]:
+def _made(
+    seed: int, new_model: Callable[[Any, int], torch.nn.Module] | None
+) -> tuple[torch.nn.Module, Any, list[Any], list[Any]]:
+    """A model, a tiny one unless another is asked for, its tokenizer and rows."""
+    from pmc_fast.demo import model
     from pmc_fast.demo.fiction import make_fiction
-    from pmc_fast.demo.model import new_model, train_tokenizer
 
     fiction = make_fiction(seed, people=24, forget_people=8, places=4)
-    tokenizer = train_tokenizer(fiction.training)
-    return new_model(tokenizer, seed), tokenizer, fiction.forget, fiction.retain
+    tokenizer = model.train_tokenizer(fiction.training)
+    return (new_model or model.new_model)(tokenizer, seed), tokenizer, fiction.forget, fiction.retain
 
 
 def _fingerprint(model: torch.nn.Module) -> float:

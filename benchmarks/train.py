@@ -1,6 +1,7 @@
 """`python -m benchmarks train`: forward pass, loss and backward pass of a packed batch, by layers of pmc_fast and by the model's modules.
 
-Only the layers differ: the batch, the head and its loss are the same. Without optimizer.
+Only the layers differ: the batch, the head and its loss are the same. Without optimizer. Of families of models, the other way is
+taken just once.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import results, step
+from benchmarks import families, results, step
 from benchmarks.bench import OURS, Wrong
-from benchmarks.limits import Limits, measure_limits
-from benchmarks.measure import PeakMemory, Spread, environment, interleave, times_as_long
+from benchmarks.limits import PRODUCT, LimitInTurns, Limits, fastest_product, measure_limits
+from benchmarks.measure import PeakMemory, Spread, Stopwatch, environment, interleave, times_as_long
 from benchmarks.ops import Row, table
 from pmc_fast import packed_layers
 from pmc_fast.flops import FORMULAS
@@ -29,17 +30,18 @@ MODULES, LAYERS = "pmc_fast, by modules", "pmc_fast, by its layers"
 class Case:
     """A task's questions with their answers, and rows to keep, as one packed batch."""
 
-    def __init__(self, task: step.Task) -> None:
+    def __init__(self, task: step.Task, family: str | None = None) -> None:
         from pmc_fast.models import LanguageModel
         from pmc_fast.packing import pack
 
-        self.task, self.lm = task, LanguageModel(task.model)
+        self.task, self.lm, self.brief = task, LanguageModel(task.model), family is not None
         rows = [*task.forget, *task.retain]
         prompts = [task.prompts.prompt_ids(row.question) for row in rows]
         self._packed = pack(prompts, [task.prompts.answer_ids(row.answer) for row in rows], task.device)
         labels = len(self._packed.target)
         self._weight = torch.full((labels,), 1 / labels, device=task.device)
-        self.title = f"{len(rows)} sequences, {self._packed.input_ids.shape[1]} tokens, {labels} labels"
+        size = f"{len(rows)} sequences, {self._packed.input_ids.shape[1]} tokens, {labels} labels"
+        self.title = ", ".join(filter(None, (family, size)))
 
     def contestants(self) -> dict[str, Callable[[], Tensor]]:
         """Passes by pmc_fast as it is on this device, and the way that it does not go there by itself."""
@@ -72,26 +74,34 @@ class Case:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `step`, whose model and questions are taken."""
     step.add_arguments(parser)
+    families.add_argument(parser)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """Check and measure, print a table and write the result."""
-    task = step.load(args, device)
-    task.model.train()
+    """Check and measure, print a table each and write the result."""
     where, limits = environment(device, args.seed), measure_limits(device, [getattr(torch, args.dtype)])
-    rows = measure(Case(task), args.repeats, limits)
-    print(table(rows))
-    if args.json:
-        content = {"environment": where, "config": step.options(args, task), "limits": asdict(limits)}
-        results.write(args.json, SCHEMA, {**content, "rows": list(map(asdict, rows)), "command": args.command_line})
+    rows: list[Row] = []
+    for family, task in families.tasks(args, device):
+        task.model.train()
+        rows += (new := measure(Case(task, family), args.repeats, limits))
+        print(table(new))
+        if args.json:
+            content = {"environment": where, "config": step.options(args, task), "limits": asdict(limits)}
+            content |= {"rows": [asdict(row) for row in rows], "command": args.command_line}
+            results.write(args.json, SCHEMA, content)
 
 
 def measure(case: Case, repeats: int, limits: Limits) -> list[Row]:
-    """A row for each contestant; one that does not come to the loss and gradients of the first has no time."""
-    dtype = next(case.task.model.parameters()).dtype
-    contestants, rows, first = case.contestants(), {}, None
+    """A row for each contestant; one that does not come to the loss and gradients of the first has no time.
+
+    The modules are no contestant where ours are they.
+    """
+    dtype, device = next(case.task.model.parameters()).dtype, case.task.device
+    contestants, rows, first, once = case.contestants(), {}, None, {}
     weights = sum(parameter.nbytes for parameter in case.task.model.parameters())
     for name, work in contestants.items():
+        if name == MODULES and case.lm.packed_by == "modules":
+            continue
         work()  # so that what is allocated once is there
         case.clear()
         with FlopCounterMode(
@@ -99,7 +109,7 @@ def measure(case: Case, repeats: int, limits: Limits) -> list[Row]:
         ) as counter:  # memory is measured without its hooks on modules
             work()
         case.clear()
-        with PeakMemory(case.task.device) as peak:
+        with PeakMemory(device) as peak, Stopwatch(device) as watch:
             loss = work()
         found = float(loss), case.gradients()
         first = found if first is None else first
@@ -113,18 +123,22 @@ def measure(case: Case, repeats: int, limits: Limits) -> list[Row]:
             rows[name] = replace(row, right=True, evidence=evidence, peak_bytes=peak.bytes)
         except Wrong as error:
             rows[name] = replace(row, right=False, evidence=f"{evidence}: {error}")
+        if case.brief and name != OURS and rows[name].right:
+            once[name] = [watch.seconds]
     del first, found
 
     def timed(work: Callable[[], Tensor]) -> None:
         work()
         case.clear()
 
-    right = {name: partial(timed, work) for name, work in contestants.items() if rows[name].right}
-    times = interleave(right, repeats, device=case.task.device)
-    for name, seconds in times.items():
+    right = {name: partial(timed, contestants[name]) for name, row in rows.items() if row.right and name not in once}
+    right[PRODUCT] = fastest_product(device, dtype)
+    times = interleave(right, repeats, device=device, warmups=int(not case.brief))
+    limit = LimitInTurns(limits, device, rows[OURS].dtype, times.pop(PRODUCT))
+    for name, seconds in (times | once).items():
         spread, ratio = Spread.of(seconds), times_as_long(seconds, times[OURS])
-        share = limits.seconds(rows[name].flops, rows[name].bytes, rows[name].dtype) / spread.median
-        rows[name] = replace(rows[name], seconds=spread, repeats=repeats, ratio=ratio, share_of_limit=share)
+        share = limit.share(rows[name].flops, rows[name].bytes, seconds)
+        rows[name] = replace(rows[name], seconds=spread, repeats=len(seconds), ratio=ratio, share_of_limit=share)
     return list(rows.values())
 
 

@@ -60,6 +60,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 }
 # Products that torch's own table leaves out.
 FORMULAS[torch.ops.aten.addmm_] = lambda out, a, b, *args, out_shape, **options: 2 * a[0] * a[1] * b[1]
+# Of several products end to end, whose lengths shapes do not tell: no matrix of both is a batch.
+FORMULAS[torch.ops.aten._grouped_mm] = lambda a, b, *args, out_shape, **options: 2 * a[-2] * a[-1] * b[-1]
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product
 """Operations of each op's products, a multiplication and an addition counted as two, from its shapes.

@@ -15,6 +15,7 @@ from pmc_fast.cache import SampleCache
 from pmc_fast.errors import described
 from pmc_fast.models import LanguageModel
 from pmc_fast.vocabulary import check_ids, vocabulary_size
+from pmc_fast.wide_linear import wide_linear
 
 # A beginning that is shorter is not worth the longer way of attention.
 LEAST_SHARED = 8
@@ -64,7 +65,7 @@ class Packed:
         lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]
         if hidden is not None:
             return hidden
-        with attention.packed(self.lengths):
+        with attention.packed(self.lengths), wide_linear(lm):
             options = {"attention_mask": None, "packed_lengths": self.lengths}
             hidden = lm.hidden(self.input_ids, cache, position_ids=self.position_ids, **options)
         return hidden[0, self.rows]

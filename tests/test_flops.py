@@ -126,3 +126,10 @@ def test_decode_attention_takes_what_products_over_all_positions_take(prefix):
         return scores @ every[1]
 
     assert count(lambda: pmc_fast.decode_attention(query, *own, first, **shared)) == count(products)
+
+
+def test_experts_take_what_a_product_for_each_takes():
+    rows, size, out, ends = 10, 8, 12, torch.tensor([2, 7, 10], dtype=torch.int32)
+    x, weight = torch.randn(rows, size, requires_grad=True), torch.randn(3, size, out, requires_grad=True)
+    each = count(lambda: (x @ weight[0]).square().sum().backward())
+    assert count(lambda: F.grouped_mm(x, weight, offs=ends).square().sum().backward()) == each == 6 * rows * size * out

@@ -1,11 +1,13 @@
 """`python -m benchmarks sampling` checks before it times, and writes its schema."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from benchmarks import report, sampling
+from benchmarks import families, report, sampling
 from benchmarks.__main__ import main
 from benchmarks.bench import OURS, Wrong
 from benchmarks.limits import Limits
@@ -68,3 +70,54 @@ def test_in_16_bits_only_first_tokens_must_agree(case):
     for drawn, dtype in ((later, torch.float32), (first, torch.bfloat16)):
         with pytest.raises(Wrong, match="only 0%"):
             sampling.agreement(case, sampling.MODULES, drawn, ours, dtype)
+
+
+@pytest.fixture
+def small_families(monkeypatch):
+    """A family that is known and one that is not, of a size for tests."""
+    sizes = {"vocab_size": 1600, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    small = {"Known": "llama", "Unknown": "gpt_neox"}
+    made = {name: {"model_type": kind, "num_hidden_layers": 1, **sizes} for name, kind in small.items()}
+    monkeypatch.setattr(families, "FAMILIES", made)
+
+
+@pytest.mark.parametrize("command", ["sampling", "train"])
+def test_families(command, small_families, tmp_path, capsys, rng_seed):
+    out = tmp_path / "families.json"
+    options = ["--batch-size", "2", "--num-samples", "4", "--max-length", "20", "--repeats", "2"]
+    assert main([command, "--families", *options, "--seed", str(rng_seed), "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["title"].split(",")[0], row["contestant"], row["repeats"]) for row in rows] == [
+        ("Known", OURS, 2),
+        ("Known", sampling.MODULES, 1),
+        ("Unknown", OURS, 2),
+    ]
+    assert all(row["right"] and row["share_of_limit"] > 0 and "1 layer" in row["title"] for row in rows)
+    for row, way in zip(rows, ("native", "modules", "modules"), strict=True):
+        assert way in row["evidence"]
+    assert len(report.sections(out)) == 3  # two tables, and the limits
+    assert main([command, "--families", "Known", "--model", "m"]) == 2
+    assert "--families, --model: want one of them" in capsys.readouterr().err
+
+
+def test_every_family_is_one_that_transformers_makes():
+    for name, sizes in families.FAMILIES.items():
+        config = CONFIG_MAPPING[sizes["model_type"]](**{k: v for k, v in sizes.items() if k != "model_type"})
+        assert config.hidden_size % config.num_attention_heads == 0, name
+        for size in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            assert getattr(config, size) == sizes[size], name
+
+
+def test_only_the_experts_that_a_token_meets_count(case):
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING["mixtral"](
+            vocab_size=50, hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    object.__setattr__(case, "task", replace(case.task, model=model))
+    drawn = sampling.Drawn(torch.zeros(1, 3), torch.tensor([3]), "", 7)
+    layer = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 4 * 8 + 2 * (3 * 6 * 8)  # attention, router, two of the experts
+    flops, moved = sampling._work(case, drawn)
+    assert flops == 2 * (7 * (layer + 50 * 8) + int(case.inputs[1].sum()) * layer)
+    assert moved == 3 * 4 * (layer + 2 * (3 * 6 * 8) + 50 * 8)
