@@ -52,6 +52,7 @@ def doctor(options: argparse.Namespace) -> int:
         print(f"instructions  {library.instruction_set()} (usable here: {usable}); threads by {library.THREADING}")
     else:
         print("instructions  unknown: the compiled module is not available")
+    print(f"huge pages    {_huge_pages()}")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         print(f"GPU           {', '.join(names)} (CUDA {torch.version.cuda})")
@@ -73,6 +74,15 @@ def _library() -> Any:
     from pmc_fast import native
 
     return native.library()
+
+
+def _huge_pages() -> str:
+    from pmc_fast import huge_pages
+
+    setting = huge_pages.setting()
+    if setting is None:
+        return "none that Linux tells of"
+    return "switched off here; see Speed in docs/troubleshooting.md" if setting == "never" else f"used ({setting})"
 
 
 def _cuda_kernels() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -11,6 +11,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from pmc_fast import huge_pages
 from pmc_fast.errors import BackendUnavailable
 from pmc_fast.memory import free_bytes
 from pmc_fast.native import library
@@ -28,28 +29,27 @@ _copies: ContextVar[_Copies | None] = ContextVar("pmc_fast_copies", default=None
 
 
 class _Copies:
-    """Packed weights, by the identity of what they are copies of, in so many bytes at most."""
+    """Packed weights, by the identity of what they are copies of: in this order, as many as so many bytes have room for."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._held: dict[tuple, PackedWeight] = {}
+    def __init__(self, weights: Sequence[Tensor], room: int) -> None:
+        parts: dict[tuple, tuple[Tensor, int, int]] = {}
+        end = 0
+        for weight in weights:
+            if _identity(weight) not in parts and end + (needed := packed_bytes(weight)) <= room:
+                parts[_identity(weight)] = weight, end, end + needed
+                end += needed
+        memory = huge_pages.empty(end)
+        self._held = {name: pack(weight, memory[begin:end]) for name, (weight, begin, end) in parts.items()}
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, weight: Tensor) -> PackedWeight | None:
         """The copy of this weight, if there is one."""
         return self._held.get(_identity(weight))
 
-    def make(self, weight: Tensor) -> PackedWeight | None:
-        """The same, made now if there is room for it."""
-        if self.of(weight) is None and (needed := packed_bytes(weight)) <= self._room:
-            self._room -= needed
-            self._held[_identity(weight)] = pack(weight)
-        return self.of(weight)
-
     def scratch(self, nbytes: int) -> Tensor:
         if len(self._scratch) < nbytes:
             self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")  # goes first
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            self._scratch = huge_pages.empty(nbytes)
         return self._scratch[:nbytes]
 
 
@@ -126,14 +126,15 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         for module in model.modules()
         if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
     ]
-    copies = _Copies(int(free_bytes(torch.device("cpu")) * PACKED_SHARE)) if has_library() else None
+    copies = None
+    if has_library():
+        weights = [weight for weight in (*(layer.weight for layer in layers), head) if weight is not None and _gains(weight)]
+        copies = _Copies(weights, int(free_bytes(torch.device("cpu")) * PACKED_SHARE))
     token = _copies.set(copies)
     try:
         for layer in layers:
-            if _gains(layer.weight) and ((copies and copies.make(layer.weight)) or _has_onednn()):
+            if _gains(layer.weight) and (packed(layer.weight) or _has_onednn()):
                 layer.forward = MethodType(_forward, layer)
-        if copies and head is not None and _gains(head):
-            copies.make(head)
         yield
     finally:
         _copies.reset(token)

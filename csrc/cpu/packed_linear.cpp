@@ -16,21 +16,48 @@ constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 // Inputs taken at once, so that a panel's part stays in the second-level cache while the tiles pass over it.
 constexpr int64_t kDepth = 2048;
-// Of bfloat16, which more tiles than these find already widened.
-constexpr int64_t kWidenedDepth = 512, kTilesThatWiden = 2;
 // Of a weight as it is: a part of a panel that the first-level cache holds.
 constexpr int64_t kGatheredDepth = 256;
 // How far ahead of use a panel's lines are asked for, in inputs: they come from the second-level cache.
-constexpr int64_t kAhead = 8;
+constexpr int64_t kAhead = 16;
+// And in bytes, where they come from memory.
+constexpr int64_t kFarAhead = 8192;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLongestRun = 48;
 
-// What a tile fetches from memory meanwhile, an address with each of its inputs: the same part of the next panel.
+// The columns of a panel that vector i of two has are i * kLanes and those after it. In bfloat16 they lie in turns, so
+// that the two are the upper and lower halves of one vector's words.
+inline void load_columns(const float* from, Floats* low, Floats* high) {
+    *low = load(from), *high = load(from + kLanes);
+}
+inline void load_columns(const uint16_t* from, Floats* low, Floats* high) {
+    Words both;
+    std::memcpy(&both, from, sizeof both);
+    *low = reinterpret_cast<Floats>(both << 16), *high = reinterpret_cast<Floats>(both & 0xFFFF0000);
+}
+template <class T>
+constexpr int64_t place_of_column(int64_t column) {
+    return sizeof(T) == sizeof(float) ? column : column % kLanes * 2 + column / kLanes;
+}
+
+// What a tile fetches from memory meanwhile, with each of its inputs: where it is alone, what comes kFarAhead of it.
+template <class T>
+struct FarAhead {
+    const char* at;
+
+    void fetch(int64_t k) const {
+        for (int64_t line = 0; line < kPanel * int64_t{sizeof(T)}; line += kLineBytes)
+            __builtin_prefetch(at + k * kPanel * int64_t{sizeof(T)} + line, 0, 2);
+    }
+    FarAhead share(int64_t, int64_t, int64_t) const { return *this; }
+};
+
+// Else its share of the same part of the next panel.
 struct NextPanel {
     const char* at;
     int64_t bytes_per_input;
 
-    const char* operator()(int64_t k) const { return at + k * bytes_per_input; }
+    void fetch(int64_t k) const { __builtin_prefetch(at + k * bytes_per_input, 0, 2); }
     NextPanel share(int64_t index, int64_t tiles, int64_t depth) const {
         return {at + depth * index / tiles * bytes_per_input,
                 std::min(kLineBytes, (bytes_per_input + tiles - 1) / tiles)};
@@ -42,7 +69,7 @@ struct NextRows {
     const char* at;
     int64_t row_bytes, bytes;
 
-    const char* operator()(int64_t k) const { return at + k % kPanel * row_bytes + k / kPanel * bytes; }
+    void fetch(int64_t k) const { __builtin_prefetch(at + k % kPanel * row_bytes + k / kPanel * bytes, 0, 2); }
     NextRows share(int64_t index, int64_t tiles, int64_t depth) const {
         return {at + bytes * index / tiles, row_bytes, bytes * kPanel / (depth * tiles)};
     }
@@ -81,10 +108,11 @@ inline void multiply_tile(const Tile<T, Next>& tile) {
     const Next next = tile.next;
     // One loop: with AVX-512, a shorter one inside it, for each line of the next panel, takes a tenth of the rate.
     for (int64_t k = 0; k < tile.depth; ++k, ++x, panel += kPanel) {
-        __builtin_prefetch(next(k), 0, 2);
+        next.fetch(k);
         for (int64_t at = 0; at < kPanel; at += kLineBytes / sizeof(T))
             __builtin_prefetch(panel + kAhead * kPanel + at);
-        const Floats a = load(panel), b = load(panel + kLanes);
+        Floats a, b;
+        load_columns(panel, &a, &b);
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
             const Floats value = broadcast(x[r * tile.x_stride]);
@@ -146,21 +174,18 @@ void multiply_part(const PackedLinearArgs& args, const PanelPart<T, Next>& part,
 // One panel's columns of y, for all rows.
 template <class T>
 void multiply_packed(const PackedLinearArgs& args, int64_t panel) {
-    const bool widens = sizeof(T) < sizeof(float) && args.rows > kTilesThatWiden * kTileRows;
     const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
     const T* const weight = static_cast<const T*>(args.weight) + panel * kPanel * args.in_features;
     float bias[kPanel] = {};
     if (args.bias) std::copy_n(args.bias + begin, columns, bias);
-    const int64_t most = widens ? kWidenedDepth : kDepth;
-    for (int64_t k = 0; k < args.in_features; k += most) {
-        const int64_t depth = std::min(most, args.in_features - k);
+    for (int64_t k = 0; k < args.in_features; k += kDepth) {
+        const int64_t depth = std::min(kDepth, args.in_features - k);
         const T* const at = weight + k * kPanel;
-        const NextPanel next{reinterpret_cast<const char*>(at + kPanel * args.in_features), kPanel * sizeof(T)};
-        if (widens) {
-            alignas(kLineBytes) float wide[kWidenedDepth * kPanel];
-            for (int64_t i = 0; i < depth * kPanel; i += kLanes) store(wide + i, load(at + i));
-            multiply_part<float, NextPanel>(args, {wide, k, depth, next}, bias, begin, columns);
+        if (args.rows <= kTileRows) {
+            const FarAhead<T> ahead{reinterpret_cast<const char*>(at) + kFarAhead};
+            multiply_part<T, FarAhead<T>>(args, {at, k, depth, ahead}, bias, begin, columns);
         } else {
+            const NextPanel next{reinterpret_cast<const char*>(at + kPanel * args.in_features), kPanel * sizeof(T)};
             multiply_part<T, NextPanel>(args, {at, k, depth, next}, bias, begin, columns);
         }
         std::fill_n(bias, kPanel, 0.0f);
@@ -220,8 +245,9 @@ void pack_panel(const PackWeightArgs& args, int64_t panel) {
     const int64_t begin = panel * kPanel, columns = std::min<int64_t>(kPanel, args.out_features - begin);
     const T* weight = static_cast<const T*>(args.weight) + begin * args.row_stride;
     T* to = static_cast<T*>(args.packed) + begin * args.in_features;
-    for (int64_t k = 0; k < args.in_features; ++k)
-        for (int64_t c = 0; c < kPanel; ++c) *to++ = c < columns ? weight[c * args.row_stride + k] : T{};
+    for (int64_t k = 0; k < args.in_features; ++k, to += kPanel)
+        for (int64_t c = 0; c < kPanel; ++c)
+            to[place_of_column<T>(c)] = c < columns ? weight[c * args.row_stride + k] : T{};
 }
 
 int64_t panels(int64_t out_features) { return (out_features + kPanel - 1) / kPanel; }
@@ -239,10 +265,10 @@ void pack_weight(const PackWeightArgs& args) {
 }
 
 void packed_linear(const PackedLinearArgs& args) {
-    // A thread takes neighbouring panels, since each is fetched while the one before is in use: as many as still leave
-    // something to share out when the threads are not equally fast.
+    // A thread takes neighbouring panels, since each is fetched while the one before is in use. Of large products there
+    // is then still something to share out when the threads are not equally fast.
     const int64_t count = panels(args.out_features);
-    const int64_t run = std::min(kLongestRun, std::max<int64_t>(1, count / (args.threads * 3)));
+    const int64_t run = std::min(kLongestRun, (count + args.threads - 1) / args.threads);
     parallel_for((count + run - 1) / run, args.threads, [&](int64_t part, int) {
         for (int64_t panel = part * run; panel < std::min(count, (part + 1) * run); ++panel)
             args.dtype == Dtype::kFloat32 ? multiply_panel<float>(args, panel) : multiply_panel<uint16_t>(args, panel);

@@ -34,10 +34,16 @@ def packed_bytes(weight: Tensor) -> int:
     return weight.element_size() * library().packed_weight_elements(*weight.shape)
 
 
-def pack(weight: Tensor) -> PackedWeight:
-    """Copy a float32 or bfloat16 weight; the copy is valid while the instruction set in use stays the same."""
+def pack(weight: Tensor, memory: Tensor | None = None) -> PackedWeight:
+    """Copy a float32 or bfloat16 weight; the copy is valid while the instruction set in use stays the same.
+
+    Args:
+        memory: uint8 [packed_bytes(weight)], where the copy is to lie.
+    """
     weight = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
-    panels = weight.new_empty(library().packed_weight_elements(*weight.shape))
+    if memory is None:
+        memory = weight.new_empty(packed_bytes(weight), dtype=torch.uint8)
+    panels = memory.view(weight.dtype)
     library().pack_weight(
         weight.data_ptr(),
         dtype_code(weight.dtype),
