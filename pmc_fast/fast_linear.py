@@ -128,7 +128,9 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     ]
     copies = None
     if has_library():
-        weights = [weight for weight in (*(layer.weight for layer in layers), head) if weight is not None and _gains(weight)]
+        weights = [
+            weight for weight in (*(layer.weight for layer in layers), head) if weight is not None and _gains(weight)
+        ]
         copies = _Copies(weights, int(free_bytes(torch.device("cpu")) * PACKED_SHARE))
     token = _copies.set(copies)
     try:

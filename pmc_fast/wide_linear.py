@@ -44,11 +44,6 @@ def wide_linear(lm: LanguageModel) -> Iterator[None]:
                 vars(layer).pop("forward", None)
 
 
-def _gains(lm: LanguageModel) -> bool:
-    again = any(getattr(module, "gradient_checkpointing", False) for module in lm.backbone.modules())
-    return lm.device.type == "cpu" and not has_fast_bfloat16() and not again
-
-
 def _forward_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
     """What takes the place of its forward, if it gains by that."""
     weight, cls = getattr(module, "weight", None), kind(module)
