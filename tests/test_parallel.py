@@ -219,6 +219,16 @@ def _dtensors(rank, ranks):
     assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
     with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(dim=0\),\)"):
         parallel.linear_sample(hidden, distribute_tensor(weight, mesh, [Shard(1)]))
+    with pytest.raises(UserError, match="weight: got .* in shares of 1: the last rank has none"):
+        parallel.linear_sample(hidden, distribute_tensor(weight[: ranks - 1], mesh, [Shard(0)]))
+    shards = VocabShards.of(_share(rank, ranks, weight), dist.new_group())
+    with pytest.raises(ValueError, match="weight: got a DTensor of another process group than the shards'"):
+        parallel.linear_sample(hidden, sharded.detach(), shards=shards)
+
+
+def test_no_group():
+    with pytest.raises(UserError, match="group: got None without a default process group"):
+        VocabShards.of(torch.zeros(3, 2))
 
 
 def _groups_side_by_side(rank, ranks):
