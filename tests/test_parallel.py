@@ -211,13 +211,15 @@ def _ties_and_bad_rows(rank, ranks):
 
 def _dtensors(rank, ranks):
     mesh = init_device_mesh("cpu", (ranks,))
-    hidden, weight, _, target = _head()
-    whole = weight.clone().requires_grad_()
-    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    got, want = parallel.linear_logprob(hidden, sharded, target), pmc_fast.linear_logprob(hidden, whole, target)
+    hidden, weight, bias, target = _head()
+    whole, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    sharded, sharded_b = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias))
+    got = parallel.linear_logprob(hidden, sharded, target, bias=sharded_b)
+    want = pmc_fast.linear_logprob(hidden, whole, target, bias=b)
     torch.testing.assert_close(got, want)
     got.sum().backward(), want.sum().backward()
     torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
+    torch.testing.assert_close(sharded_b.grad.full_tensor(), b.grad)
     token = parallel.linear_sample(hidden.float(), sharded.detach().float()).token
     assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
     with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(dim=0\),\)"):
