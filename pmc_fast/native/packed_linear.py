@@ -36,7 +36,7 @@ def packed_bytes(weight: Tensor) -> int:
 
 def pack(weight: Tensor) -> PackedWeight:
     """Copy a float32 or bfloat16 weight; the copy is valid while the instruction set in use stays the same."""
-    weight = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     panels = weight.new_empty(library().packed_weight_elements(*weight.shape))
     library().pack_weight(
         weight.data_ptr(),
@@ -54,7 +54,6 @@ def in_place(weight: Tensor) -> PackedWeight | None:
 
     Where it is multiplied, a part of a panel is packed at a time: the same values to the bit, at a cost for each product.
     """
-    weight = weight.detach()
     return PackedWeight(weight, *weight.shape, weight.stride(0)) if weight.stride(1) == 1 and weight.stride(0) else None
 
 
@@ -72,7 +71,7 @@ def packed_linear(
     """
     rows = x.reshape(-1, weight.in_features)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = x.new_empty(len(rows), weight.out_features, dtype=torch.float32) if out is None else out
+    y = x.new_empty(len(rows), weight.out_features) if out is None else out
     bias = None if bias is None else bias.contiguous()
     library().packed_linear(
         rows.data_ptr(),
