@@ -91,8 +91,11 @@ def cuda_module(request, monkeypatch):
 
 
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_cuda_runs_on_gpus_and_only_if_named_or_preferred(op, cuda_module):
-    assert choose(op, None, "cuda", torch.bfloat16) != "cuda"
+def test_cuda_runs_on_gpus_and_only_if_named_or_preferred(op, cuda_module, monkeypatch):
+    with monkeypatch.context() as patch:
+        for missing in (None, "Triton is not installed"):
+            patch.setattr(backend, "missing_triton", lambda missing=missing: missing)
+            assert choose(op, None, "cuda", torch.bfloat16) != "cuda"
     if "cuda" not in IMPLEMENTATIONS[op]:
         reason = f"no cuda implementation of {op}"
     elif cuda_module == "built with CUDA":
@@ -176,6 +179,21 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
     assert choose("sample", "triton", "cuda", torch.float32) == "triton"
     with pytest.raises(BackendUnavailable, match="takes float32, bfloat16, float16, not float64"):
         choose("sample", "triton", "cuda", torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("value", "interprets"),
+    [("1", True), ("True", True), ("yes", True), ("ON", True), ("y", True), ("0", False), ("", False), ("no", False)],
+)
+def test_what_turns_tritons_interpreter_on(value, interprets, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backend.interpreting() == interprets
+
+
+def test_whether_triton_is_there(monkeypatch):
+    for found in (None, object()):
+        monkeypatch.setattr(backend, "find_spec", lambda name, found=found: found)
+        assert (backend.missing_triton.__wrapped__() is None) == (found is not None)
 
 
 def test_without_triton_naming_it_is_an_error_that_says_what_to_install(monkeypatch):

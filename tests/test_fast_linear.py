@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pmc_fast import fast_linear as the_module
-from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, linear, packed, scratch
+from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, linear, operand, packed, scratch
 from pmc_fast.native.packed_linear import packed_bytes
 
 
@@ -56,6 +56,8 @@ def test_strides_do_not_matter(cpu, rng_seed):
     x, weight = torch.randn(40, 9).T, torch.randn(80, 40)[::2, :]
     torch.testing.assert_close(linear(x[:, :40], weight), F.linear(x[:, :40], weight), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(linear(x, weight.T.contiguous().T), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    b = torch.randn(80)[::2]
+    torch.testing.assert_close(linear(x, weight, b), F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -104,6 +106,39 @@ def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(packs, mo
     want = F.linear(middle.double(), layers[1].weight.double())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)  # one of the middle may round the other way
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast bfloat16", "slow bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_which_product_a_layer_takes(dtype, fast, room, monkeypatch, rng_seed):
+    """The library's own from a copy, or in place of a slow one of bfloat16; what is left to torch has no operand either."""
+    monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(the_module, "free_bytes", lambda device: 2**30 * room)
+    taken = []
+    for name in ("packed_linear", "_onednn"):
+        product = getattr(the_module, name)
+        monkeypatch.setattr(
+            the_module, name, lambda *args, name=name, product=product: taken.append(name) or product(*args)
+        )
+    layer, head = nn.Linear(7, 5, dtype=dtype), torch.randn(9, 7, dtype=dtype)
+    gains = dtype == torch.float32 or (dtype == torch.bfloat16 and not fast)
+    with fast_linear(layer, head):
+        layer(torch.randn(3, 7, dtype=dtype))
+        for weight in (layer.weight, head):
+            assert (packed(weight) is not None) == (gains and room)
+            assert (operand(weight) is not None) == gains
+    own = room or dtype == torch.bfloat16
+    assert taken == (["packed_linear" if own else "_onednn"] if gains else [])
+
+
+def test_a_copy_is_of_one_view_of_the_memory(rng_seed):
+    weight = torch.randn(9, 9)
+    with fast_linear(nn.Identity(), weight):
+        assert packed(weight) is packed(weight[:]) is not None
+        for other in (weight.T, weight[:8], weight[1:], weight.view(torch.int32), weight.clone()):
+            assert packed(other) is None
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_angles_that_change_with_the_longest_row(built, monkeypatch, rng_seed):
     assert_same(got, want)
 
 
+def test_scores_that_are_no_numbers_are_refused(built, rng_seed):
+    model = make("llama", rng_seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[4:] = torch.nan  # of answers, not of the prompt
+    with pytest.raises(ValueError, match="decode_attention: the scores of row . hold NaN"):
+        sample(model, rng_seed, prompts=[[1, 2, 3]])
+    assert built[0] is not None
+
+
 ODD = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 51}
 
 

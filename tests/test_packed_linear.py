@@ -68,9 +68,10 @@ def test_rows_that_begin_with_a_panel_are_multiplied_where_they_lie(isa, rng_see
 
 
 def test_a_transposed_weight_and_a_batch_of_any_rank(isa, rng_seed):
-    x, weight = torch.randn(2, 3, 12), torch.randn(12, 10).T
-    got = packed_linear(x, pack(weight))
-    torch.testing.assert_close(got, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    weight = torch.randn(12, 10).T
+    for x in (torch.randn(2, 3, 12), torch.randn(3, 2, 12).transpose(0, 1)):
+        got = packed_linear(x, pack(weight))
+        torch.testing.assert_close(got, F.linear(x, weight), rtol=1e-5, atol=1e-5)
     x, bias = torch.randn(12, 7).T, torch.randn(10, 2)[:, 1]
     torch.testing.assert_close(packed_linear(x, pack(weight), bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
@@ -92,7 +93,7 @@ def test_a_weight_that_lies_as_it_is_gives_the_same_to_the_bit(isa, shape, dtype
     assert own.memory.data_ptr() == weight.data_ptr()
     assert torch.equal(packed_linear(x, own), packed_linear(x, pack(weight)))
     assert torch.equal(packed_linear(x, in_place(weight[3:])), packed_linear(x, own)[:, 3:])
-    assert in_place(weight.T) is None
+    assert in_place(weight.T) is None and in_place(weight[:1].expand(9, -1)) is None
 
 
 @LAID

@@ -63,15 +63,19 @@ def _losses(rank, ranks):
         (torch.float64, {"softcap": 3.0, "temperature": 0.7}, 2 * VOCAB),
         (torch.float32, {"logit_scale": 0.5}, chunks.CHUNK),
         (torch.float64, {"ignore_index": None}, 1),
+        (torch.bfloat16, {}, chunks.CHUNK),
     ):
         hidden, weight, bias, target = _head(dtype)
         if "ignore_index" in options:
-            target = target.abs() % VOCAB
-        upstream = torch.randn(ROWS, dtype=dtype)
+            target, bias = target.abs() % VOCAB, bias + 1000  # whose exponential is no number
+        wide = torch.promote_types(dtype, torch.float32)
+        upstream = torch.randn(ROWS, dtype=wide)
         whole = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
         part = [t.requires_grad_() for t in (hidden.clone(), *(_share(rank, ranks, t) for t in (weight, bias)))]
         shards = VocabShards.of(part[1], vocab=VOCAB)
-        close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+        # Of bfloat16, gradients are rounded once: to neighbours at most, where sums in another order differ.
+        close = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-4, 1e-5), torch.bfloat16: (2**-7, 1e-5)}[dtype]
+        close = dict(zip(("rtol", "atol"), close, strict=True))
         chunks.CHUNK, default = chunk, chunks.CHUNK
 
         _compare(
@@ -80,12 +84,13 @@ def _losses(rank, ranks):
             *(upstream, part, whole, close),
         )
         options.pop("temperature", None)
-        token_weight = torch.rand(ROWS, dtype=dtype)
+        token_weight = torch.rand(ROWS, dtype=wide)
         got = parallel.collapse_loss(part[0], part[1], target, token_weight, shards=shards, bias=part[2], **options)
         want = pmc_fast.collapse_loss(
             whole[0], whole[1], target, token_weight, bias=whole[2], impl="reference", **options
         )
         torch.testing.assert_close(got.token_nll, want.token_nll, **close)
+        assert not got.token_nll.requires_grad
         _compare(got.loss, want.loss, upstream[0], part, whole, close)
         chunks.CHUNK = default
 
@@ -122,9 +127,11 @@ def _samples(rank, ranks):
         {"top_k": 1},
         {"top_k": 5, "temperature": 4.0},
         {"top_k": 1000},
+        {"top_k": 40, "temperature": 9.0},
         {"top_p": 0.9, "temperature": 4.0},
         {"top_p": 0.3, "temperature": 9.0},
         {"min_p": 0.2, "temperature": 5.0},
+        {"min_p": 1.0},
         {"top_k": 20, "top_p": 0.7, "min_p": 0.1, "temperature": 6.0},
     ):
         options = {"seed": 12345, "sequence": sequence, "position": position, "softcap": 20.0} | truncation
@@ -166,14 +173,29 @@ def _ties_and_bad_rows(rank, ranks):
     hidden, weight = torch.zeros(ROWS, WIDTH), torch.randn(VOCAB, WIDTH)
     shard = _share(rank, ranks, weight)
     shards = VocabShards.of(shard)
-    for truncation in ({"temperature": 0.0}, {"top_k": 60}, {"top_p": 0.505}, {"top_k": 50, "top_p": 0.81}):
+    for truncation in (
+        {"temperature": 0.0},
+        {"top_k": 60},
+        {"top_p": 0.505},
+        {"top_k": 50, "top_p": 0.81},
+        {"top_p": 1e-6},
+    ):
         want = pmc_fast.linear_sample(hidden, weight, impl="reference", **truncation)
         for few in (sampling._FEW, 0):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sampling, "_FEW", few)
-                got = parallel.linear_sample(hidden, shard, shards=shards, **truncation)
-            assert torch.equal(got.token, want.token), truncation
-            torch.testing.assert_close(got.kept_mass, want.kept_mass)
+                found = [
+                    parallel.linear_sample(hidden.to(dtype), shard.to(dtype), shards=shards, **truncation)
+                    for dtype in (torch.float32, torch.float64)
+                ]
+            for got in found:
+                assert torch.equal(got.token, want.token), truncation
+                torch.testing.assert_close(got.kept_mass, want.kept_mass)
+    large = torch.full((ROWS, WIDTH), 1e30)
+    with pytest.raises(
+        ValueError, match="linear_sample: the logits of row 0 .* overflow when divided by the temperature"
+    ):
+        parallel.linear_sample(large, shard, shards=shards, temperature=1e-9, top_k=3)
     if rank == 0:
         shard[3] = torch.nan
     hidden[2] = 1
@@ -189,17 +211,29 @@ def _ties_and_bad_rows(rank, ranks):
 
 def _dtensors(rank, ranks):
     mesh = init_device_mesh("cpu", (ranks,))
-    hidden, weight, _, target = _head()
-    whole = weight.clone().requires_grad_()
-    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    got, want = parallel.linear_logprob(hidden, sharded, target), pmc_fast.linear_logprob(hidden, whole, target)
+    hidden, weight, bias, target = _head()
+    whole, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    sharded, sharded_b = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias))
+    got = parallel.linear_logprob(hidden, sharded, target, bias=sharded_b)
+    want = pmc_fast.linear_logprob(hidden, whole, target, bias=b)
     torch.testing.assert_close(got, want)
     got.sum().backward(), want.sum().backward()
     torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
+    torch.testing.assert_close(sharded_b.grad.full_tensor(), b.grad)
     token = parallel.linear_sample(hidden.float(), sharded.detach().float()).token
     assert torch.equal(token, pmc_fast.linear_sample(hidden.float(), weight.float(), impl="reference").token)
     with pytest.raises(UserError, match=r"weight: got a DTensor placed .*expected \(Shard\(dim=0\),\)"):
         parallel.linear_sample(hidden, distribute_tensor(weight, mesh, [Shard(1)]))
+    with pytest.raises(UserError, match="weight: got .* in shares of 1: the last rank has none"):
+        parallel.linear_sample(hidden, distribute_tensor(weight[: ranks - 1], mesh, [Shard(0)]))
+    shards = VocabShards.of(_share(rank, ranks, weight), dist.new_group())
+    with pytest.raises(ValueError, match="weight: got a DTensor of another process group than the shards'"):
+        parallel.linear_sample(hidden, sharded.detach(), shards=shards)
+
+
+def test_no_group():
+    with pytest.raises(UserError, match="group: got None without a default process group"):
+        VocabShards.of(torch.zeros(3, 2))
 
 
 def _groups_side_by_side(rank, ranks):
@@ -214,9 +248,8 @@ def _groups_side_by_side(rank, ranks):
     torch.testing.assert_close(got, want)
     got.sum().backward(), want.sum().backward()
     torch.testing.assert_close(part[0].grad, whole[0].grad)
-    hidden, shard = hidden.float(), part[1].float()
-    token = parallel.linear_sample(hidden, shard, shards=shards, top_k=9).token
-    assert torch.equal(token, pmc_fast.linear_sample(hidden, weight.float(), top_k=9, impl="reference").token)
+    token = parallel.linear_sample(hidden, part[1], shards=shards, top_k=9).token
+    assert torch.equal(token, pmc_fast.linear_sample(hidden, weight, top_k=9, impl="reference").token)
 
 
 def _bad_shards(rank, ranks):
@@ -226,6 +259,8 @@ def _bad_shards(rank, ranks):
         VocabShards.of(shard, vocab=VOCAB + 1)
     with pytest.raises(UserError, match="expected at least one row on each"):
         VocabShards.of(shard if rank else shard[:0])
+    with pytest.raises(UserError, match="expected at least one row on each, one width$"):
+        VocabShards.of(shard if rank else shard[:, 1:])
     for odd, complaint in (
         (shard.to("meta"), "the devices (cpu, )+meta"),
         (shard.float(), "the dtypes (torch.float64, )+torch.float32"),
@@ -250,6 +285,14 @@ def _bad_shards(rank, ranks):
         parallel.linear_logprob(hidden, shard, target)
     with pytest.raises(ValueError, match=f"weight: got {VOCAB} rows, expected"):
         parallel.linear_logprob(hidden, weight, target, shards=VocabShards.of(shard))
+    shards = VocabShards.of(shard)
+    with pytest.raises(ValueError, match="temperature: got 0"):
+        parallel.linear_logprob(hidden, shard, target, shards=shards, temperature=0)
+    with pytest.raises(ValueError, match="token_weight: got inf at row 3"):
+        token_weight = torch.ones(ROWS, dtype=shard.dtype).index_fill_(0, torch.tensor(3), torch.inf)
+        parallel.collapse_loss(hidden, shard, target, token_weight, shards=shards)
+    with pytest.raises(ValueError, match=f"hidden_row: got {ROWS} at row 1"):
+        parallel.linear_sample(hidden, shard, shards=shards, hidden_row=torch.tensor([0, ROWS]))
     with pytest.raises(ValueError, match=f"target: got {VOCAB} at row 0"):
         parallel.linear_logprob(hidden, shard, torch.full_like(target, VOCAB), shards=VocabShards.of(shard))
 

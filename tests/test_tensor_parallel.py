@@ -207,6 +207,16 @@ def _refusals(rank, ranks, mesh, seed):
     tied.model.embed_tokens.weight = weight_alone(tied, mesh, None).lm_head.weight
     with pytest.raises(UserError, match="model: got layers that cannot run.*expected parallelize_module on them"):
         LanguageModel(tied)
+    for got, in_parts in (
+        (r"shape \[\d+, \d+, \d+\] for \[\d+, \d+\] tokens", lambda hidden: hidden[:, :1]),
+        ("a DTensor", lambda hidden: DTensor.from_local(hidden, mesh, [Replicate()])),
+    ):
+        model = weight_alone(make_model(seed=seed), mesh, None)
+        model.model.norm.register_forward_hook(lambda module, inputs, hidden, in_parts=in_parts: in_parts(hidden))
+        with pytest.raises(
+            UserError, match=rf"model: got last hidden states in parts \({got}\), expected plain tensors"
+        ):
+            LanguageModel(model)
     scaled = weight_alone(make_model(seed=seed), mesh, None)
     scaled.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits * (1 + module.weight.device_mesh.get_rank())

@@ -40,7 +40,7 @@ def pack(weight: Tensor, memory: Tensor | None = None) -> PackedWeight:
     Args:
         memory: uint8 [packed_bytes(weight)], where the copy is to lie.
     """
-    weight = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if memory is None:
         memory = weight.new_empty(packed_bytes(weight), dtype=torch.uint8)
     panels = memory.view(weight.dtype)
@@ -60,7 +60,6 @@ def in_place(weight: Tensor) -> PackedWeight | None:
 
     Where it is multiplied, a part of a panel is packed at a time: the same values to the bit, at a cost for each product.
     """
-    weight = weight.detach()
     return PackedWeight(weight, *weight.shape, weight.stride(0)) if weight.stride(1) == 1 and weight.stride(0) else None
 
 
@@ -78,7 +77,7 @@ def packed_linear(
     """
     rows = x.reshape(-1, weight.in_features)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = x.new_empty(len(rows), weight.out_features, dtype=torch.float32) if out is None else out
+    y = x.new_empty(len(rows), weight.out_features) if out is None else out
     bias = None if bias is None else bias.contiguous()
     library().packed_linear(
         rows.data_ptr(),

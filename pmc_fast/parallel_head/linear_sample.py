@@ -100,7 +100,7 @@ def linear_sample(
     else:
         token, candidate = _candidates(shards, scaled, shift, total, top_k, top_p, min_p)
         token, candidate, holders = _exchanged(shards, token, candidate)
-        kept = token >= 0
+        kept = candidate > -math.inf
         if top_k is not None:
             kept &= _largest(holders, candidate, kept.double(), torch.full_like(total, top_k))
         masses = (candidate.double() - shift[:, None]).exp()
@@ -111,7 +111,7 @@ def linear_sample(
         if min_p > 0:
             kept &= candidate >= _floor(shift, min_p)[:, None]
         kept_mass = _total(holders, masses * kept)
-        noise = gumbel_of(seed, sequence, position, token.clamp(min=0))
+        noise = gumbel_of(seed, sequence, position, token)
         score = (candidate + noise).masked_fill(~kept, -math.inf)
         winner = _first_of(score, score.amax(-1, keepdim=True))
         token, score = token.gather(1, winner), score.gather(1, winner)
@@ -147,7 +147,7 @@ def _candidates(
     top_p: float,
     min_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """This rank's tokens that truncation might keep, in order, -1 after the last, and their scaled logits, -inf: [N, C]."""
+    """This rank's tokens that truncation might keep, in order, and their scaled logits, -inf after the last: [N, C]."""
     if top_k is not None:
         floor = _reached(scaled, min(top_k, scaled.shape[1]))
     elif top_p < 1:  # what lies below holds less than 1 - top_p of the mass together, all ranks' tokens included
@@ -157,10 +157,10 @@ def _candidates(
     row, index = (scaled >= floor[:, None]).nonzero().unbind(1)
     count = row.bincount(minlength=len(scaled))
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    token = index.new_full((len(scaled), max([1, *count.tolist()])), -1)
-    token[row, place] = index
-    candidate = scaled.gather(1, token.clamp(min=0)).masked_fill(token < 0, -math.inf)
-    return torch.where(token < 0, token, token + shards.begin), candidate
+    size = len(scaled), max([1, *count.tolist()])
+    token, candidate = index.new_zeros(size), scaled.new_full(size, -math.inf)
+    token[row, place], candidate[row, place] = index, scaled[row, index]
+    return token + shards.begin, candidate
 
 
 def _reached(values: Tensor, count: int) -> Tensor:
@@ -189,7 +189,7 @@ def _exchanged(
     if width > _FEW:
         return token, candidate, shards
     missing = (0, width - token.shape[1])
-    both = torch.stack([F.pad(token, missing, value=-1).double(), F.pad(candidate.double(), missing, value=-math.inf)])
+    both = torch.stack([F.pad(token, missing).double(), F.pad(candidate.double(), missing, value=-math.inf)])
     token, candidate = shards.gather(both).permute(1, 2, 0, 3).flatten(2)  # [2, N, ranks * width]
     return token.long(), candidate.float(), _Alone
 
@@ -227,7 +227,7 @@ def _best(
     )[0][:, None]
     token -= before
     score = scaled.gather(1, token) + gumbel_of(seed, sequence, position, token + shards.begin)
-    return token, score.masked_fill(nothing, -math.inf)
+    return token, score
 
 
 def _first_of(values: Tensor, wanted: Tensor) -> Tensor:
@@ -267,8 +267,8 @@ def _largest(shards: VocabShards | type[_Alone], values: Tensor, weights: Tensor
         histogram = torch.zeros(len(values), 2**_DIGIT, dtype=torch.float64, device=values.device)
         histogram = shards.gather(histogram.scatter_add_(1, digit, weights * undecided)).sum(0)
         higher = histogram.flip(1).cumsum(1).flip(1) - histogram + above[:, None]
-        # The lowest digit with weight that is not past the quota; the sums only grow towards lower digits.
-        lowest = ((higher < quota[:, None]) & (histogram > 0)).int().argmax(1, keepdim=True)
+        # The lowest digit that is not past the quota; the sums only grow towards lower digits.
+        lowest = (higher < quota[:, None]).int().argmax(1, keepdim=True)
         above = higher.gather(1, lowest)[:, 0]
         edge += lowest << shift
     tied = key == edge
