@@ -109,39 +109,46 @@ def _is_intel() -> bool:
 
 @contextmanager
 def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
-    """Within a with block, the model's nn.Linear layers on a CPU multiply faster where no gradients are asked for.
+    """Within a with block, the model's linear layers on a CPU multiply faster where no gradients are asked for.
 
     Their weights must not change meanwhile: they are packed once into the layout that the library multiplies from (as many as
     PACKED_SHARE has room for), which pays when few rows are multiplied many times. See `operand` for the others.
 
     Args:
-        model: its layers of type nn.Linear are changed and, in the end, restored; its weights are whole.
+        model: its layers of type nn.Linear and transformers' Conv1D are changed and, in the end, restored; its weights are whole.
         head: a weight [V, D] that is multiplied outside of the model's layers: see `packed`.
     """
     for module in model.modules():
         if getattr(module, "merged", False) and getattr(module, "disable_adapters", False):
             module.unmerge()  # as PEFT does when the layer is called next, which is too late for a copy
-    layers = [
-        module
+    layers = {
+        module: matrix
         for module in model.modules()
-        if kind(module) is nn.Linear and "forward" not in vars(module) and not is_dtensor(module.weight)
-    ]
+        if "forward" not in vars(module) and (matrix := matrix_of(module)) is not None and _gains(matrix)
+    }
     copies = None
     if has_library():
-        weights = [
-            weight for weight in (*(layer.weight for layer in layers), head) if weight is not None and _gains(weight)
-        ]
+        weights = [*layers.values(), *([] if head is None or not _gains(head) else [head])]
         copies = _Copies(weights, int(free_bytes(torch.device("cpu")) * PACKED_SHARE))
     token = _copies.set(copies)
     try:
-        for layer in layers:
-            if _gains(layer.weight) and (packed(layer.weight) or _has_onednn()):
+        for layer, matrix in layers.items():
+            if packed(matrix) or (_has_onednn() and matrix.stride(1) == 1):
                 layer.forward = MethodType(_forward, layer)
         yield
     finally:
         _copies.reset(token)
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+def matrix_of(layer: nn.Module) -> Tensor | None:
+    """The weight [O, D] by which a layer of type nn.Linear or transformers' Conv1D multiplies; None if it is another, or in parts."""
+    cls = kind(layer)
+    if cls is not nn.Linear and (cls.__module__, cls.__name__) != ("transformers.pytorch_utils", "Conv1D"):
+        return None
+    weight = layer.weight
+    return None if is_dtensor(weight) else weight if cls is nn.Linear else weight.T
 
 
 def is_fast(layer: nn.Module) -> bool:
@@ -195,12 +202,12 @@ def _gains(weight: Tensor) -> bool:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    changed = kind(layer) is not nn.Linear  # parametrized since, as PEFT does for the time of a layer's call
+    matrix = matrix_of(layer)  # None of one parametrized since, as PEFT does for the time of a layer's call
     differentiated = x.requires_grad and torch.is_grad_enabled()  # in the trial of `LanguageModel.unpackable`
-    if changed or differentiated or x.dtype != layer.weight.dtype or not x.numel():
-        return nn.functional.linear(x, layer.weight, layer.bias)
+    if matrix is None or differentiated or x.dtype != matrix.dtype or not x.numel():
+        return type(layer).forward(layer, x)
     multiply = _multiply_unseen if torch.compiler.is_compiling() else _multiply
-    return multiply(x, layer.weight, layer.bias)
+    return multiply(x, matrix, layer.bias)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -23,12 +23,12 @@ def setting() -> str | None:
 
 
 def empty(nbytes: int) -> Tensor:
-    """uint8 [nbytes], not initialised, in huge pages where the system has them to give, else as any memory.
+    """uint8 [nbytes], not initialised, in huge pages if it fills one and the system has them to give, else as any memory.
 
     What streams through memory meets a new page every 4 KiB else, and a processor that multiplies meanwhile does not look far
     enough ahead to have its address in time.
     """
-    if not nbytes or not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+    if nbytes < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them

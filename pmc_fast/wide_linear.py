@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from pmc_fast.fast_linear import has_fast_bfloat16, linear
+from pmc_fast.fast_linear import has_fast_bfloat16, linear, matrix_of
 from pmc_fast.models import LanguageModel
 from pmc_fast.ops._autograd import in_transform, once
-from pmc_fast.sharding import is_dtensor, kind
 
 
 @contextmanager
@@ -32,40 +31,26 @@ def wide_linear(lm: LanguageModel) -> Iterator[None]:
     with lm.turn:
         modules = [] if torch.compiler.is_compiling() else list(lm.backbone.modules())
         again = any(getattr(module, "gradient_checkpointing", False) for module in modules)
-        layers = (
-            [] if again else [module for module in modules if _forward_of(module) and "forward" not in vars(module)]
-        )
+        layers = [] if again else [module for module in modules if _gains(module) and "forward" not in vars(module)]
         try:
             for layer in layers:
-                layer.forward = MethodType(_forward_of(layer), layer)
+                layer.forward = MethodType(_forward, layer)
             yield
         finally:
             for layer in layers:
                 vars(layer).pop("forward", None)
 
 
-def _forward_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
-    """What takes the place of its forward, if it gains by that."""
-    weight, cls = getattr(module, "weight", None), kind(module)
-    if not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or is_dtensor(weight) or not weight.numel():
-        return None
-    if cls is nn.Linear:
-        return _linear
-    return _conv1d if (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D") else None
+def _gains(module: nn.Module) -> bool:
+    matrix = matrix_of(module)
+    return matrix is not None and matrix.dtype == torch.bfloat16 and matrix.numel() > 0
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return _product(layer, x, layer.weight)
-
-
-def _conv1d(layer: nn.Module, x: Tensor) -> Tensor:
-    return _product(layer, x, layer.weight.T)
-
-
-def _product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    if not x.dtype == weight.dtype == torch.bfloat16 or not x.numel():  # what else comes is the layer's own affair
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+    matrix = matrix_of(layer)
+    if matrix is None or not x.dtype == matrix.dtype == torch.bfloat16 or not x.numel():  # the layer's own affair
         return type(layer).forward(layer, x)
-    y = _Wide.apply(x.reshape(-1, x.shape[-1]), weight, layer.bias)
+    y = _Wide.apply(x.reshape(-1, x.shape[-1]), matrix, layer.bias)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -7,9 +7,10 @@ import torch
 from tiny import make_model
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from pmc_fast import fast_linear as the_module
-from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, linear, operand, packed, scratch
+from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, is_fast, linear, operand, packed, scratch
 from pmc_fast.native.packed_linear import packed_bytes
 
 
@@ -106,6 +107,24 @@ def test_bfloat16_without_instructions_for_it_is_multiplied_as_float32(packs, mo
     want = F.linear(middle.double(), layers[1].weight.double())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)  # one of the middle may round the other way
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_keep_their_weight_transposed_are_multiplied_from_a_copy(dtype, room, monkeypatch, rng_seed):
+    monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(the_module, "free_bytes", lambda device: 2**30 * room)
+    layer, x = Conv1D(48, 32), torch.randn(2, 5, 32)
+    layer.weight.normal_(), layer.bias.normal_()
+    layer, x = layer.to(dtype), x.to(dtype)
+    with fast_linear(layer):
+        got = layer(x)
+        assert is_fast(layer) == room == (packed(layer.weight.T) is not None)
+    assert not is_fast(layer) and got.dtype == dtype
+    want = x.double() @ layer.weight.double() + layer.bias.double()
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got.double(), want, rtol=rounding, atol=10 * rounding)
 
 
 @torch.no_grad()

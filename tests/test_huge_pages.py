@@ -10,7 +10,7 @@ from pmc_fast import doctor, huge_pages
 SUPPORTED = Path("/sys/kernel/mm/transparent_hugepage").exists() and hasattr(mmap, "MADV_HUGEPAGE")
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 4097, huge_pages.PAGE, 3 * huge_pages.PAGE + 5])
+@pytest.mark.parametrize("nbytes", [0, 1, huge_pages.PAGE - 1, huge_pages.PAGE, 3 * huge_pages.PAGE + 5])
 def test_memory_is_as_long_as_asked_for_and_can_be_written(nbytes):
     one, other = huge_pages.empty(nbytes), huge_pages.empty(nbytes)
     assert one.shape == (nbytes,) and one.dtype == torch.uint8 and one.device.type == "cpu"
@@ -47,12 +47,12 @@ def test_a_kernel_without_huge_pages_gives_memory_all_the_same(monkeypatch):
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(huge_pages.mmap, "mmap", Refusing)
-    assert huge_pages.empty(100).fill_(3).sum() == 300
+    assert huge_pages.empty(huge_pages.PAGE).fill_(3).sum() == 3 * huge_pages.PAGE
 
 
 def test_a_system_other_than_linux_gives_memory_all_the_same(monkeypatch):
     monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE", raising=False)
-    assert huge_pages.empty(100).fill_(3).sum() == 300
+    assert huge_pages.empty(huge_pages.PAGE).fill_(3).sum() == 3 * huge_pages.PAGE
 
 
 @pytest.mark.parametrize(
