@@ -107,9 +107,10 @@ def memory(request, monkeypatch):
         return room
 
     def watch(name, make):
-        def watched(weight):
-            own = make(weight)
-            made[name].append((weakref.ref(own.memory), own.memory.nbytes))
+        def watched(*args):
+            own = make(*args)
+            shared = name == "copies" and own.memory._base is not None
+            made[name].append((weakref.ref(own.memory._base if shared else own.memory), own.memory.nbytes))
             return own
 
         return watched
