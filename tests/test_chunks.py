@@ -86,7 +86,10 @@ ALONE = [{"no_rope_layers": [1, 1]}, {"layer_types": ["full_attention"] * 2, "fl
 @pytest.mark.parametrize("changes", [{}, *ALONE], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_sampling_is_the_models_own(padded, changes, rng_seed):
-    """Greedy answers that cross a chunk's end, behind prompts that do; each token against the whole text's logits."""
+    """Greedy answers that cross a chunk's end, behind prompts that do; each token against the whole text's logits.
+
+    With the prompt's padding: attention that is scaled by the place counts it.
+    """
     model = make_chunked(rng_seed, **changes)
     begin = torch.randint(0, 250, (9,)).tolist()  # so that prompts would be packed, if attention allowed
     lengths = [3, 5, 12] if padded else [12, 12]
@@ -95,10 +98,12 @@ def test_sampling_is_the_models_own(padded, changes, rng_seed):
         *pad_left(prompts, 256), num_samples=2, temperature=0, max_new_tokens=20, eos_token_id=300
     )
     model.set_attn_implementation("eager")
-    for prompt, tokens in zip(prompts, samples.tokens[:, 1].tolist(), strict=True):
+    for prompt, mask, tokens in zip(*pad_left(prompts, 256), samples.tokens[:, 1], strict=True):
+        mask = torch.cat([mask, torch.ones_like(tokens)])[None]
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        picked = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            logits = model(torch.cat([prompt, tokens])[None], **options).logits[0, len(prompt) - 1 : -1]
+        picked = logits.gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(picked, logits.amax(1), rtol=1e-4, atol=1e-4)
 
 
