@@ -201,7 +201,7 @@ def _gains(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.numel() > 0 and (weight.dtype == torch.float32 or slow)
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
     matrix = matrix_of(layer)  # None of one parametrized since, as PEFT does for the time of a layer's call
     differentiated = x.requires_grad and torch.is_grad_enabled()  # in the trial of `LanguageModel.unpackable`
     if matrix is None or differentiated or x.dtype != matrix.dtype or not x.numel():
