@@ -76,25 +76,28 @@ auto maybe(const std::optional<From>& from, const Read& read) {
 
 pmc::Activation activation(const std::string& name) {
     if (name == "silu") return pmc::Activation::kSilu;
+    if (name == "gelu") return pmc::Activation::kGelu;
     if (name == "gelu_tanh") return pmc::Activation::kGeluTanh;
-    throw py::value_error("activation: got " + name + ", expected silu or gelu_tanh");
+    if (name == "relu") return pmc::Activation::kRelu;
+    throw py::value_error("activation: got " + name + ", expected silu, gelu, gelu_tanh or relu");
 }
 
 // By the names of its fields.
 pmc::DecoderLayer decoder_layer(const py::dict& from) {
     const auto norm_of = [&](const char* name) { return maybe(from[name].cast<std::optional<Norm>>(), norm); };
     const auto linear_of = [&](const char* name) { return linear(from[name].cast<Linear>()); };
+    const auto maybe_linear = [&](const char* name) { return maybe(from[name].cast<std::optional<Linear>>(), linear); };
     return {norm_of("norm"),
             linear_of("query"),
-            linear_of("key"),
-            linear_of("value"),
+            maybe_linear("key"),
+            maybe_linear("value"),
             norm_of("query_norm"),
             norm_of("key_norm"),
             linear_of("output"),
             norm_of("output_norm"),
             from["parallel"].cast<bool>(),
             norm_of("mlp_norm"),
-            maybe(from["gate"].cast<std::optional<Linear>>(), linear),
+            maybe_linear("gate"),
             linear_of("up"),
             activation(from["activation"].cast<std::string>()),
             linear_of("down"),
@@ -346,9 +349,9 @@ PYBIND11_MODULE(_C, m) {
         "rotate",
         [](uintptr_t x, int64_t rows, int64_t heads, int64_t dim, int64_t x_stride, uintptr_t cosine, uintptr_t sine,
            int64_t rotated, uintptr_t y, int threads, bool transposed) {
-            pmc::kernels().rotate({pointer<const float>(x), rows, heads, dim, x_stride, pointer<const float>(cosine),
-                                   pointer<const float>(sine), rotated, pointer<void>(y), heads * dim, dim,
-                                   pmc::Dtype::kFloat32, threads, transposed});
+            pmc::kernels().rotate({pointer<const float>(x), rows, heads, dim, x_stride, dim,
+                                   pointer<const float>(cosine), pointer<const float>(sine), rotated, pointer<void>(y),
+                                   heads * dim, dim, pmc::Dtype::kFloat32, threads, transposed});
         },
         release());
 

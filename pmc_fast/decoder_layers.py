@@ -3,152 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pmc_fast.attention import AttentionCall
-from pmc_fast.fast_linear import is_fast
+from pmc_fast.fast_linear import is_fast, weight_of
+from pmc_fast.layer_kinds import ACTIVATIONS, Names, names_of
+from pmc_fast.layer_parts import Adapter, Angles, Embedding, Layer, Layers, Linear, LinearParts, Norm, NormParts
 from pmc_fast.models import LanguageModel
 from pmc_fast.sharding import is_tensor_parallel, kind
-
-# Layers of transformers, and what they call their norms: before attention, after it, before the MLP, after it.
-_BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
-_AROUND = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
-NORMS = {
-    "GemmaDecoderLayer": _BEFORE,
-    "Gemma2DecoderLayer": _AROUND,
-    "Gemma3DecoderLayer": _AROUND,
-    "GraniteDecoderLayer": _BEFORE,
-    "LlamaDecoderLayer": _BEFORE,
-    "MistralDecoderLayer": _BEFORE,
-    "Olmo2DecoderLayer": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "PhiDecoderLayer": ("input_layernorm", None, None, None),
-    "Phi3DecoderLayer": _BEFORE,
-    "Qwen2DecoderLayer": _BEFORE,
-    "Qwen3DecoderLayer": _BEFORE,
-}
-PARALLEL = ("PhiDecoderLayer",)
-ACTIVATIONS = {"SiLUActivation": "silu", "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh"}
-
-Norm, Linear = TypeVar("Norm"), TypeVar("Linear")
 
 
 class Unknown(Exception):
     """A part of the model is not what this module reads."""
-
-
-@dataclass(frozen=True)
-class NormParts:
-    """(x - mean) / sqrt(variance + epsilon) * (weight + offset) + bias; the mean is 0 unless `centered`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    epsilon: float
-    centered: bool
-    offset: float
-
-
-class Adapter(NamedTuple):
-    """scale * (x @ down.T) @ up.T."""
-
-    down: Tensor  # [r, D]
-    up: Tensor  # [O, r]
-    scale: float
-
-
-@dataclass(frozen=True)
-class LinearParts:
-    """x @ weight.T + bias, and what LoRA adapters add; the weight is `whole`, or its rows from `begin` on."""
-
-    weight: Tensor
-    bias: Tensor | None
-    adapters: tuple[Adapter, ...]
-    whole: Tensor
-    begin: int = 0
-
-    def split(self, *sizes: int) -> list[LinearParts]:
-        """Products of so many outputs each."""
-        return [self._rows(slice(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-
-    def _rows(self, rows: slice) -> LinearParts:
-        bias = None if self.bias is None else self.bias[rows]
-        adapters = tuple(adapter._replace(up=adapter.up[rows]) for adapter in self.adapters)
-        return LinearParts(self.weight[rows], bias, adapters, self.whole, self.begin + rows.start)
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """scale * weight[token] in float32; the row of `padding` gets no gradient."""
-
-    weight: Tensor
-    scale: float
-    padding: int | None
-
-    def __call__(self, token: Tensor) -> Tensor:
-        rows = nn.functional.embedding(token, self.weight, self.padding).float()
-        return rows if self.scale == 1 else rows * self.scale
-
-
-@dataclass(frozen=True)
-class Angles:
-    """Rotary embeddings: of each kind that layers name, or the only one (None)."""
-
-    rotary: nn.Module
-    kinds: tuple[str | None, ...]
-
-    def __call__(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions int64 [N] as a model of this dtype has them, float32 [K, N, R]."""
-        like = torch.empty(0, dtype=dtype, device=position.device)
-        each = [self.rotary(like, position[None], *(() if kind is None else (kind,))) for kind in self.kinds]
-        cosine, sine = (torch.cat(angles).float() for angles in zip(*each, strict=True))
-        return cosine, sine
-
-
-@dataclass(frozen=True)
-class Layer(Generic[Norm, Linear]):
-    """h += output_norm(output(attention(x))) with x = norm(h), then h += down_norm(down(activation(gate(y)) * up(y))).
-
-    y is mlp_norm(h), or x if the layer is `parallel`. Norms that are None change nothing; without a gate it is
-    activation(up(y)).
-    """
-
-    norm: Norm | None
-    query: Linear
-    key: Linear
-    value: Linear
-    query_norm: Norm | None  # as wide as a head or as all of them, like key_norm
-    key_norm: Norm | None
-    output: Linear
-    output_norm: Norm | None
-    parallel: bool
-    mlp_norm: Norm | None
-    gate: Linear | None
-    up: Linear
-    activation: str  # "silu" or "gelu_tanh"
-    down: Linear
-    down_norm: Norm | None
-    rotary: int  # which of the backbone's angles
-    attention: AttentionCall
-
-
-@dataclass(frozen=True)
-class Layers(Generic[Norm, Linear]):
-    """A whole backbone."""
-
-    embed: Embedding
-    angles: Angles
-    layers: list[Layer[Norm, Linear]]
-    final: Norm
-    head_dim: int
 
 
 def read_layers(
@@ -181,23 +51,31 @@ def read_layers(
 
 
 def _read_layers(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormParts, LinearParts]:
-    if is_hooked(lm) or is_tensor_parallel(lm.backbone):
-        raise Unknown
     backbone = lm.backbone
-    modules = backbone.layers[: lm.model.config.num_hidden_layers]
+    names = names_of(backbone)
+    if names is None or is_hooked(lm) or is_tensor_parallel(backbone):
+        raise Unknown
+    modules = backbone.get_submodule(names.layers)[: lm.model.config.num_hidden_layers]
     (unit,) = {getattr(module, "residual_multiplier", 1.0) for module in modules}
     if not unit > 0:
         raise Unknown
-    rotary = backbone.rotary_emb
-    angles = Angles(rotary, tuple(rotary.rope_type) if isinstance(rotary.rope_type, dict) else (None,))
-    final = _norm(backbone.norm if hasattr(backbone, "norm") else backbone.final_layernorm)
+    angles = _angles(_part(backbone, names.rotary))
     return Layers(
-        embed=_embedding(backbone, unit),
+        embed=_embedding(backbone, names, unit),
         angles=angles,
-        layers=[_layer(module, call, angles, unit) for module, call in zip(modules, calls, strict=True)],
-        final=_in_units(final, unit),
+        layers=[_layer(module, names, call, angles, unit) for module, call in zip(modules, calls, strict=True)],
+        final=_in_units(_norm(_part(backbone, names.final)), unit),
         head_dim=calls[0].head_dim,
     )
+
+
+def _part(module: nn.Module, path: str | None) -> Any:
+    return None if path is None else attrgetter(path)(module)
+
+
+def _angles(rotary: nn.Module | None) -> Angles:
+    several = isinstance(getattr(rotary, "rope_type", None), dict)
+    return Angles(rotary, tuple(rotary.rope_type) if several else (None,))
 
 
 def is_hooked(lm: LanguageModel) -> bool:
@@ -220,14 +98,27 @@ def _only_asks_for_gradients(hook: Callable) -> bool:
     )
 
 
-def _embedding(backbone: nn.Module, unit: float) -> Embedding:
-    embed, scaled = backbone.embed_tokens, kind(backbone.layers[0]).__name__.startswith("Gemma")
-    known = kind(embed).__name__.endswith("TextScaledWordEmbedding") if scaled else kind(embed) is nn.Embedding
-    if not known or embed.max_norm is not None or embed.scale_grad_by_freq or embed.sparse:
+def _embedding(backbone: nn.Module, names: Names, unit: float) -> Embedding:
+    embed, positions = _part(backbone, names.embed), _part(backbone, names.positions)
+    name = kind(embed).__name__
+    scaled = name.endswith("TextScaledWordEmbedding")  # Gemma's
+    learned = positions is None or kind(positions).__name__ in ("Embedding", "OPTLearnedPositionalEmbedding")
+    if not learned or not (scaled or kind(embed) is nn.Embedding):
+        raise Unknown
+    parts = [part for part in (embed, positions) if part is not None]
+    if any(part.max_norm is not None or part.scale_grad_by_freq or part.sparse for part in parts):
+        raise Unknown
+    if len({part.embedding_dim for part in parts}) > 1:  # OPT-350m projects one of them
         raise Unknown
     weight = embed.weight
     scale = embed.embed_scale.to(weight.dtype).item() if scaled else getattr(backbone, "embedding_multiplier", 1.0)
-    return Embedding(weight, scale / unit, embed.padding_idx)
+    return Embedding(
+        weight,
+        scale / unit,
+        embed.padding_idx,
+        None if positions is None else positions.weight,
+        getattr(positions, "offset", 0),
+    )
 
 
 def _in_units(norm: NormParts | None, unit: float) -> NormParts | None:
@@ -239,18 +130,22 @@ def _in_units(norm: NormParts | None, unit: float) -> NormParts | None:
     return None if norm is None else replace(norm, epsilon=norm.epsilon / unit**2)
 
 
-def _layer(layer: nn.Module, call: AttentionCall, angles: Angles, unit: float) -> Layer[NormParts, LinearParts]:
-    cls, attention, mlp = kind(layer), layer.self_attn, layer.mlp
-    if not cls.__module__.startswith("transformers.models.") or cls.__name__ not in NORMS:
+def _layer(
+    layer: nn.Module, names: Names, call: AttentionCall, angles: Angles, unit: float
+) -> Layer[NormParts, LinearParts]:
+    attention = _part(layer, names.attention)
+    if getattr(attention, "qk_layernorm", False) or hasattr(layer, "crossattention"):
         raise Unknown
-    if getattr(attention, "qk_layernorm", False):
+    if not getattr(layer, "do_layer_norm_before", True):
         raise Unknown
-    activation = kind(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
+    activation = kind(_part(layer, names.activation)).__name__
     if activation not in ACTIVATIONS:
         raise Unknown
-    norm, output_norm, mlp_norm, down_norm = (name and _norm(getattr(layer, name)) for name in NORMS[cls.__name__])
-    query, key, value = _query_key_value(attention)
-    gate, up, down = _gate_up_down(mlp)
+    norm, output_norm, mlp_norm, down_norm = (name and _norm(getattr(layer, name)) for name in names.norms)
+    query, key, value = _query_key_value(layer, names)
+    gate, up = _gate_up(layer, names)
+    if kind(layer).__name__ == "OPTDecoderLayer":  # which scales its queries before attention
+        call = replace(call, scaling=attention.scaling * call.scaling)
     return Layer(
         norm=_in_units(norm, unit),
         query=query,
@@ -258,41 +153,47 @@ def _layer(layer: nn.Module, call: AttentionCall, angles: Angles, unit: float) -
         value=value,
         query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        output=_linear(attention.o_proj if hasattr(attention, "o_proj") else attention.dense),
+        output=_linear(_part(layer, names.output)),
         output_norm=output_norm,
-        parallel=cls.__name__ in PARALLEL,
+        parallel=getattr(layer, names.parallel) if isinstance(names.parallel, str) else names.parallel,
         mlp_norm=_in_units(mlp_norm, unit),
         gate=gate,
         up=up,
         activation=ACTIVATIONS[activation],
-        down=down,
+        down=_linear(_part(layer, names.down)),
         down_norm=down_norm,
         rotary=0 if angles.kinds == (None,) else angles.kinds.index(attention.layer_type),
         attention=call,
     )
 
 
-def _query_key_value(attention: nn.Module) -> list[LinearParts]:
-    if not hasattr(attention, "qkv_proj"):
-        return [_linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj)]
-    whole, keys = _linear(attention.qkv_proj), attention.num_key_value_heads * attention.head_dim
-    return whole.split(len(whole.weight) - 2 * keys, keys, keys)
+def _query_key_value(layer: nn.Module, names: Names) -> tuple[LinearParts, LinearParts | None, LinearParts | None]:
+    if not isinstance(names.query_key_value, str):
+        query, key, value = (_linear(_part(layer, name)) for name in names.query_key_value)
+        return query, key, value
+    whole, attention = _linear(_part(layer, names.query_key_value)), _part(layer, names.attention)
+    if names.by_head:
+        return whole, None, None
+    heads = attention.num_key_value_heads if hasattr(attention, "num_key_value_heads") else attention.num_heads
+    keys = heads * attention.head_dim
+    query, key, value = whole.split(len(whole.weight) - 2 * keys, keys, keys)
+    return query, key, value
 
 
-def _gate_up_down(mlp: nn.Module) -> tuple[LinearParts | None, LinearParts, LinearParts]:
-    if hasattr(mlp, "fc1"):
-        return None, _linear(mlp.fc1), _linear(mlp.fc2)
-    if hasattr(mlp, "gate_up_proj"):
-        whole = _linear(mlp.gate_up_proj)
+def _gate_up(layer: nn.Module, names: Names) -> tuple[LinearParts | None, LinearParts]:
+    if names.up is not None:
+        return None, _linear(_part(layer, names.up))
+    if isinstance(names.gate_up, str):
+        whole = _linear(_part(layer, names.gate_up))
         gate, up = whole.split(*[len(whole.weight) // 2] * 2)
     else:
-        gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
-    return gate, up, _linear(mlp.down_proj)
+        gate, up = (_linear(_part(layer, name)) for name in names.gate_up)
+    return gate, up
 
 
 def _norm(module: nn.Module) -> NormParts:
     weight, name = module.weight, kind(module).__name__
-    if kind(module) is nn.LayerNorm:
+    if kind(module) is nn.LayerNorm and weight is not None:
         return NormParts(weight, module.bias, module.eps, True, 0.0)
     if not name.endswith("RMSNorm"):
         raise Unknown
@@ -302,11 +203,11 @@ def _norm(module: nn.Module) -> NormParts:
 
 
 def _linear(module: nn.Module) -> LinearParts:
-    if kind(module) is nn.Linear:
-        return LinearParts(module.weight, module.bias, (), module.weight)
+    if (weight := weight_of(module)) is not None:
+        return LinearParts(weight, module.bias, (), weight)
     if (kind(module).__module__, kind(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
         raise Unknown
-    if kind(module.base_layer) is not nn.Linear or (module.merged and module.disable_adapters):
+    if module.merged and module.disable_adapters:
         raise Unknown
     base = _linear(module.base_layer)
     if module.merged or module.disable_adapters:

@@ -144,11 +144,17 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
 
 def matrix_of(layer: nn.Module) -> Tensor | None:
     """The weight [O, D] by which a layer of type nn.Linear or transformers' Conv1D multiplies; None if it is another, or in parts."""
+    weight = weight_of(layer)
+    return None if weight is None or is_dtensor(weight) else weight
+
+
+def weight_of(layer: nn.Module) -> Tensor | None:
+    """As `matrix_of`, in parts, too."""
     cls = kind(layer)
-    if cls is not nn.Linear and (cls.__module__, cls.__name__) != ("transformers.pytorch_utils", "Conv1D"):
-        return None
-    weight = layer.weight
-    return None if is_dtensor(weight) else weight if cls is nn.Linear else weight.T
+    if cls is nn.Linear:
+        return layer.weight
+    is_conv1d = (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    return layer.weight.T if is_conv1d else None
 
 
 def is_fast(layer: nn.Module) -> bool:

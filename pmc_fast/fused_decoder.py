@@ -6,8 +6,9 @@ from torch import Tensor
 
 from pmc_fast.attention import AttentionCall
 from pmc_fast.cache import SampleCache
-from pmc_fast.decoder_layers import Adapter, LinearParts, NormParts, Unknown, read_layers
+from pmc_fast.decoder_layers import Unknown, read_layers
 from pmc_fast.fast_linear import operand
+from pmc_fast.layer_parts import Adapter, LinearParts, NormParts
 from pmc_fast.models import LanguageModel
 from pmc_fast.native import decoder
 from pmc_fast.native.packed_linear import PackedWeight, pack
@@ -43,7 +44,7 @@ class FusedDecoder:
         for layer in self._cache.layers:
             layer.length += 1
         filled = self._cache.layers[0].length
-        return self._decoder.step(self._embed(token), cosine, sine, filled, prefix_row, first).to(self._dtype)
+        return self._decoder.step(self._embed(token, position), cosine, sine, filled, prefix_row, first).to(self._dtype)
 
 
 _CACHED = ("keys", "values", "prefix_keys", "prefix_values")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pmc_fast import gpu
-from pmc_fast.decoder_layers import LinearParts, NormParts
 from pmc_fast.fast_linear import linear
+from pmc_fast.layer_parts import LinearParts, NormParts
 from pmc_fast.native import elementwise as native
 from pmc_fast.ops._autograd import once
 

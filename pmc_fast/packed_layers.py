@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from pmc_fast import attention, backend, varlen
 from pmc_fast.attention import AttentionCall, PackedLengths
 from pmc_fast.cache import SampleCache
-from pmc_fast.decoder_layers import Embedding, Layer, Layers, LinearParts, NormParts, Unknown, is_hooked, read_layers
+from pmc_fast.decoder_layers import Unknown, is_hooked, read_layers
 from pmc_fast.fast_linear import has_fast_bfloat16, has_library
 from pmc_fast.layer_gradients import activate, add_and_normalize, normalize, products, rotate
+from pmc_fast.layer_kinds import attentions_of, with_one_layer
+from pmc_fast.layer_parts import Embedding, Layer, Layers, LinearParts, NormParts
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.ops import packed_attention
 from pmc_fast.ops._autograd import in_transform
@@ -30,6 +32,9 @@ _seen: WeakKeyDictionary[LanguageModel, tuple[Hashable, list[AttentionCall], boo
 # By how much a layer with 16-bit modules may differ in a row: each of a dozen results in it is rounded by up to 2^-9 of its size.
 # The families that are tested stay below half of it.
 ROUNDED = 2**-4
+
+# What modules call the shares that they drop in training, where no module of its own does.
+_DROPS = ("attention_dropout", "dropout", "layerdrop")
 
 
 def hidden_of(
@@ -93,12 +98,10 @@ def _has_kernels(device: str) -> bool:
 
 def _says(lm: LanguageModel) -> Hashable:
     """What decides on what attention is given: numbers in the configuration and in the layers' attention; and the dtypes."""
-    attentions = (getattr(layer, "self_attn", None) for layer in getattr(lm.backbone, "layers", ()))
-    holders = (lm.model.config.get_text_config(), *attentions)
+    holders = (lm.model.config.get_text_config(), *attentions_of(lm.backbone))
     numbers = (
         tuple((name, value) for name, value in vars(holder).items() if type(value) in (int, float))
         for holder in holders
-        if holder is not None
     )
     return frozenset(parameter.dtype for parameter in lm.backbone.parameters()), *numbers
 
@@ -134,22 +137,14 @@ def _observed(lm: LanguageModel) -> tuple[list[AttentionCall], bool | None]:
             hidden = _hidden(lm, watched.calls, ids, positions, lengths, rows)
             return watched.calls, bool((hidden - expected).abs().max() <= 1e-3 * expected.abs().max())
         # What many layers make of roundings may be anything, so here one shows what the layers' classes do.
-        one = _with_one_layer(lm)
+        one = copy(lm)
+        one.backbone = with_one_layer(lm.backbone)
         _, expected = passed(one)
         hidden = _hidden(one, watched.calls[:1], ids, positions, lengths, rows)
     error = (hidden.float() - expected.float()).norm(dim=-1)
     return watched.calls, hidden.dtype == expected.dtype and bool(
         (error <= ROUNDED * expected.float().norm(dim=-1)).all()
     )
-
-
-def _with_one_layer(lm: LanguageModel) -> LanguageModel:
-    """The same modules without the other layers; other threads, and who fails, find the model as it was."""
-    one, backbone = copy(lm), object.__new__(type(lm.backbone))  # the class FSDP2 makes of it would not be copied
-    layers = {"layers": lm.backbone.layers[:1]}
-    vars(backbone).update(vars(lm.backbone), _modules=lm.backbone._modules | layers, _compiled_call_impl=None)
-    one.backbone = backbone
-    return one
 
 
 def _read(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormParts, LinearParts]:
@@ -177,13 +172,15 @@ def _triton_takes(read: Layers[NormParts, LinearParts]) -> bool:
     weights = [part.weight for part in parts if isinstance(part, (Embedding, NormParts, LinearParts))]
     like, softcaps = weights[0], {layer.attention.softcap for layer in read.layers}
     one_dtype = {weight.dtype for weight in weights} == {like.dtype}
-    return one_dtype and all(varlen.takes(like.device, like.dtype, read.head_dim, softcap) for softcap in softcaps)
+    return (one_dtype and read.known_to_triton()) and all(
+        varlen.takes(like.device, like.dtype, read.head_dim, softcap) for softcap in softcaps
+    )
 
 
 def _has_more(module: nn.Module) -> bool:
     """Whether a module does more in training than its layers' parts tell."""
     drops = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
-    drops = drops or getattr(module, "attention_dropout", 0)
+    drops = drops or any(isinstance(share := getattr(module, name, 0), (int, float)) and share for name in _DROPS)
     again = getattr(module, "gradient_checkpointing", False)
     return bool(module._backward_hooks or module._backward_pre_hooks or (module.training and (drops or again)))
 
@@ -198,7 +195,7 @@ def _forward(
 ) -> Tensor:
     dtype = read.embed.weight.dtype
     angles = list(zip(*read.angles(position_ids, dtype), strict=True))
-    hidden, added = read.embed(input_ids), None
+    hidden, added = read.embed(input_ids, position_ids), None
     kind = hidden.dtype if KERNELS[hidden.device.type] == "native" else dtype  # of what is multiplied
     for number, layer in enumerate(read.layers, 1):
         hidden, x = _input(layer.norm, hidden, added, kind)
@@ -211,7 +208,7 @@ def _forward(
         (output,) = products(attended, (layer.output,))
         output = _normalized(layer.output_norm, output)
         if layer.parallel:
-            added = output + _mlp(layer, x)
+            added = output + _mlp(layer, x if layer.mlp_norm is None else normalize(hidden, layer.mlp_norm))
         else:
             hidden, x = _input(layer.mlp_norm, hidden, output, kind)
             added = _mlp(layer, x)
@@ -234,10 +231,13 @@ def _heads(
     layer: Layer[NormParts, LinearParts], x: Tensor, angles: tuple[Tensor, Tensor], head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of the rows, [N, heads, head_dim]."""
-    query, key, value = products(x, (layer.query, layer.key, layer.value))
-    query, key = _normalized(layer.query_norm, query), _normalized(layer.key_norm, key)
-    query, key, value = (states.view(len(x), -1, head_dim) for states in (query, key, value))
-    return rotate(query, *angles), rotate(key, *angles), value
+    parts, norms = (layer.query, layer.key, layer.value), (layer.query_norm, layer.key_norm, None)
+    states = products(x, [part for part in parts if part is not None])
+    states = [_normalized(norm, made) for norm, made in zip(norms, states, strict=False)]
+    query, key, value = layer.heads(states, head_dim)
+    if angles[0].shape[1]:
+        query, key = rotate(query, *angles), rotate(key, *angles)
+    return query, key, value
 
 
 def _attend(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pmc_fast import gpu
-from pmc_fast.decoder_layers import Layers, LinearParts, NormParts, Unknown, read_layers
+from pmc_fast.decoder_layers import Unknown, read_layers
 from pmc_fast.gpu.gemm import write_logits
+from pmc_fast.layer_parts import Layers, LinearParts, NormParts
 from pmc_fast.models import LanguageModel
 from pmc_fast.prefill import Prefill
 from pmc_fast.side_by_side import side_by_side
@@ -54,10 +55,12 @@ def read_static_layers(lm: LanguageModel, filled: Prefill) -> Layers[_Norm, _Lin
     """The model's layers as `StaticLayers` calls them.
 
     Raises:
-        Unknown: one of the model's parts is of no known kind.
+        Unknown: one of the model's parts is of no known kind, or of none that Triton's kernels know.
     """
     dtype = filled.hidden.dtype
     layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear)
+    if not layers.known_to_triton():
+        raise Unknown
     kinds = layers.angles.rotary.rope_type
     if not {*(kinds.values() if isinstance(kinds, dict) else [kinds])} <= {*ROTARY_KINDS}:
         raise Unknown
@@ -99,7 +102,7 @@ class StaticLayers(StaticCache):
         elementwise, attend = gpu.kernels("elementwise"), self.attention(of, rows)
         layers, dim = self.layers, self.layers.head_dim
         position, length = of.position[:rows], of.step[:rows]
-        hidden = layers.embed(of.token[:rows])
+        hidden = layers.embed(of.token[:rows], position)
         added = None
         for index, layer in enumerate(layers.layers):
             keys, values = self.own[index, :, :rows]

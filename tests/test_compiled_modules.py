@@ -6,15 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import VOCAB, make_model
+from tiny import make_model
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 pytest.importorskip("triton")
 from draws import assert_same
 from static_decoding import DEVICE, adapt, sample, watch
 
-from pmc_fast import attention, fast_linear, static_decoder
+from pmc_fast import attention, fast_linear, packed_layers, static_decoder
 from pmc_fast.decoder_layers import Unknown
 from pmc_fast.errors import UserError
 from pmc_fast.running_rows import RunningRows
@@ -42,14 +41,10 @@ def unknown(monkeypatch):
 
     monkeypatch.setattr(static_decoder, "read_static_layers", refuse)
     monkeypatch.setattr("pmc_fast.running_rows.fused_decoder", lambda *args: None)
+    monkeypatch.setattr(packed_layers, "KERNELS", {})
 
 
 def make(family, seed, **changes):
-    if family == "opt":
-        torch.manual_seed(seed)
-        sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 64}
-        sizes |= {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.3}
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING["opt"](**sizes)).eval().to(DEVICE)
     model = make_model(family, seed=seed, **changes).to(DEVICE)
     if family == "gemma2":  # transformers gives it eager attention, training this library's
         attention.install(model)
@@ -72,14 +67,14 @@ def test_same_answers_as_the_modules(family, unknown, rng_seed):
     assert compilations() and not COUNTERS["graph_break"]
 
 
-def test_as_torch_compiles_by_default(rng_seed):
+def test_as_torch_compiles_by_default(unknown, rng_seed):
     model = make("gpt_neox", rng_seed)
     sampler = Sampler(model, compile_modules=True)
     for prompts in ([[1, 2, 3], [4]], [[5, 6]]):
         assert_same(sample(sampler, rng_seed, prompts=prompts), sample(model, rng_seed, prompts=prompts))
 
 
-def test_calls_share_what_is_compiled_and_read_the_weights_of_now(rng_seed):
+def test_calls_share_what_is_compiled_and_read_the_weights_of_now(unknown, rng_seed):
     model = make("cohere", rng_seed)
     sampler = Sampler(model, compile_modules=True)
     for prompts, samples, steps in (([[1, 2, 3], [4]], 3, 5), ([[5]], 7, 9), ([[6, 7]] * 5, 2, 12)):
@@ -125,7 +120,7 @@ def test_adapters_that_are_switched(unknown, rng_seed):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="packed weights are a CPU's")
 @pytest.mark.parametrize("packs", [True, False])
-def test_linear_layers_multiply_as_those_that_are_not_compiled(packs, monkeypatch, rng_seed):
+def test_linear_layers_multiply_as_those_that_are_not_compiled(packs, unknown, monkeypatch, rng_seed):
     model, calls, multiply = make("gpt_neox", rng_seed), [], fast_linear.packed_linear
     want = sample(model, rng_seed)
     monkeypatch.setattr(fast_linear, "packed_linear", lambda *args: calls.append(args) or multiply(*args))
@@ -146,7 +141,7 @@ def test_attention_without_a_kernel_of_ours(monkeypatch, rng_seed):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "mixtral"])
-def test_from_fixed_memory(family, monkeypatch, rng_seed):
+def test_from_fixed_memory(family, unknown, monkeypatch, rng_seed):
     model = make(family, rng_seed)
     want = [sample(model, rng_seed, max_new_tokens=steps) for steps in (7, 5)]
     made = watch(monkeypatch)
@@ -186,7 +181,7 @@ def does_nothing(*args): ...
     ],
     ids=["hook", "forward", "attention", "what it does"],
 )
-def test_what_cannot_be_compiled_is_refused(change, message, rng_seed):
+def test_what_cannot_be_compiled_is_refused(change, message, unknown, rng_seed):
     model = make("gpt_neox", rng_seed)
     sampler = Sampler(model, compile_modules=True)
     sample(sampler, rng_seed, max_new_tokens=2)
@@ -205,7 +200,7 @@ def test_experts_that_the_host_asks_are_refused(rng_seed):
         sample(Sampler(model, compile_modules=True), rng_seed)
 
 
-def test_torch_counts_compilations_by_model_and_says_when_it_has_enough(rng_seed):
+def test_torch_counts_compilations_by_model_and_says_when_it_has_enough(unknown, rng_seed):
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(3):
             model = make("gpt_neox", rng_seed)
@@ -219,7 +214,7 @@ def test_torch_counts_compilations_by_model_and_says_when_it_has_enough(rng_seed
         sample(Sampler(model, compile_modules=True), rng_seed, max_new_tokens=2)
 
 
-def test_nothing_stays_of_a_model_that_is_gone(rng_seed):
+def test_nothing_stays_of_a_model_that_is_gone(unknown, rng_seed):
     sampler = Sampler(make("gpt_neox", rng_seed), compile_modules=True)
     sample(sampler, rng_seed, max_new_tokens=3)
     assert compilations()

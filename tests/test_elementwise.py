@@ -15,7 +15,12 @@ from pmc_fast.native.elementwise import (
 
 SIZES = [1, 3, 17, 64, 576, 2049]
 ROWS = 37  # more than a chunk of the sums over rows, and no multiple of one
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 EPSILON = 1e-5
 # What rounding may make of a result, relative to the terms that it is a sum or difference of.
 ROUNDING = 16 * torch.finfo(torch.float32).eps
@@ -293,7 +298,7 @@ def test_what_does_not_fit_is_named(rng_seed):
         "out: got strides .*overlap": lambda: backward(out=torch.randn(6).expand(4, 6)),
         "gate: ": lambda: activate(weight, "silu", None),
         "up: ": lambda: activate(x, "silu", x[:, 1:]),
-        "activation: got relu": lambda: activate(x, "relu", None),
+        "activation: got quick_gelu": lambda: activate(x, "quick_gelu", None),
         "activation: got gelu": lambda: activate_backward(x, x, "gelu", None),
         "grad: ": lambda: activate_backward(x[:, 1:], x, "silu", None),
         "up: got": lambda: activate_backward(x, x, "silu", x[:, 1:]),

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from draws import assert_same, differ
-from tiny import KNOWN, VOCAB, checkpoint_activations, make_model
+from tiny import KNOWN_ON_CPU, VOCAB, checkpoint_activations, make_model
 
 from pmc_fast import attention, fast_linear, fused_decoder
 from pmc_fast.native.packed_linear import packed_bytes
@@ -33,7 +33,7 @@ def built(monkeypatch):
 
 
 def make(family, seed):
-    model = make_model(family, seed=seed, **KNOWN[family])
+    model = make_model(family, seed=seed, **KNOWN_ON_CPU[family])
     if family == "gemma2":  # transformers gives it eager attention, training this library's
         attention.install(model)
     return model
@@ -51,7 +51,7 @@ def by_modules(model, seed, monkeypatch, **options):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]], LONG], ids=["padded", "one prompt", "long"])
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", KNOWN_ON_CPU)
 def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)
     got = sample(model, rng_seed, prompts=prompts)
@@ -76,6 +76,24 @@ def test_scores_that_are_no_numbers_are_refused(built, rng_seed):
     with pytest.raises(ValueError, match="decode_attention: the scores of row . hold NaN"):
         sample(model, rng_seed, prompts=[[1, 2, 3]])
     assert built[0] is not None
+
+
+VARIANTS = [
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"attention_bias": False, "hidden_act": "gelu_fast"}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}),
+    ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    ("llama", {"hidden_act": "relu"}),
+    ("phi", {"hidden_act": "gelu"}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=str)
+def test_variants_of_these_families(family, changes, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed, **changes)
+    got, want = sample(model, rng_seed), by_modules(model, rng_seed, monkeypatch)
+    assert built[0] is not None
+    assert_same(got, want)
 
 
 ODD = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 51}
@@ -120,7 +138,7 @@ def memory(request, monkeypatch):
     return limit, made
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", [family for family in KNOWN_ON_CPU if family != "gpt2"])
 def test_weights_that_find_no_room_are_read_where_they_lie(family, isa, memory, monkeypatch, rng_seed):
     limit, made = memory
     model = make(family, rng_seed)
@@ -138,8 +156,20 @@ def test_weights_that_find_no_room_are_read_where_they_lie(family, isa, memory, 
     assert all(memory() is None for memory, _ in made["copies"] + made["in place"])
 
 
+def test_but_for_those_that_lie_transposed(monkeypatch, rng_seed):
+    """A GPT-2's; while they have room their copies are as all others."""
+    model = make("gpt2", rng_seed)
+    want = by_modules(model, rng_seed, monkeypatch)
+    monkeypatch.setattr(fast_linear, "free_bytes", lambda device: 0)
+    ids, mask = pad_left(PROMPTS, 256)
+    sampler = Sampler(model)
+    got = sampler.sample(ids, mask, num_samples=5, max_new_tokens=14, eos_token_id=ENDS, seed=rng_seed, **DRAW)
+    assert sampler.decoder == "modules"
+    assert_same(got, want)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "gpt_neox"])
 def test_so_they_are_in_bfloat16(family, isa, built, memory, monkeypatch, rng_seed):
     monkeypatch.setattr(fast_linear, "has_fast_bfloat16", lambda: False)
     model, exact = make(family, rng_seed).bfloat16(), make(family, rng_seed).bfloat16().float()
@@ -200,7 +230,7 @@ def error(samples, exact):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", KNOWN_ON_CPU)
 def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_modules_are(family, isa, built, monkeypatch, rng_seed):
     """Between the layers it keeps float32."""
     monkeypatch.setattr(fast_linear, "has_fast_bfloat16", lambda: False)
@@ -266,10 +296,11 @@ def test_a_model_that_somebody_changed_is_left_to_its_modules(family, change, bu
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {"hidden_act": "relu"}),
-        ("phi", {"hidden_act": "gelu"}),
+        ("llama", {"hidden_act": "quick_gelu"}),
         ("phi", {"qk_layernorm": True}),
-        ("gemma", {"hidden_act": "relu"}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"word_embed_proj_dim": 16}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
         ("granite", {"residual_multiplier": 0.0}),
         ("cohere", {}),
     ],

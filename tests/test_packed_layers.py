@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from tiny import FAMILIES, KNOWN, checkpoint_activations, make_model
+from tiny import FAMILIES, KNOWN, KNOWN_ON_CPU, checkpoint_activations, make_model
 from torch.utils.checkpoint import checkpoint
 
 from pmc_fast import packed_layers
@@ -17,9 +17,10 @@ from pmc_fast.layer_gradients import add_and_normalize, products
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
 
-# A GPT-2's layers are unknown; what is known is known with and without windows.
-ALL = {**{f"{family}*": (family, changes) for family, changes in KNOWN.items()}}
+# What is known is known with and without windows.
+ALL = {**{f"{family}*": (family, changes) for family, changes in KNOWN_ON_CPU.items()}}
 ALL |= {family: (family, {}) for family in FAMILIES if family in KNOWN}
+ALL["gpt_neox, one after the other"] = "gpt_neox", {"use_parallel_residual": False}
 
 
 @pytest.fixture
@@ -84,14 +85,15 @@ def test_equals_the_modules(case, shared, isa, used, by_modules, monkeypatch, rn
         if gradient is None:
             assert got[name] is None, name
         else:
-            assert relative_error(got[name], gradient) < 1e-3, name
+            # Of keys' biases without rotary embeddings it is 0, but for rounding.
+            assert (got[name] - gradient).norm() < 1e-3 * gradient.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", KNOWN_ON_CPU)
 def test_bfloat16_is_nearer_to_the_exact_values_than_the_modules(family, used, by_modules, monkeypatch, rng_seed):
     """Weights are widened, all between them is float32."""
     monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
-    model = make_model(family, seed=rng_seed, **KNOWN[family]).bfloat16()
+    model = make_model(family, seed=rng_seed, **KNOWN_ON_CPU[family]).bfloat16()
     lm, packed = LanguageModel(model), batch()
     hidden, theirs = packed.hidden(lm), by_modules(lm, packed)
     assert used == [True] and hidden.dtype == torch.bfloat16
@@ -355,7 +357,17 @@ def test_dropout_of_a_module(used, rng_seed):
     assert used == [True, False, True]
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(KNOWN)))
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_families_that_drop_by_default(family, used, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    lm, packed = LanguageModel(model.train()), batch()
+    packed.hidden(lm)
+    model.eval()
+    packed.hidden(lm)
+    assert used == [False, True]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(KNOWN_ON_CPU)))
 def test_unknown_layers(family, used, rng_seed):
     batch().hidden(LanguageModel(make_model(family, seed=rng_seed)))
     assert used == [False]
@@ -409,12 +421,12 @@ def test_modules_that_compute_something_else_in_bfloat16(family, part, used, mon
     assert used == [True, False] and lm.backbone.layers is layers and hidden.isfinite().all()
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", KNOWN_ON_CPU)
 def test_one_layer_in_bfloat16_differs_by_less_than_half_the_tolerance(family, monkeypatch, rng_seed):
     """Which leaves room for weights other than these."""
     monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
     monkeypatch.setattr(packed_layers, "ROUNDED", packed_layers.ROUNDED / 2)
-    model = make_model(family, seed=rng_seed, **KNOWN[family]).bfloat16()
+    model = make_model(family, seed=rng_seed, **KNOWN_ON_CPU[family]).bfloat16()
     lm = LanguageModel(model)
     batch().hidden(lm)
     assert lm.packed_by == "native"

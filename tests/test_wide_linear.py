@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import checkpoint_activations, make_model
 
-from pmc_fast import wide_linear
+from pmc_fast import packed_layers, wide_linear
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
 
@@ -15,7 +15,8 @@ FAMILIES = ["gpt_neox", "gpt2", "cohere"]
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    """How often a product was widened, on any CPU."""
+    """How often a product was widened, on any CPU, by modules of whichever kind."""
+    monkeypatch.setattr(packed_layers, "KERNELS", {})
     monkeypatch.setattr(wide_linear, "has_fast_bfloat16", lambda: False)
     calls, apply = [], wide_linear._Wide.apply
     monkeypatch.setattr(wide_linear._Wide, "apply", lambda *args: calls.append(1) or apply(*args))

@@ -59,6 +59,7 @@ MORE = {
     # Their layers hand no keywords on.
     "stablelm": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5},
     "nemotron": {},
+    "opt": {},
 }
 
 # What the decoders of this library know, and what of it they are to see.
@@ -66,6 +67,12 @@ KNOWN = {
     "llama": {},
     "mistral": {"sliding_window": 6},
     **dict.fromkeys(("qwen2", "qwen3", "phi", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2"), {}),
+}
+KNOWN_ON_CPU = {
+    **KNOWN,
+    "gpt_neox": {},
+    "gpt2": {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0},
+    "opt": {"dropout": 0},
 }
 
 
@@ -77,7 +84,9 @@ def make_model(family: str = "llama", seed: int = 0, **changes):
             "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
             "pad_token_id": 256, "bos_token_id": 258, "eos_token_id": 257, **changes,
         }  # fmt: skip
-    if family == "gpt_neox":
+    if family == "opt":
+        sizes |= {"ffn_dim": sizes["intermediate_size"], "word_embed_proj_dim": sizes["hidden_size"], **changes}
+    if family in ("gpt_neox", "opt"):
         sizes.pop("num_key_value_heads"), sizes.pop("head_dim")
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)

@@ -66,7 +66,7 @@ void Decoder::add(const LinearWeights& linear, const std::optional<NormWeights>&
 // query_, key_ and value_, already multiplied, to attended_.
 int64_t Decoder::attend(const DecoderStep& step, size_t index) {
     const DecoderLayer& layer = layers_[index];
-    const int64_t heads = layer.query.out_features / head_dim_, kv_heads = layer.key.out_features / head_dim_;
+    const int64_t heads = layer.heads(head_dim_), kv_heads = layer.kv_heads(head_dim_);
     const auto normalize_heads = [&](const std::optional<NormWeights>& norm, std::vector<float>& states, int64_t of) {
         if (norm)
             kernels().normalize({states.data(), rows_ * of * head_dim_ / norm->size, norm->size, norm->size,
@@ -79,20 +79,25 @@ int64_t Decoder::attend(const DecoderStep& step, size_t index) {
     const bool wide = step.dtype == Dtype::kFloat32;
     const int64_t width = heads * head_dim_, bytes = wide ? 4 : 2;
     const CachedPositions &own = step.own[index], &prefix = step.prefix[index];
+    // The heads of one product, or every third of a product of all.
+    const int64_t apart = layer.key ? head_dim_ : 3 * head_dim_;
+    const float* const query_states = query_.data();
+    const float* const key_states = layer.key ? key_.data() : query_states + head_dim_;
+    const float* const value_states = layer.value ? value_.data() : query_states + 2 * head_dim_;
     // To [rows, of, head_dim], whose rows and heads are so far apart.
-    const auto rotate = [&](const std::vector<float>& states, int64_t of, int64_t rotated, void* to, int64_t row_stride,
+    const auto rotate = [&](const float* states, int64_t of, int64_t rotated, void* to, int64_t row_stride,
                             int64_t head_stride) {
         const int64_t angles = layer.rotary * rows_ * step.rotated;
-        kernels().rotate({states.data(), rows_, of, head_dim_, of * head_dim_, step.cosine + angles, step.sine + angles,
+        kernels().rotate({states, rows_, of, head_dim_, of * apart, apart, step.cosine + angles, step.sine + angles,
                           rotated, to, row_stride, head_stride, step.dtype, threads_});
     };
     const auto last = [&](const void* base, const CacheStrides& stride) {
         return static_cast<std::byte*>(const_cast<void*>(base)) + (own.length - 1) * stride.position * bytes;
     };
-    rotate(key_, kv_heads, step.rotated, last(own.key, own.key_stride), own.key_stride.row, own.key_stride.head);
-    rotate(value_, kv_heads, 0, last(own.value, own.value_stride), own.value_stride.row, own.value_stride.head);
+    rotate(key_states, kv_heads, step.rotated, last(own.key, own.key_stride), own.key_stride.row, own.key_stride.head);
+    rotate(value_states, kv_heads, 0, last(own.value, own.value_stride), own.value_stride.row, own.value_stride.head);
     turned_.resize(static_cast<size_t>(rows_ * width * bytes));
-    rotate(query_, heads, step.rotated, turned_.data(), width, head_dim_);
+    rotate(query_states, heads, step.rotated, turned_.data(), width, head_dim_);
 
     const int64_t seen = prefix.length + own.length;
     for (int64_t r = 0; r < rows_; ++r)
@@ -113,30 +118,30 @@ int64_t Decoder::attend(const DecoderStep& step, size_t index) {
 int64_t Decoder::step(const DecoderStep& step) {
     rows_ = step.rows, threads_ = step.threads;
     first_.resize(static_cast<size_t>(rows_));
-    sharers_.find(step.prefix_row, step.first, rows_, step.prefix.front().length,
-                  layers_.front().query.out_features / head_dim_, layers_.front().key.out_features / head_dim_,
-                  threads_);
+    sharers_.find(step.prefix_row, step.first, rows_, step.prefix.front().length, layers_.front().heads(head_dim_),
+                  layers_.front().kv_heads(head_dim_), threads_);
     const int64_t size = layers_.front().query.in_features;
     const Rows hidden{step.hidden, size, size};
     int64_t bad_row = kAllRowsFinite;
     for (size_t index = 0; index < layers_.size(); ++index) {
         const DecoderLayer& layer = layers_[index];
         const Rows x = rows_of(normed_, size, kPadding);
-        const Rows query = rows_of(query_, layer.query.out_features, 0);
-        const Rows key = rows_of(key_, layer.key.out_features, 0), value = rows_of(value_, layer.value.out_features, 0);
-        const Rows attended = rows_of(attended_, layer.query.out_features, 0);
+        const Rows attended = rows_of(attended_, layer.heads(head_dim_) * head_dim_, 0);
         const Rows up = rows_of(up_, layer.up.out_features, kPadding);
+        const bool parallel_norm = layer.parallel && layer.mlp_norm;
+        const Rows y = parallel_norm ? rows_of(mlp_normed_, size, kPadding) : x;
         normalize(layer.norm, hidden, x);
-        multiply(layer.query, x, query, false);
-        multiply(layer.key, x, key, false);
-        multiply(layer.value, x, value, false);
+        if (parallel_norm) normalize(layer.mlp_norm, hidden, y);
+        multiply(layer.query, x, rows_of(query_, layer.query.out_features, 0), false);
+        if (layer.key) multiply(*layer.key, x, rows_of(key_, layer.key->out_features, 0), false);
+        if (layer.value) multiply(*layer.value, x, rows_of(value_, layer.value->out_features, 0), false);
         if (const int64_t bad = attend(step, index); bad_row == kAllRowsFinite) bad_row = bad;
         add(layer.output, layer.output_norm, attended, hidden);
-        if (!layer.parallel) normalize(layer.mlp_norm, hidden, x);
-        multiply(layer.up, x, up, false);
+        if (!layer.parallel) normalize(layer.mlp_norm, hidden, y);
+        multiply(layer.up, y, up, false);
         if (layer.gate) {
             const Rows gate = rows_of(gate_, layer.gate->out_features, kPadding);
-            multiply(*layer.gate, x, gate, false);
+            multiply(*layer.gate, y, gate, false);
             kernels().activate({gate.at, up.at, rows_, gate.size, gate.stride, up.stride, layer.activation, gate.at,
                                 gate.stride, threads_});
             add(layer.down, layer.down_norm, gate, hidden);

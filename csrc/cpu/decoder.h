@@ -33,12 +33,13 @@ struct LinearWeights {
 };
 
 // h += output_norm(output(attention(x))) with x = norm(h), then h += down_norm(down(activation(gate(y)) * up(y))) with
-// y = mlp_norm(h), or y = x in a parallel layer. A norm that is not there changes nothing; without a gate it is
-// activation(up(y)).
+// y = mlp_norm(h). In a parallel layer y is made of the h that x is made of, and is x where there is no mlp_norm.
+// Another norm that is not there changes nothing; without a gate it is activation(up(y)).
 struct DecoderLayer {
     std::optional<NormWeights> norm;
-    LinearWeights query, key, value;
-    std::optional<NormWeights> query_norm, key_norm;  // as wide as a head or as all of them
+    LinearWeights query;  // without key and value, of each head the query, then its key, then its value
+    std::optional<LinearWeights> key, value;
+    std::optional<NormWeights> query_norm, key_norm;  // as wide as a head or as all of them; not without key and value
     LinearWeights output;
     std::optional<NormWeights> output_norm;
     bool parallel;
@@ -51,6 +52,9 @@ struct DecoderLayer {
     int64_t rotary;  // which of the angles of a step
     int64_t window;  // positions that a token sees, its own included; 0: all
     float scale, softcap;
+
+    int64_t heads(int64_t dim) const { return query.out_features / (key ? dim : 3 * dim); }
+    int64_t kv_heads(int64_t dim) const { return key ? key->out_features / dim : heads(dim); }
 };
 
 struct DecoderStep {
@@ -88,7 +92,7 @@ class Decoder {
     NormWeights final_norm_;
     int64_t head_dim_, rows_ = 0;
     int threads_ = 1;
-    std::vector<float> normed_, query_, key_, value_, attended_, gate_, up_, added_, low_rank_, workspace_;
+    std::vector<float> normed_, mlp_normed_, query_, key_, value_, attended_, gate_, up_, added_, low_rank_, workspace_;
     // In the cache's dtype: queries, and what comes of them where that is not float32.
     std::vector<std::byte> turned_, narrow_;
     std::vector<int64_t> first_;

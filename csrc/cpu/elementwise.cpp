@@ -43,7 +43,9 @@ void normalize_row(const NormalizeArgs& args, int64_t row) {
 
 inline Floats activated(Activation activation, Floats x) {
     if (activation == Activation::kSilu) return x * sigmoid(x);
-    return x * gelu_gate(x);
+    if (activation == Activation::kGelu) return x * gelu_gate(x, bell(x));
+    if (activation == Activation::kGeluTanh) return x * gelu_tanh_gate(x);
+    return x < 0 ? Floats{} : x;
 }
 
 void activate_row(const ActivateArgs& args, int64_t row) {
@@ -96,11 +98,11 @@ void rotate_head(const float* x, const float* cosine, const float* sine, int64_t
 template <class T, bool Transposed>
 void rotate_rows(const RotateArgs& args) {
     for_rows(args.rows, args.threads, [&](int64_t row) {
-        const float* x = args.x + row * args.x_stride;
+        const float* x = args.x + row * args.x_row_stride;
         const float *cosine = args.cosine + row * args.rotated, *sine = args.sine + row * args.rotated;
         T* y = static_cast<T*>(args.y) + row * args.y_row_stride;
         for (int64_t head = 0; head < args.heads; ++head)
-            rotate_head<T, Transposed>(x + head * args.dim, cosine, sine, args.rotated, args.dim,
+            rotate_head<T, Transposed>(x + head * args.x_head_stride, cosine, sine, args.rotated, args.dim,
                                        y + head * args.y_head_stride);
     });
 }

@@ -31,7 +31,26 @@ inline Floats sigmoid(Floats x) {
 constexpr float kGeluSlope = 1.59576912f;  // 2 sqrt(2 / pi): half of 1 + tanh is a sigmoid
 constexpr float kGeluCubic = 0.044715f;
 
-inline Floats gelu_gate(Floats x) { return sigmoid(kGeluSlope * (x + kGeluCubic * x * x * x)); }
+inline Floats gelu_tanh_gate(Floats x) { return sigmoid(kGeluSlope * (x + kGeluCubic * x * x * x)); }
+
+inline Floats bell(Floats x) { return exp_nonpositive(x * x * -0.5f); }
+
+// The mass of the normal distribution below x. Below -|x| it is bell(x) t P(t) with t = 1 / (1 + kMassScale |x|); P was
+// fitted for |x| up to 13, with a relative error of 8e-8.
+constexpr float kMassScale = 0.304055916f;
+inline Floats gelu_gate(Floats x, Floats bell_of_x) {
+    const Floats t = 1.0f / (1.0f + kMassScale * (x < 0 ? -x : x));
+    Floats p = broadcast(3.68539567e-2f);
+    p = p * t - 1.55186675e-1f;
+    p = p * t + 1.91852838e-1f;
+    p = p * t - 4.28628756e-2f;
+    p = p * t + 1.23422225e-1f;
+    p = p * t + 1.02475547e-1f;
+    p = p * t + 1.22187722e-1f;
+    p = p * t + 1.21257304e-1f;
+    const Floats below = bell_of_x * t * p, result = x < 0 ? below : 1.0f - below;
+    return x == x ? result : x;
+}
 
 // Calls body(i, count) for each vector of [0, size); count is known to the compiler but for what is left at the end.
 template <class Body>

@@ -45,11 +45,35 @@ void add_up(const float* rows, int64_t count, int64_t size, float* to, int threa
     });
 }
 
-// The derivative of y = x * s, where s is a sigmoid whose argument has the given slope.
-inline Floats gated_slope(Floats s, Floats y, Floats slope) { return s + y * (1.0f - s) * slope; }
-
-// Beyond this square the sigmoid in GELU is 0 or 1: the slope of its argument no longer counts, and may overflow.
+// Beyond this square the sigmoid in GELU's approximation is 0 or 1: the slope of its argument no longer counts, and may
+// overflow.
 constexpr float kGeluLargestSquare = 128;
+
+constexpr float kDensity = 0.398942280f;  // of the normal distribution, at 0
+
+struct Activated {
+    Floats y, slope;  // an activation and its derivative
+};
+
+// x * s, where s is a sigmoid whose argument has the given slope.
+inline Activated gated(Floats x, Floats s, Floats slope) { return {x * s, s + x * s * (1.0f - s) * slope}; }
+
+template <Activation Kind>
+inline Activated activated(Floats x) {
+    if constexpr (Kind == Activation::kSilu) {
+        return gated(x, sigmoid(x), broadcast(1));
+    } else if constexpr (Kind == Activation::kGeluTanh) {
+        const Floats square = x * x, largest = broadcast(kGeluLargestSquare);
+        return gated(x, gelu_tanh_gate(x),
+                     kGeluSlope * (1.0f + 3 * kGeluCubic * (square > largest ? largest : square)));
+    } else if constexpr (Kind == Activation::kGelu) {
+        const Floats density = bell(x), gate = gelu_gate(x, density);
+        return {x * gate, gate + x * density * kDensity};
+    } else {
+        const Floats slope = x <= 0 ? Floats{} : broadcast(1);
+        return {x < 0 ? Floats{} : x, x == x ? slope : x};
+    }
+}
 
 template <Activation Kind>
 void activate_gradient_row(const ActivateGradientArgs& args, int64_t row) {
@@ -57,16 +81,9 @@ void activate_gradient_row(const ActivateGradientArgs& args, int64_t row) {
     const float* up = args.up ? args.up + row * args.up_stride : nullptr;
     float *grad_gate = args.grad_gate + row * args.size, *grad_up = args.grad_up + row * args.size;
     for_lanes(args.size, [&](int64_t i, auto count) {
-        const Floats d = load(grad + i, count), x = load(gate + i, count);
-        Floats s, slope = broadcast(1);
-        if constexpr (Kind == Activation::kSilu) {
-            s = sigmoid(x);
-        } else {
-            const Floats square = x * x, largest = broadcast(kGeluLargestSquare);
-            s = gelu_gate(x);
-            slope = kGeluSlope * (1.0f + 3 * kGeluCubic * (square > largest ? largest : square));
-        }
-        const Floats y = x * s, of_gate = d * gated_slope(s, y, slope);
+        const Floats d = load(grad + i, count);
+        const auto [y, slope] = activated<Kind>(load(gate + i, count));
+        const Floats of_gate = d * slope;
         store(grad_gate + i, up ? of_gate * load(up + i, count) : of_gate, count);
         if (up) store(grad_up + i, d * y, count);
     });
@@ -93,8 +110,16 @@ void normalize_gradient(const NormalizeGradientArgs& args) {
 
 void activate_gradient(const ActivateGradientArgs& args) {
     for_rows(args.rows, args.threads, [&](int64_t row) {
-        args.activation == Activation::kSilu ? activate_gradient_row<Activation::kSilu>(args, row)
-                                             : activate_gradient_row<Activation::kGeluTanh>(args, row);
+        switch (args.activation) {
+            case Activation::kSilu:
+                return activate_gradient_row<Activation::kSilu>(args, row);
+            case Activation::kGelu:
+                return activate_gradient_row<Activation::kGelu>(args, row);
+            case Activation::kGeluTanh:
+                return activate_gradient_row<Activation::kGeluTanh>(args, row);
+            case Activation::kRelu:
+                return activate_gradient_row<Activation::kRelu>(args, row);
+        }
     });
 }
 

@@ -226,7 +226,7 @@ struct NormalizeGradientArgs {
     int threads;
 };
 
-enum class Activation { kSilu = 0, kGeluTanh = 1 };
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
 // y = activation(x) * up.
 struct ActivateArgs {
@@ -252,8 +252,8 @@ struct ActivateGradientArgs {
 
 // Rotary position embedding: element i is paired with element i + rotated / 2 of its head.
 struct RotateArgs {
-    const float* x;  // [rows, heads, dim], rows x_stride elements apart
-    int64_t rows, heads, dim, x_stride;
+    const float* x;  // [rows, heads, dim] with these strides
+    int64_t rows, heads, dim, x_row_stride, x_head_stride;
     const float* cosine;  // [rows, rotated]
     const float* sine;    // [rows, rotated]
     int64_t rotated;      // even, at most dim: the elements after them are only copied; 0 copies all

@@ -94,7 +94,8 @@ struct Linear {
 struct Layer {
     int64_t heads, kv_heads;
     std::optional<Norm> norm;
-    Linear query, key, value;
+    Linear query;
+    std::optional<Linear> key, value;
     std::optional<Norm> query_norm, key_norm;
     Linear output;
     std::optional<Norm> output_norm;
@@ -109,18 +110,25 @@ struct Layer {
     float scale, softcap;
 
     static Layer random(Random& random, int64_t size, int64_t dim, int64_t rotaries, int64_t seen) {
-        const int64_t kv_heads = random.between(1, 3), heads = kv_heads * random.between(1, random.one_in(4) ? 6 : 2);
+        const bool fused = random.one_in(3);
+        const int64_t kv_heads = random.between(1, 3);
+        const int64_t heads = fused ? kv_heads : kv_heads * random.between(1, random.one_in(4) ? 6 : 2);
         const int64_t inner = random.between(1, 60);
         const auto norm = [&](int64_t of) {
             return random.one_in(2) ? std::optional<Norm>(Norm::random(random, of)) : std::nullopt;
         };
-        const auto heads_norm = [&](int64_t of) { return norm(random.one_in(2) ? of * dim : dim); };
+        const auto heads_norm = [&](int64_t of) {
+            return fused ? std::nullopt : norm(random.one_in(2) ? of * dim : dim);
+        };
+        const auto keys = [&] {
+            return fused ? std::nullopt : std::optional<Linear>(Linear::random(random, kv_heads * dim, size));
+        };
         return {heads,
                 kv_heads,
                 norm(size),
-                Linear::random(random, heads * dim, size),
-                Linear::random(random, kv_heads * dim, size),
-                Linear::random(random, kv_heads * dim, size),
+                Linear::random(random, (fused ? 3 : 1) * heads * dim, size),
+                keys(),
+                keys(),
                 heads_norm(heads),
                 heads_norm(kv_heads),
                 Linear::random(random, size, heads * dim),
@@ -129,7 +137,7 @@ struct Layer {
                 norm(size),
                 random.one_in(2) ? std::optional<Linear>(Linear::random(random, inner, size)) : std::nullopt,
                 Linear::random(random, inner, size),
-                random.pick({Activation::kSilu, Activation::kGeluTanh}),
+                random.pick({Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu}),
                 Linear::random(random, size, inner),
                 norm(size),
                 random.between(0, rotaries - 1),
@@ -144,17 +152,20 @@ struct Layer {
         const auto weights = [](const std::optional<Norm>& n) {
             return n ? std::optional<NormWeights>(n->weights()) : std::nullopt;
         };
+        const auto packed = [&](std::optional<Linear>& linear) {
+            return linear ? std::optional<LinearWeights>(linear->pack(held)) : std::nullopt;
+        };
         return {weights(norm),
                 query.pack(held),
-                key.pack(held),
-                value.pack(held),
+                packed(key),
+                packed(value),
                 weights(query_norm),
                 weights(key_norm),
                 output.pack(held),
                 weights(output_norm),
                 parallel,
                 weights(mlp_norm),
-                gate ? std::optional<LinearWeights>(gate->pack(held)) : std::nullopt,
+                packed(gate),
                 up.pack(held),
                 activation,
                 down.pack(held),

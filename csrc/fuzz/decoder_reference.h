@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -33,9 +34,14 @@ class Reference {
         for (size_t l = 0; l < m_.layers.size(); ++l) {
             const Layer& layer = m_.layers[l];
             const Doubles x = layer.norm ? normalized(*layer.norm, h) : h;
-            const Doubles key = rotated(runs_normalized(layer.key_norm, product(layer.key, x)), layer, step, row);
-            const Doubles value = stored(product(layer.value, x));
-            const Doubles query = rotated(runs_normalized(layer.query_norm, product(layer.query, x)), layer, step, row);
+            Doubles states = product(layer.query, x), keys, values;
+            if (layer.key)
+                keys = product(*layer.key, x), values = product(*layer.value, x);
+            else
+                std::tie(states, keys, values) = dealt(states);
+            const Doubles key = rotated(runs_normalized(layer.key_norm, keys), layer, step, row);
+            const Doubles value = stored(values);
+            const Doubles query = rotated(runs_normalized(layer.query_norm, states), layer, step, row);
             outcome.parts.push_back(key), outcome.parts.push_back(value);
             for (int64_t head = 0; head < layer.kv_heads; ++head) {
                 const int64_t position = step.length - 1;
@@ -47,8 +53,10 @@ class Reference {
                 outcome.bad_layer = l;
                 return outcome;
             }
+            const Doubles before = layer.mlp_norm ? h : x;
             add(runs_normalized(layer.output_norm, product(layer.output, stored(attended))), &h);
-            const Doubles y = layer.parallel ? x : layer.mlp_norm ? normalized(*layer.mlp_norm, h) : h;
+            const Doubles& in = layer.parallel ? before : h;
+            const Doubles y = layer.mlp_norm ? normalized(*layer.mlp_norm, in) : in;
             Doubles inner = product(layer.up, y);
             const Doubles gate = layer.gate ? product(*layer.gate, y) : inner;
             for (size_t i = 0; i < inner.size(); ++i) {
@@ -68,6 +76,8 @@ class Reference {
 
     static double activated(Activation activation, double x) {
         if (activation == Activation::kSilu) return x / (1 + std::exp(-x));
+        if (activation == Activation::kRelu) return std::max(x, 0.0);
+        if (activation == Activation::kGelu) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
         return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
     }
 
@@ -137,6 +147,13 @@ class Reference {
         for (size_t o = 0; o < linear.bias.size(); ++o) y[o] += linear.bias[o];
         for (const Linear::Adapter& a : linear.adapters) add(product(a.up, product(a.down, x)), &y);
         return y;
+    }
+
+    // Of each head its query, its key, its value.
+    std::tuple<Doubles, Doubles, Doubles> dealt(const Doubles& x) const {
+        Doubles parts[3];
+        for (size_t i = 0; i < x.size(); ++i) parts[i / m_.dim % 3].push_back(x[i]);
+        return {parts[0], parts[1], parts[2]};
     }
 
     Doubles rotated(const Doubles& x, const Layer& layer, const Step& step, int64_t row) {

@@ -151,11 +151,17 @@ void fuzz_normalize_gradient(Case& c) {
 // Far below 0 the limit is 0, or NaN as in torch; or no float holds the result.
 bool is_unsure(float x, double want) { return x == -INFINITY || std::abs(want) > std::numeric_limits<float>::max(); }
 
-// The sigmoid of an activation and the slope of its argument.
+constexpr Activation kActivations[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu};
+
+// What an activation multiplies x by, and the derivative of that.
 std::pair<double, double> gate_of(Activation activation, double x) {
-    if (activation == Activation::kSilu) return {1 / (1 + std::exp(-x)), 1};
+    if (activation == Activation::kRelu) return {x <= 0 ? 0 : x == x ? 1 : x, 0};
+    if (activation == Activation::kGelu)
+        return {0.5 * std::erfc(-x / std::sqrt(2.0)), 0.3989422804014327 * std::exp(-0.5 * x * x)};
+    const bool silu = activation == Activation::kSilu;
     const double scale = 1.5957691216057308, cubic = 0.044715;
-    return {1 / (1 + std::exp(-scale * (x + cubic * x * x * x))), scale * (1 + 3 * cubic * x * x)};
+    const double gate = 1 / (1 + std::exp(silu ? -x : -scale * (x + cubic * x * x * x)));
+    return {gate, gate * (1 - gate) * (silu ? 1 : scale * (1 + 3 * cubic * x * x))};
 }
 
 void fuzz_activate(Case& c) {
@@ -164,7 +170,7 @@ void fuzz_activate(Case& c) {
     const int64_t up_stride = size + random.between(0, 20);
     const bool gated = random.one_in(2), in_place = random.one_in(2);
     const int64_t y_stride = in_place ? stride : size + random.between(0, 20);
-    const Activation activation = random.pick({Activation::kSilu, Activation::kGeluTanh});
+    const Activation activation = kActivations[random.between(0, 3)];
     Numbers x = random_rows(random, rows, stride, size, random.pick({0.1f, 3.0f, 50.0f}));
     const std::vector<float> up = random_floats(random, elements(rows, up_stride, size));
     c.for_each_isa([&] {
@@ -191,7 +197,7 @@ void fuzz_activate_gradient(Case& c) {
     const int64_t rows = random.between(0, 20), size = random.size(), stride = size + random.between(0, 20);
     const int64_t up_stride = size + random.between(0, 20), grad_stride = size + random.between(0, 20);
     const bool gated = random.one_in(2);
-    const Activation activation = random.pick({Activation::kSilu, Activation::kGeluTanh});
+    const Activation activation = kActivations[random.between(0, 3)];
     Numbers x = random_rows(random, rows, stride, size, random.pick({0.1f, 3.0f, 50.0f}));
     const std::vector<float> up = random_floats(random, elements(rows, up_stride, size)),
                              grad = random_floats(random, elements(rows, grad_stride, size));
@@ -207,8 +213,7 @@ void fuzz_activate_gradient(Case& c) {
                 const auto [gate, slope] = gate_of(activation, v);
                 if (std::isinf(v)) continue;  // NaN, as in torch
                 const double size_of = std::min(std::abs(static_cast<double>(v)), 100.0);
-                c.check_near("grad_gate", r, i, grad_gate[r * size + i],
-                             d * factor * (gate + v * gate * (1 - gate) * slope),
+                c.check_near("grad_gate", r, i, grad_gate[r * size + i], d * factor * (gate + v * slope),
                              std::abs(d * factor) * (1 + size_of) * 4e-6 + 1e-30);
                 if (gated && !is_unsure(v, d * v * gate))
                     c.check_near("grad_up", r, i, grad_up[r * size + i], d * v * gate, std::abs(d * v) * 4e-6 + 1e-30);
@@ -220,26 +225,28 @@ void fuzz_rotate(Case& c) {
     Random& random = c.random;
     const int64_t rows = random.between(0, 20), heads = random.between(1, 4), dim = random.between(1, 70);
     const int64_t rotated = random.between(0, dim / 2) * 2;
-    const int64_t x_stride = heads * dim + random.between(0, 5), head_stride = dim + random.between(0, 5);
+    const int64_t apart = dim + (random.one_in(2) ? random.between(0, 2 * dim) : 0), x_size = (heads - 1) * apart + dim;
+    const int64_t x_stride = x_size + random.between(0, 5), head_stride = dim + random.between(0, 5);
     const int64_t y_stride = heads * head_stride + random.between(0, 5);
     const bool transposed = random.one_in(2);
     const Dtype dtype = transposed ? Dtype::kFloat32 : random.pick({Dtype::kFloat32, Dtype::kBFloat16});
-    Numbers x(Dtype::kFloat32, elements(rows, x_stride, heads * dim), kNaN);
+    Numbers x(Dtype::kFloat32, elements(rows, x_stride, x_size), kNaN);
     for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < heads * dim; ++i) x.set(r * x_stride + i, random.normal());
+        for (int64_t i = 0; i < heads * dim; ++i) x.set(r * x_stride + i / dim * apart + i % dim, random.normal());
     if (rows && random.one_in(2))
-        x.set(random.between(0, rows - 1) * x_stride + random.between(0, heads * dim - 1),
-              random.pick({INFINITY, random.nan(), random.nan()}));
+        x.set(
+            random.between(0, rows - 1) * x_stride + random.between(0, heads - 1) * apart + random.between(0, dim - 1),
+            random.pick({INFINITY, random.nan(), random.nan()}));
     const std::vector<float> cosine = random_floats(random, rows * rotated),
                              sine = random_floats(random, rows * rotated);
     c.for_each_isa([&] {
         const Numbers before(dtype, elements(rows, y_stride, (heads - 1) * head_stride + dim), kNaN);
         Numbers y = before;
-        kernels().rotate({floats(x), rows, heads, dim, x_stride, cosine.data(), sine.data(), rotated, y.data(),
+        kernels().rotate({floats(x), rows, heads, dim, x_stride, apart, cosine.data(), sine.data(), rotated, y.data(),
                           y_stride, head_stride, dtype, static_cast<int>(random.between(1, 2)), transposed});
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t h = 0; h < heads; ++h) {
-                const auto in = [&](int64_t i) { return static_cast<double>(x.get(r * x_stride + h * dim + i)); };
+                const auto in = [&](int64_t i) { return static_cast<double>(x.get(r * x_stride + h * apart + i)); };
                 for (int64_t i = 0; i < dim; ++i) {
                     const bool low = i < rotated / 2;
                     double want = in(i);

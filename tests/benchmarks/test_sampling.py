@@ -76,7 +76,7 @@ def test_in_16_bits_only_first_tokens_must_agree(case):
 def small_families(monkeypatch):
     """A family that is known and one that is not, of a size for tests."""
     sizes = {"vocab_size": 1600, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    small = {"Known": "llama", "Unknown": "gpt_neox"}
+    small = {"Known": "llama", "Unknown": "cohere"}
     made = {name: {"model_type": kind, "num_hidden_layers": 1, **sizes} for name, kind in small.items()}
     monkeypatch.setattr(families, "FAMILIES", made)
 
