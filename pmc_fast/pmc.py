@@ -122,7 +122,7 @@ class PMC:
             raise UserError(
                 f"answers: got {len(answers)}, expected one for each of the {len(questions)} forget_questions"
             )
-        self.ledger = Ledger(questions, answers)
+        self.ledger, self._prepared, self.prepared_batches = Ledger(questions, answers), set(), 0
         words = getattr(self.reward, "words", None)
         if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
             warn(
@@ -254,8 +254,13 @@ class PMC:
                 self._check_trained(ledger, question, entry)
         elif prepared != []:
             raise UserError(f"state: prepared: got {described(prepared)}, expected [] beside a ledger of None")
-        count = len(ledger.questions) if ledger else 0
-        return ledger, set(inputs.indices("state: prepared", prepared, count))
+        count, entries = (len(ledger.questions), ledger.entries) if ledger else (0, {})
+        prepared = set(inputs.indices("state: prepared", prepared, count))
+        if missing := sorted(prepared - entries.keys()):
+            raise UserError(
+                f"state: prepared: got question {missing[0]}, expected questions of which the ledger holds an entry"
+            )
+        return ledger, prepared
 
     def _initialised(self) -> Ledger:
         if self.ledger is None:
@@ -411,10 +416,10 @@ class PMC:
         return loss, tuple(total / max(1, count) for total, count in zip(totals, counts, strict=True))
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.stats["seconds"][phase] += time.perf_counter() - start
+        self.stats["seconds"][part] += time.perf_counter() - start
 
 
 def _no_samples() -> dict[str, Any]:

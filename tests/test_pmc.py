@@ -223,6 +223,7 @@ STATES = [
     (lambda s: s | {"ledger": [1]}, "state: ledger: got a value of type list, expected what Ledger.state_dict"),
     (lambda s: s | {"prepared": 2}, "state: prepared: got index 2, expected a list"),
     (lambda s: s | {"prepared": [0, 3]}, "state: prepared: got index 3, expected one of the 3 forget questions"),
+    (lambda s: s | {"prepared": [0, 2]}, "state: prepared: got question 2, expected questions of which the ledger holds"),
     (lambda s: {"ledger": None, "prepared": [0]}, r"state: prepared: got a value of type list, expected \[\] beside a ledger"),
 ]  # fmt: skip
 LEDGERS = [
@@ -523,6 +524,14 @@ def test_prepared_questions_survive_a_resume(rng_seed):
     for batch in ([0], [1]):
         assert torch.equal(whole.loss(batch, RETAIN), resumed.loss(batch, RETAIN))
     assert whole.state_dict() == resumed.state_dict()
+
+
+def test_what_was_prepared_for_other_questions_is_forgotten(rng_seed):
+    pmc = make_pmc(seed=rng_seed % 1000)
+    pmc.prepare([[0], [1]])
+    pmc.initialise(QUESTIONS[::-1])
+    pmc.loss([0], RETAIN)
+    assert pmc.ledger.visits == [1, 0, 0] and pmc.prepared_batches == 0
 
 
 def test_pruning_keeps_the_ledger_and_saves_tokens(rng_seed):
