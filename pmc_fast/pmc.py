@@ -295,12 +295,12 @@ class PMC:
             prompts = [self.prompts.prompt_ids(ledger.questions[q]) for q in questions]
             input_ids, attention_mask = pad_left(prompts, self.prompts.pad_id, self.lm.device)
             # Every visit to a question draws from random streams of its own, whoever else is in the batch.
-            streams = torch.tensor([ledger.visits[q] * len(ledger.questions) + q for q in questions])
+            streams = _on_host([ledger.visits[q] * len(ledger.questions) + q for q in questions])
             limits = self._limits(batches)
             max_length = config.max_length if config.max_new_tokens is None else None
             if self.lm.positions.fixed:  # else the sampler warns
                 # An answer that is cut off is trained on with an end token.
-                self.lm.positions.check_answers(torch.tensor([len(ids) for ids in prompts]), limits, max_length, more=1)
+                self.lm.positions.check_answers(_on_host([len(ids) for ids in prompts]), limits, max_length, more=1)
             samples = self.sampler.sample(
                 input_ids,
                 attention_mask,
@@ -376,7 +376,7 @@ class PMC:
                         f"of up to {width} tokens"
                     )
             limits += [limit] * len(batch)
-        return torch.tensor(limits)
+        return _on_host(limits)
 
     def _pruner(self, questions: Sequence[int], references: Sequence[str]) -> Pruner | None:
         if not (self.config.prune and self.config.selection == "best" and has_lower_bound(self.reward)):
@@ -420,6 +420,11 @@ class PMC:
         start = time.perf_counter()
         yield
         self.stats["seconds"][part] += time.perf_counter() - start
+
+
+def _on_host(values: list[int]) -> Tensor:
+    """int64, on the CPU whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _no_samples() -> dict[str, Any]:

@@ -62,6 +62,15 @@ def test_published_settings():
         PMCConfig.published("gpt-9")
 
 
+@pytest.mark.parametrize("changes", [{}, {"selection": "bradley_terry", "max_new_tokens": None, "max_length": 60}])
+def test_whatever_torchs_default_device_is(changes, rng_seed):
+    """On a GPU it may well be that GPU, and counts that belong to the host must not go there."""
+    expected, pmc = (make_pmc(seed=rng_seed % 1000, **changes) for _ in range(2))
+    with torch.device("meta"):
+        got = pmc.loss([0, 1], RETAIN)
+    assert torch.equal(got, expected.loss([0, 1], RETAIN)) and pmc.state_dict() == expected.state_dict()
+
+
 def test_samples_are_scored_against_the_initial_greedy_answer(rng_seed):
     pmc = make_pmc([0.4] * 6, seed=rng_seed % 1000)
     initial = list(pmc.ledger.initial_answers)

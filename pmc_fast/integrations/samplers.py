@@ -75,7 +75,7 @@ class _EngineSampler:
         _checks.sampling(temperature, top_k, top_p, min_p, seed)
         ends = tuple(end_tokens(eos_token_id))
         if sequence_ids is None:
-            sequence_ids = torch.arange(len(input_ids))
+            sequence_ids = torch.arange(len(input_ids), device=input_ids.device)
         check_sequence_ids(sequence_ids, len(input_ids), num_samples)
         mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
         copies = num_samples if temperature else 1  # greedy answers are all the same
