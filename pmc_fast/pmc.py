@@ -177,8 +177,8 @@ class PMC:
             retain: rows to keep answering right, ``QA`` or others with question and answer, as attributes or as keys.
 
         Returns:
-            float32 scalar; backward() reaches every parameter that requires a gradient. ``stats`` then holds
-            collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, decoded_tokens (those
+            float32 scalar (float64 if the model is); backward() reaches every parameter that requires a gradient. ``stats``
+            then holds collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, decoded_tokens (those
             that went through the model: what a question's answers begin with in common does once), trained_tokens,
             pruned_samples (stopped early, since they could not be picked), pruned_tokens (that these could still have
             had at most), empty_picks (selected answers without a scorable word), truncated_picks, seconds (sample,
@@ -218,7 +218,7 @@ class PMC:
         """The mean negative log-likelihood of the rows' answer tokens: ordinary fine-tuning, packed.
 
         Returns:
-            float32 scalar, nats per token. ``stats`` then holds trained_tokens and seconds (train).
+            float32 scalar (float64 if the model is), nats per token. ``stats`` then holds trained_tokens and seconds (train).
 
         Raises:
             UserError: there is no row, or one without question and answer, longer than the model has positions or of tokens
@@ -404,11 +404,11 @@ class PMC:
         # Counted on the host: a GPU would have to be waited for.
         counts = [sum(map(len, part)) for part in (answers[:collapse], answers[collapse:])]
         is_collapse = packed.sequence < collapse
-        token_weight = torch.where(
-            is_collapse, 1 / max(1, counts[0]), self.config.retain_weight / max(1, counts[1])
-        ).float()
         with phase("forward"):
             hidden = packed.hidden(self.lm)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        token_weight = torch.full_like(packed.target, self.config.retain_weight / max(1, counts[1]), dtype=wide)
+        token_weight.masked_fill_(is_collapse, 1 / max(1, counts[0]))
         with phase("loss"):
             loss, token_nll = self.lm.head.collapse_loss(hidden, packed.target, token_weight, ignore_index=None)
         totals = torch.stack([(token_nll * part).sum() for part in (is_collapse, ~is_collapse)]).tolist()

@@ -71,6 +71,23 @@ def test_whatever_torchs_default_device_is(changes, rng_seed):
     assert torch.equal(got, expected.loss([0, 1], RETAIN)) and pmc.state_dict() == expected.state_dict()
 
 
+def test_whatever_torchs_default_dtype_is(rng_seed):
+    """Weights of tokens, such as 1 / 7, are not rounded to it."""
+    expected, pmc = (make_pmc(seed=rng_seed % 1000) for _ in range(2))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = pmc.loss([0, 1], RETAIN)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected.loss([0, 1], RETAIN))
+
+
+def test_a_model_of_float64(rng_seed):
+    expected, pmc = (make_pmc(seed=rng_seed % 1000) for _ in range(2))
+    pmc.lm.model.double()
+    torch.testing.assert_close(pmc.loss([], RETAIN), expected.loss([], RETAIN).double(), rtol=1e-5, atol=0)
+
+
 def test_samples_are_scored_against_the_initial_greedy_answer(rng_seed):
     pmc = make_pmc([0.4] * 6, seed=rng_seed % 1000)
     initial = list(pmc.ledger.initial_answers)
