@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pkgutil
 import re
 import subprocess
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from benchmarks import results
+from pmc_fast.doctor import usable_cpus
 from pmc_fast.errors import UserError
 from pmc_fast.outputs import check_file
 
@@ -95,16 +95,16 @@ def run(args: argparse.Namespace) -> None:
     ]
     if not jobs:
         raise UserError("there is nothing to compile: no file of kernels/ lists a variant")
-    distinct = {_identity(*job): job for job in jobs}  # models of different names may launch the same
+    distinct = {_identity(job): job for job in jobs}  # models of different names may launch the same
     found: dict[str, Row] = {}
     with (
-        ThreadPoolExecutor(_cores()) as pool,  # both triton and its assembler leave Python's lock
+        ThreadPoolExecutor(usable_cpus()) as pool,  # both triton and its assembler leave Python's lock
         tqdm(total=len(distinct), unit="kernel", disable=None) as bar,
     ):
         for identity, row in zip(distinct, pool.map(lambda job: compiled(*job), distinct.values()), strict=True):
             found[identity] = row
             bar.update()
-    rows = [replace(found[_identity(*job)], op=job[0], kernel=job[1].name) for job in jobs]
+    rows = [replace(found[_identity(job)], op=job[0], kernel=job[1].name) for job in jobs]
     for _, group in groupby(rows, lambda row: (row.op, row.capability)):
         print(table(list(group)))
     if args.json:
@@ -132,7 +132,9 @@ def kernel_files(names: Sequence[str] | None = None) -> dict[str, object]:
     return {name: module for name, module in known.items() if names is None or name in names}
 
 
-def _identity(op: str, variant: Variant, capability: int) -> str:
+def _identity(job: tuple[str, Variant, int]) -> str:
+    """What two jobs share that compile the same."""
+    _, variant, capability = job
     return f"{capability} {replace(variant, name='')}"
 
 
@@ -275,7 +277,3 @@ def _require_compiler() -> None:
 
     if knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET is set, so kernels are interpreted and cannot be compiled: unset it")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from pmc_fast.doctor import cpu_name, usable_cpus
+
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("pmc_fast", "torch", "transformers", "tokenizers", "numpy", "nltk", "rouge_score", "rapidfuzz", "triton")
 
@@ -262,10 +264,10 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
     """What a result depends on besides the code: machine, versions, commit, seed, threads and how busy it was."""
     return {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cpu": _cpu_name(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
         "isa": _instruction_sets(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cpus(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": list(os.getloadavg()),
@@ -276,15 +278,6 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
         "peak_memory": PeakMemory.method(device),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _instruction_sets() -> dict[str, str]:

@@ -161,10 +161,7 @@ def configuration(args: argparse.Namespace) -> Any:
     from pmc_fast.demo import run as demo
     from pmc_fast.errors import UserError
 
-    named = {"--model": args.model, "--forget": args.forget, "--retain": args.retain}
-    missing = [option for option, value in named.items() if value is None]
-    if missing and len(missing) < len(named):
-        raise UserError(f"{', '.join(missing)}: missing; want --model, --forget and --retain together or none of them")
+    step.names_files(args)
     for name in _WHOLE_NUMBERS:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -216,13 +213,6 @@ def micro_batches(config: Any, forget_rows: int, retain: Sequence[Any]) -> list[
 def _draw(rng: random.Random, rows: Sequence[Any], count: int) -> list[Any]:
     """Rows drawn at random, none twice if there are enough."""
     return rng.choices(rows, k=count) if len(rows) < count else rng.sample(rows, count)
-
-
-def rate_factor(taken: int, warmup: int, steps: int) -> float:
-    """The learning rate's factor after so many optimizer steps: up to 1 over the warm-up, then down to 0."""
-    if taken < warmup:
-        return (taken + 1) / warmup
-    return (steps - taken) / (steps - warmup)
 
 
 def take_run(
@@ -277,6 +267,7 @@ def take_run(
 def _take_epoch(task: Task, contestant: Contestant, epoch: int, bar: tqdm) -> int:
     """Train on an epoch's micro-batches, their gradients summed over a step; returns the number of sampled tokens."""
     from pmc_fast.errors import UserError
+    from pmc_fast.training import rate_factor
 
     config, optimizer, batches = task.config, contestant.optimizer, task.epochs[epoch - 1]
     steps = math.ceil(len(batches) / config.accumulation)
@@ -308,19 +299,8 @@ def measured(task: Task) -> dict[str, float]:
 
 class _Published:
     def __init__(self, task: Task) -> None:
-        from benchmarks.published_loop import PublishedConfig, PublishedLoop
-
-        config = PublishedConfig(
-            num_samples=task.config.num_samples,
-            temperature=task.config.temperature,
-            top_k=task.config.top_k,
-            top_p=task.config.top_p,
-            max_length=task.config.max_length,
-            min_len=task.config.min_words,
-            retain_weight=task.config.retain_weight,
-        )
         self._task = task
-        self._loop = PublishedLoop(task.model, task.prompts, config)
+        self._loop = step.published_loop(task)
         self.optimizer = _optimizer(task, fused=False)
 
     def initialise(self) -> None:

@@ -122,6 +122,17 @@ def training(turns: Mapping[str, Sequence[Turn]], flops: int, limits: Limits, dt
     return {"train_flops": flops, "train_share_of_limit": share, "limits": asdict(limits)}
 
 
+def names_files(args: argparse.Namespace) -> bool:
+    """Whether the options name a model and rows; raises UserError if they name some of these."""
+    from pmc_fast.errors import UserError
+
+    named = {"--model": args.model, "--forget": args.forget, "--retain": args.retain}
+    missing = [option for option, value in named.items() if value is None]
+    if missing and len(missing) < len(named):
+        raise UserError(f"{', '.join(missing)}: missing; want --model, --forget and --retain together or none of them")
+    return not missing
+
+
 def options(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     """What a result says of the options and of what they led to."""
     config = {name: getattr(task.config, name) for name in ("num_samples", "temperature", "top_k", "top_p")}
@@ -154,11 +165,7 @@ def load(
     config = PMCConfig(
         num_samples=args.num_samples, max_length=args.max_length, batch_size=args.batch_size, seed=args.seed
     )
-    named = {"--model": args.model, "--forget": args.forget, "--retain": args.retain}
-    missing = [option for option, value in named.items() if value is None]
-    if missing and len(missing) < len(named):
-        raise UserError(f"{', '.join(missing)}: missing; want --model, --forget and --retain together or none of them")
-    if missing:
+    if not names_files(args):
         model, tokenizer, forget, retain = _made(args.seed, new_model)
         model = model.to(device, getattr(torch, args.dtype))
     else:
@@ -200,24 +207,29 @@ def _optimizer(model: torch.nn.Module, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01, fused=fused)
 
 
+def published_loop(task: Task) -> Any:
+    """The published loop with the task's settings."""
+    from benchmarks.published_loop import PublishedConfig, PublishedLoop
+
+    config = PublishedConfig(
+        num_samples=task.config.num_samples,
+        temperature=task.config.temperature,
+        top_k=task.config.top_k,
+        top_p=task.config.top_p,
+        max_length=task.config.max_length,
+        min_len=task.config.min_words,
+        retain_weight=task.config.retain_weight,
+    )
+    return PublishedLoop(task.model, task.prompts, config)
+
+
 class Published:
     def __init__(self, task: Task) -> None:
-        from benchmarks.published_loop import PublishedConfig, PublishedLoop
-
         self._task = task
         self._optimizer = _optimizer(task.model, fused=False)
         self._attention = task.model.config._attn_implementation
         self._indices = list(range(len(task.forget)))
-        config = PublishedConfig(
-            num_samples=task.config.num_samples,
-            temperature=task.config.temperature,
-            top_k=task.config.top_k,
-            top_p=task.config.top_p,
-            max_length=task.config.max_length,
-            min_len=task.config.min_words,
-            retain_weight=task.config.retain_weight,
-        )
-        self._loop = PublishedLoop(task.model, task.prompts, config)
+        self._loop = published_loop(task)
         self._loop.initialise([row.question for row in task.forget])
         self.references = self._loop.references
 

@@ -1,5 +1,7 @@
-"""Scores rows of products with the output head and writes the gradient over them: a program per row reads it once. For R rows, V tokens and elements of s bytes that kernel moves 2 R V s bytes, a read
-and a write, where the row it visits twice stays in cache; scores alone take R V s.
+"""Scores rows of products with the output head and writes the gradient over them: a program per row reads it once.
+
+For R rows, V tokens and elements of s bytes that kernel moves 2 R V s bytes, a read and a write, where the row it visits
+twice stays in cache; scores alone take R V s.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from pmc_fast.config import MOST
+from pmc_fast.config import MOST, PUBLISHED
 from pmc_fast.errors import UserError
+from pmc_fast.loading import DTYPES
+from pmc_fast.prompts import STYLES
 from pmc_fast.runs import holds_run
 from pmc_fast.warning import LibraryWarning
 
@@ -191,7 +193,7 @@ def _model(parser: argparse.ArgumentParser, prompt: str = "auto") -> None:
     parser.add_argument("--model", required=True, metavar="M", help="transformers folder, or hub name")
     parser.add_argument(
         "--prompt",
-        choices=("auto", "chat", "tags", "plain"),
+        choices=STYLES,
         help="the tokenizer's chat template, 'Question: .. Answer: ..', or the bare question; "
         f"auto is chat where there is a template, else tags (default: {prompt})",
     )
@@ -255,9 +257,7 @@ def _method(parser: argparse.ArgumentParser) -> None:
     number = {"type": float, "metavar": "X"}
     count = {"type": int, "metavar": "N"}
     switch = argparse.BooleanOptionalAction
-    group.add_argument(
-        "--preset", choices=("llama-3.2-3b", "phi-1.5"), default="llama-3.2-3b", help="published settings"
-    )
+    group.add_argument("--preset", choices=tuple(PUBLISHED), default="llama-3.2-3b", help="published settings")
     group.add_argument(
         "--retain-weight", *_ALIASES["retain_weight"], **number, help="weight of the retain loss (1.25 / 1.5)"
     )
@@ -314,7 +314,7 @@ def _machine(parser: argparse.ArgumentParser, model: bool = True) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
     group.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="float32",
         help="of the weights (default: float32)",
     )

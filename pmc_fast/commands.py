@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -37,30 +37,6 @@ _HARMLESS = ("resume", "checkpoint_every", "out", "threads")
 _FILES = ("data", "forget", "retain", "paraphrased")
 
 _ROUGE_L = "ROUGE-L: the share of a true answer's words that the model says in their order, as a mean over the rows"
-
-_METHOD = [
-    "num_samples",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "retain_weight",
-    "min_words",
-    "max_length",
-    "max_new_tokens",
-    "selection",
-    "tau",
-    "keep_truncated",
-    "prune",
-    "reencode",
-    "epochs",
-    "batch_size",
-    "accumulation",
-    "learning_rate",
-    "weight_decay",
-    "warmup_epochs",
-]
-
 
 # What the files of a run hold that is read again, see `runs.Form`.
 _RECALL = {"rouge_l": float}
@@ -194,11 +170,11 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def method(options: argparse.Namespace, defaults: PMCConfig) -> PMCConfig:
     """The hyperparameters: the defaults with what was given on the command line."""
-    given = {name: getattr(options, name, None) for name in _METHOD}
+    given = {field.name: getattr(options, field.name, None) for field in fields(PMCConfig)}
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("top_k") == 0:
         changes["top_k"] = None
-    config = replace(defaults, seed=options.seed, **_prompt(options), **changes)
+    config = replace(defaults, **_prompt(options), **changes)
     if {"max_length", "max_new_tokens"} <= changes.keys():
         raise UserError("--max-length, --max-new-tokens: got both, want one: either limits an answer")
     if "tau" in changes and config.selection != "bradley_terry":

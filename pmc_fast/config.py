@@ -60,9 +60,9 @@ class PMCConfig:
     @classmethod
     def published(cls, name: str, **changes) -> PMCConfig:
         """The published hyperparameters for "llama-3.2-3b" or "phi-1.5", with changes by keyword."""
-        if not isinstance(name, str) or name not in _PUBLISHED:
-            raise UserError(f"preset: got {name!r}, expected one of {', '.join(map(repr, _PUBLISHED))}")
-        return replace(cls(**_PUBLISHED[name]), **changes)
+        if not isinstance(name, str) or name not in PUBLISHED:
+            raise UserError(f"preset: got {name!r}, expected one of {', '.join(map(repr, PUBLISHED))}")
+        return replace(cls(**PUBLISHED[name]), **changes)
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, wanted: str) -> None:
@@ -111,7 +111,7 @@ def _is_one_of(value: object, types: tuple[type, ...]) -> bool:
     return isinstance(value, (*types, int) if float in types else types)
 
 
-_PUBLISHED = {
+PUBLISHED = {
     "llama-3.2-3b": {},
     "phi-1.5": {
         "retain_weight": 1.5,

@@ -23,8 +23,8 @@ def environment(device: Any = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_name(),
+        "cpus": usable_cpus(),
         "threads": torch.get_num_threads(),
         "instruction_set": _library().instruction_set() if native else None,
         "device": str(device),
@@ -108,7 +108,11 @@ def _version(name: str) -> str | None:
     return pmc_fast.__version__
 
 
-def _cpu_name() -> str:
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:

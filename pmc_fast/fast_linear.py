@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pmc_fast import huge_pages
-from pmc_fast.errors import BackendUnavailable
+from pmc_fast.backend import missing_library
 from pmc_fast.memory import free_bytes
-from pmc_fast.native import library
 from pmc_fast.native.packed_linear import PackedWeight, in_place, pack, packed_bytes, packed_linear
 from pmc_fast.sharding import is_dtensor, kind
 
@@ -127,7 +126,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
         if "forward" not in vars(module) and (matrix := matrix_of(module)) is not None and _gains(matrix)
     }
     copies = None
-    if has_library():
+    if missing_library() is None:
         weights = [*layers.values(), *([] if head is None or not _gains(head) else [head])]
         copies = _Copies(weights, int(free_bytes(torch.device("cpu")) * PACKED_SHARE))
     token = _copies.set(copies)
@@ -191,15 +190,6 @@ def operand(weight: Tensor, begin: int = 0, end: int | None = None) -> PackedWei
 
 def _identity(weight: Tensor) -> tuple:
     return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
-
-
-def has_library() -> bool:
-    """Whether this library's own product is here."""
-    try:
-        library()
-    except BackendUnavailable:
-        return False
-    return True
 
 
 def _gains(weight: Tensor) -> bool:

@@ -58,15 +58,16 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.pmc_fast.packed_attention: _packed_attention,
     torch.ops.pmc_fast.packed_attention_backward: _packed_attention_backward,
 }
+"""Operations of each op's products, a multiplication and an addition counted as two, from its shapes.
+
+``with torch.utils.flop_counter.FlopCounterMode(custom_mapping=pmc_fast.flops.FORMULAS) as counter`` counts them beside
+torch's own. All rows count, those with an ignored target or a weight of 0 and positions beyond a row's length, too, since shapes
+do not tell; so do scores that causality or a window leave out, as of torch's own attention. What is decoded outside of torch's
+dispatcher, as by the sampler on a CPU, is not seen.
+"""
 # Products that torch's own table leaves out.
 FORMULAS[torch.ops.aten.addmm_] = lambda out, a, b, *args, out_shape, **options: 2 * a[0] * a[1] * b[1]
 # Of several products end to end, whose lengths shapes do not tell: no matrix of both is a batch.
 FORMULAS[torch.ops.aten._grouped_mm] = lambda a, b, *args, out_shape, **options: 2 * a[-2] * a[-1] * b[-1]
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product
-"""Operations of each op's products, a multiplication and an addition counted as two, from its shapes.
-
-``with torch.utils.flop_counter.FlopCounterMode(custom_mapping=pmc_fast.flops.FORMULAS) as counter`` counts them beside
-torch's own. All rows count, those with an ignored target or a weight of 0 and positions beyond a row's length, too, since shapes
-do not tell; so do scores that causality or a window leave out, as of torch's own attention; what is decoded outside of torch's dispatcher, as by the sampler on a CPU, is not seen.
-"""

@@ -250,8 +250,7 @@ def _check(
 ) -> None:
     _check_kinds(lm, batch)
     most = batch.count // sequences_each
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name}: got {count!r}, expected an integer")
+    _checks.number(name, count, "an integer", _checks.INTEGERS)
     if not 1 <= count <= most:
         raise ValueError(f"{name}: got {count}, expected 1 to {most}, since the batch has {batch.count} sequences")
     for option, value in {**above_0, **at_least_0}.items():

@@ -359,17 +359,14 @@ class _FromEmbeddings(TorchFunctionMode):
         return self.leaves[-1].clone()  # which may be written to
 
 
-class evaluating:  # noqa: N801
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within a with block; afterwards every module is as it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._training = [module for module in self._model.modules() if module.training]
-        for module in self._training:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._training:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
             module.training = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from pmc_fast.errors import UserError
@@ -33,6 +34,9 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         if partial != path:
             partial.replace(path)
     except OSError as error:
+        if partial != path:
+            with suppress(OSError):
+                partial.unlink()  # a full disk has use for the room
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 

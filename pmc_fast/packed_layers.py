@@ -13,7 +13,7 @@ from pmc_fast import attention, backend, varlen
 from pmc_fast.attention import AttentionCall, PackedLengths
 from pmc_fast.cache import SampleCache
 from pmc_fast.decoder_layers import Unknown, is_hooked, read_layers
-from pmc_fast.fast_linear import has_fast_bfloat16, has_library
+from pmc_fast.fast_linear import has_fast_bfloat16
 from pmc_fast.layer_gradients import activate, add_and_normalize, normalize, products, rotate
 from pmc_fast.layer_kinds import attentions_of, with_one_layer
 from pmc_fast.layer_parts import Embedding, Layer, Layers, LinearParts, NormParts
@@ -93,7 +93,7 @@ def _hidden(
 
 
 def _has_kernels(device: str) -> bool:
-    return has_library() if KERNELS[device] == "native" else backend.missing_triton() is None
+    return (backend.missing_library() if KERNELS[device] == "native" else backend.missing_triton()) is None
 
 
 def _says(lm: LanguageModel) -> Hashable:

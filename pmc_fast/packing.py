@@ -162,6 +162,6 @@ def pad_left(
     if isinstance(pad_id, bool) or not isinstance(pad_id, int):
         raise TypeError(f"pad_id: got {described(pad_id)}, expected a token id")
     width = max(len(ids) for ids in sequences)
-    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in sequences], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
-    return input_ids, attention_mask
+    input_ids = [[pad_id] * (width - len(ids)) + list(ids) for ids in sequences]
+    attention_mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences]
+    return tuple(torch.tensor(rows, dtype=torch.int64, device=device) for rows in (input_ids, attention_mask))

@@ -122,7 +122,7 @@ class PMC:
             raise UserError(
                 f"answers: got {len(answers)}, expected one for each of the {len(questions)} forget_questions"
             )
-        self.ledger = Ledger(questions, answers)
+        self.ledger, self._prepared, self.prepared_batches = Ledger(questions, answers), set(), 0
         words = getattr(self.reward, "words", None)
         if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
             warn(
@@ -177,8 +177,8 @@ class PMC:
             retain: rows to keep answering right, ``QA`` or others with question and answer, as attributes or as keys.
 
         Returns:
-            float32 scalar; backward() reaches every parameter that requires a gradient. ``stats`` then holds
-            collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, decoded_tokens (those
+            float32 scalar (float64 if the model is); backward() reaches every parameter that requires a gradient. ``stats``
+            then holds collapse_loss, retain_loss (nats per token), score (mean of the selected), sampled_tokens, decoded_tokens (those
             that went through the model: what a question's answers begin with in common does once), trained_tokens,
             pruned_samples (stopped early, since they could not be picked), pruned_tokens (that these could still have
             had at most), empty_picks (selected answers without a scorable word), truncated_picks, seconds (sample,
@@ -218,7 +218,7 @@ class PMC:
         """The mean negative log-likelihood of the rows' answer tokens: ordinary fine-tuning, packed.
 
         Returns:
-            float32 scalar, nats per token. ``stats`` then holds trained_tokens and seconds (train).
+            float32 scalar (float64 if the model is), nats per token. ``stats`` then holds trained_tokens and seconds (train).
 
         Raises:
             UserError: there is no row, or one without question and answer, longer than the model has positions or of tokens
@@ -254,8 +254,13 @@ class PMC:
                 self._check_trained(ledger, question, entry)
         elif prepared != []:
             raise UserError(f"state: prepared: got {described(prepared)}, expected [] beside a ledger of None")
-        count = len(ledger.questions) if ledger else 0
-        return ledger, set(inputs.indices("state: prepared", prepared, count))
+        count, entries = (len(ledger.questions), ledger.entries) if ledger else (0, {})
+        prepared = set(inputs.indices("state: prepared", prepared, count))
+        if missing := sorted(prepared - entries.keys()):
+            raise UserError(
+                f"state: prepared: got question {missing[0]}, expected questions of which the ledger holds an entry"
+            )
+        return ledger, prepared
 
     def _initialised(self) -> Ledger:
         if self.ledger is None:
@@ -290,12 +295,12 @@ class PMC:
             prompts = [self.prompts.prompt_ids(ledger.questions[q]) for q in questions]
             input_ids, attention_mask = pad_left(prompts, self.prompts.pad_id, self.lm.device)
             # Every visit to a question draws from random streams of its own, whoever else is in the batch.
-            streams = torch.tensor([ledger.visits[q] * len(ledger.questions) + q for q in questions])
+            streams = _on_host([ledger.visits[q] * len(ledger.questions) + q for q in questions])
             limits = self._limits(batches)
             max_length = config.max_length if config.max_new_tokens is None else None
             if self.lm.positions.fixed:  # else the sampler warns
                 # An answer that is cut off is trained on with an end token.
-                self.lm.positions.check_answers(torch.tensor([len(ids) for ids in prompts]), limits, max_length, more=1)
+                self.lm.positions.check_answers(_on_host([len(ids) for ids in prompts]), limits, max_length, more=1)
             samples = self.sampler.sample(
                 input_ids,
                 attention_mask,
@@ -371,7 +376,7 @@ class PMC:
                         f"of up to {width} tokens"
                     )
             limits += [limit] * len(batch)
-        return torch.tensor(limits)
+        return _on_host(limits)
 
     def _pruner(self, questions: Sequence[int], references: Sequence[str]) -> Pruner | None:
         if not (self.config.prune and self.config.selection == "best" and has_lower_bound(self.reward)):
@@ -399,11 +404,11 @@ class PMC:
         # Counted on the host: a GPU would have to be waited for.
         counts = [sum(map(len, part)) for part in (answers[:collapse], answers[collapse:])]
         is_collapse = packed.sequence < collapse
-        token_weight = torch.where(
-            is_collapse, 1 / max(1, counts[0]), self.config.retain_weight / max(1, counts[1])
-        ).float()
         with phase("forward"):
             hidden = packed.hidden(self.lm)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        token_weight = torch.full_like(packed.target, self.config.retain_weight / max(1, counts[1]), dtype=wide)
+        token_weight.masked_fill_(is_collapse, 1 / max(1, counts[0]))
         with phase("loss"):
             loss, token_nll = self.lm.head.collapse_loss(hidden, packed.target, token_weight, ignore_index=None)
         totals = torch.stack([(token_nll * part).sum() for part in (is_collapse, ~is_collapse)]).tolist()
@@ -411,10 +416,15 @@ class PMC:
         return loss, tuple(total / max(1, count) for total, count in zip(totals, counts, strict=True))
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.stats["seconds"][phase] += time.perf_counter() - start
+        self.stats["seconds"][part] += time.perf_counter() - start
+
+
+def _on_host(values: list[int]) -> Tensor:
+    """int64, on the CPU whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _no_samples() -> dict[str, Any]:

@@ -53,7 +53,7 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
         UserError: the model does not use the cache, or cannot run from it alone, or takes padding for text.
     """
     width = input_ids.shape[1]
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     padded = not bool(mask.all())
     position = (mask.cumsum(1) - 1).clamp(min=0)
     if (packed := _packed(lm, input_ids, mask)) is not None:

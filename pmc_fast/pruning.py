@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmc_fast.ops import _checks
 from pmc_fast.prompts import Prompts
 from pmc_fast.rewards import Reward, asked
 
@@ -74,8 +75,7 @@ class Pruner:
                 f"reward: {type(reward).__name__} has no lower_bound for its score, so no answer can be ruled out early"
             )
         for name, value in (("num_samples", num_samples), ("interval", interval)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: got {value!r}, expected an integer")
+            _checks.number(name, value, "an integer", _checks.INTEGERS)
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if isinstance(references, str):

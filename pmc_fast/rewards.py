@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pmc_fast.errors import described
+from pmc_fast.ops import _checks
 from pmc_fast.ops.rouge_l_recall import rouge_l_recall
 from pmc_fast.reference.rouge_l_recall import words
 
@@ -80,8 +81,7 @@ class RougeRecall:
     impl: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.min_words, int) or isinstance(self.min_words, bool):
-            raise TypeError(f"min_words: got {self.min_words!r}, expected an integer")
+        _checks.number("min_words", self.min_words, "an integer", _checks.INTEGERS)
         if self.min_words < 0:
             raise ValueError(f"min_words: got {self.min_words}, expected 0 (no penalty) or more")
 

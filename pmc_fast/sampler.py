@@ -176,17 +176,13 @@ class Sampler:
             raise TypeError(f"prune: got {described(prune)}, expected a pmc_fast.pruning.Pruner or None")
         _checks.sampling(temperature, top_k, top_p, min_p, seed)
         backend.check(impl)
-        if cache_budget is not None and (isinstance(cache_budget, bool) or not isinstance(cache_budget, int)):
-            raise TypeError(f"cache_budget: got {described(cache_budget)}, expected an integer, of bytes, or None")
-        if not len(input_ids):
-            raise ValueError("input_ids: got no prompts, expected at least one")
+        if cache_budget is not None:
+            _checks.number("cache_budget", cache_budget, "an integer, of bytes, or None", _checks.INTEGERS)
         if attention_mask is not None:  # a token that pads may be none of the model's
             input_ids = input_ids.masked_fill(attention_mask == 0, 0)
         check_ids(input_ids, vocabulary_size(self.lm.model))
         ends = torch.tensor(end_tokens(eos_token_id), device="cpu")
         device, prompts = input_ids.device, len(input_ids)
-        if attention_mask is not None and (attention_mask[:, -1] == 0).any():
-            raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
         if sequence_ids is None:
             sequence_ids = torch.arange(prompts, device=device)
         check_sequence_ids(sequence_ids, prompts, num_samples)

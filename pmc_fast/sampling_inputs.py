@@ -14,7 +14,7 @@ from pmc_fast.positions import Positions
 
 
 def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """That they are tensors [B, T] of token ids, and of what is no padding."""
+    """That they are tensors [B, T] of token ids, and of what is no padding, which ends no prompt."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(
             f"input_ids: got {described(input_ids)}, expected an int64 tensor [B, T]; of what a tokenizer returns with "
@@ -24,6 +24,8 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, expected [B, T] with at least one token")
     if input_ids.dtype != torch.int64:
         raise TypeError(f"input_ids: got dtype {input_ids.dtype}, expected torch.int64")
+    if not len(input_ids):
+        raise ValueError("input_ids: got no prompts, expected at least one")
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor):
@@ -32,6 +34,8 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         raise ValueError(
             f"attention_mask: got shape {list(attention_mask.shape)}, expected {list(input_ids.shape)}, that of input_ids"
         )
+    if (attention_mask[:, -1] == 0).any():
+        raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
 
 
 def check_places(device: torch.device, whose: str, tensors: dict[str, Tensor | None]) -> None:
@@ -59,18 +63,16 @@ def end_tokens(eos_token_id: int | Sequence[int] | Tensor) -> list[int]:
     return ends
 
 
-def check_sequence_ids(sequence_ids: Tensor, prompts: int, num_samples: int | None = None) -> None:
-    """That there is one for each prompt and, given num_samples, that the noise of all samples has sequences to be drawn from."""
+def check_sequence_ids(sequence_ids: Tensor, prompts: int, num_samples: int) -> None:
+    """That there is one for each prompt, and that the noise of all samples has sequences to be drawn from."""
     if not isinstance(sequence_ids, Tensor):
         raise TypeError(f"sequence_ids: got {described(sequence_ids)}, expected an int64 tensor [{prompts}] or None")
     if sequence_ids.shape != (prompts,):
         raise ValueError(f"sequence_ids: got shape {list(sequence_ids.shape)}, expected [{prompts}]")
     if sequence_ids.dtype != torch.int64:
         raise TypeError(f"sequence_ids: got dtype {sequence_ids.dtype}, expected torch.int64")
-    if num_samples is None:
-        return
     most = 2**32 // num_samples
-    for one in sequence_ids.aminmax() if prompts else ():
+    for one in sequence_ids.aminmax():
         if not 0 <= int(one) < most:
             raise ValueError(
                 f"sequence_ids: got {int(one)}, expected integers in [0, {most}), for num_samples={num_samples}"
@@ -95,7 +97,7 @@ def answer_limits(
         )
     prompts, width = input_ids.shape
     if max_new_tokens is None:
-        name, limits = "max_length", _whole("max_length", max_length, "an integer") - width
+        name, limits = "max_length", _whole("max_length", max_length, "an integer").long() - width
     else:
         name, limits = "max_new_tokens", _whole("max_new_tokens", max_new_tokens, f"an integer or int64 [{prompts}]")
     if limits.dim() > 1 or (limits.dim() == 1 and (max_new_tokens is None or limits.shape != (prompts,))):
@@ -103,12 +105,12 @@ def answer_limits(
             f"{name}: got {limits.dtype} of shape {list(limits.shape)}, expected an integer or int64 [{prompts}]"
         )
     limits = limits.long().expand(prompts)
-    if prompts and int(limits.min()) < 1:
+    if int(limits.min()) < 1:
         got = max_length if max_new_tokens is None else int(limits.min())
         raise ValueError(
             f"{name}: got {got}, which leaves no room for an answer after prompts padded to {width} tokens"
         )
-    if positions.most is not None and prompts and width + int(limits.max()) - 1 > positions.most:
+    if positions.most is not None and width + int(limits.max()) - 1 > positions.most:
         lengths = torch.full_like(limits, width) if attention_mask is None else (attention_mask != 0).sum(1).cpu()
         positions.check_answers(lengths, limits, max_length)
     return limits

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pmc_fast import inputs
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
 from pmc_fast.errors import NO_DISTRIBUTION, NO_SCORES, UserError
@@ -40,7 +41,9 @@ def finetune(
     Args and returns as for `unlearn`. max_grad_norm: clips the gradient's norm; None does not.
     """
 
-    def loss(step: int, epoch: int, batch: int, indices: list[int]) -> Tensor:
+    inputs.some("rows", rows)
+
+    def loss(epoch: int, batch: int, indices: list[int]) -> Tensor:
         return pmc.supervised_loss([rows[index] for index in indices])
 
     loop = _Loop(pmc, config, len(rows), run, checkpoint_every, max_grad_norm, mean_gradient=True)
@@ -74,12 +77,16 @@ def unlearn(
         Seconds by phase: sample, score, train (backward and optimizer included), checkpoint; those before a resume too.
 
     Raises:
-        UserError: the loss or the model's outputs are not finite.
+        UserError: there are no rows, or nothing was initialised; the loss or the model's outputs are not finite.
 
     Source: arXiv 2507.04219, algorithm 1 and appendix (hyperparameters).
     """
 
-    def loss(step: int, epoch: int, batch: int, indices: list[int]) -> Tensor:
+    if pmc.ledger is None:
+        raise UserError("pmc: its ledger is empty; call pmc.initialise(forget_questions) first")
+    inputs.some("retain", retain)
+
+    def loss(epoch: int, batch: int, indices: list[int]) -> Tensor:
         draw = _generator(config.seed, _RETAIN, epoch, batch)
         chosen = draw.choice(len(retain), config.batch_size, replace=len(retain) < config.batch_size)
         return pmc.loss(indices, [retain[row] for row in chosen])
@@ -124,7 +131,7 @@ class _Loop:
         self.seconds: Counter[str] = Counter()
         self.step = 0
 
-    def train(self, loss: Callable[[int, int, int, list[int]], Tensor], title: str | None) -> dict[str, float]:
+    def train(self, loss: Callable[[int, int, list[int]], Tensor], title: str | None) -> dict[str, float]:
         from tqdm import tqdm
 
         self._resume()
@@ -146,13 +153,13 @@ class _Loop:
                 module.training = was_training
         return dict(self.seconds)
 
-    def _step(self, loss: Callable[[int, int, int, list[int]], Tensor]) -> dict[str, Any]:
+    def _step(self, loss: Callable[[int, int, list[int]], Tensor]) -> dict[str, Any]:
         config, step = self.config, self.step
         epoch, first = step // self.steps_per_epoch, step % self.steps_per_epoch * config.accumulation
         batches = range(first, min(first + config.accumulation, self.batches))
         size = config.batch_size
         order = _generator(config.seed, _ORDER, epoch).permutation(self.rows).tolist()
-        rate = config.learning_rate * _schedule(step, self.warmup, self.steps)
+        rate = config.learning_rate * rate_factor(step, self.warmup, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         stats, seconds = [], Counter()
@@ -163,7 +170,7 @@ class _Loop:
         for batch in batches:
             with self._dropout_seed(step, batch):
                 with self._step_named():
-                    value = loss(step, epoch, batch, indices[batch])
+                    value = loss(epoch, batch, indices[batch])
                 if not math.isfinite(value.item()):
                     raise UserError(f"step {step + 1}: the loss is {value.item()}; try a lower learning rate")
                 start = time.perf_counter()
@@ -247,8 +254,8 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
-def _schedule(step: int, warmup: int, steps: int) -> float:
-    """The learning rate's factor: up to 1 over the warm-up, then down to 0; never 0 at a step that is taken."""
+def rate_factor(step: int, warmup: int, steps: int) -> float:
+    """The learning rate's: up to 1 over the warm-up, then down to 0; never 0 at a step that is taken."""
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / (steps - warmup)

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, make_model
@@ -122,6 +123,11 @@ def test_a_probability_that_rounds_to_above_1_is_taken_for_1(monkeypatch):
     p = torch.tensor(-0.5).exp()
     want = (p**5 * (1 - p) ** 0.5 * -0.5) / 2 + 1.0
     torch.testing.assert_close(losses.satimp(lm, batch, 1, beta2=0.5), want)
+
+
+def test_an_integer_of_numpys(rng_seed):
+    lm, batch = LanguageModel(make_model(seed=rng_seed)), pack([[1, 2], [4]], [[3], [5, 6]])
+    assert torch.equal(losses.simnpo(lm, batch, np.int64(1)), losses.simnpo(lm, batch, 1))
 
 
 def test_bad_input():

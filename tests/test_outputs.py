@@ -44,7 +44,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(UserError, match="out.json cannot be written: No space left"):
         write_file(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["out.json"]
     monkeypatch.undo()
     write_file(path, "new")
     assert path.read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out.json"]

@@ -107,6 +107,11 @@ def test_what_prompts_have_in_common():
     assert pack([begin], [[1, 2]]).lengths == (0, (21,))  # nobody to share with
 
 
+def test_nothing_padded_is_a_batch_of_token_ids():
+    ids, mask = pad_left([[], []], 256)
+    assert ids.shape == mask.shape == (2, 0) and ids.dtype == mask.dtype == torch.int64
+
+
 def test_an_installed_model_still_answers_padded_batches_as_before(rng_seed):
     model = make_model("llama", seed=rng_seed)
     ids, mask = pad_left([[1, 2, 3], [4, 5, 6, 7, 8]], 256)

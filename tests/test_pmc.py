@@ -62,6 +62,32 @@ def test_published_settings():
         PMCConfig.published("gpt-9")
 
 
+@pytest.mark.parametrize("changes", [{}, {"selection": "bradley_terry", "max_new_tokens": None, "max_length": 60}])
+def test_whatever_torchs_default_device_is(changes, rng_seed):
+    """On a GPU it may well be that GPU, and counts that belong to the host must not go there."""
+    expected, pmc = (make_pmc(seed=rng_seed % 1000, **changes) for _ in range(2))
+    with torch.device("meta"):
+        got = pmc.loss([0, 1], RETAIN)
+    assert torch.equal(got, expected.loss([0, 1], RETAIN)) and pmc.state_dict() == expected.state_dict()
+
+
+def test_whatever_torchs_default_dtype_is(rng_seed):
+    """Weights of tokens, such as 1 / 7, are not rounded to it."""
+    expected, pmc = (make_pmc(seed=rng_seed % 1000) for _ in range(2))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = pmc.loss([0, 1], RETAIN)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected.loss([0, 1], RETAIN))
+
+
+def test_a_model_of_float64(rng_seed):
+    expected, pmc = (make_pmc(seed=rng_seed % 1000) for _ in range(2))
+    pmc.lm.model.double()
+    torch.testing.assert_close(pmc.loss([], RETAIN), expected.loss([], RETAIN).double(), rtol=1e-5, atol=0)
+
+
 def test_samples_are_scored_against_the_initial_greedy_answer(rng_seed):
     pmc = make_pmc([0.4] * 6, seed=rng_seed % 1000)
     initial = list(pmc.ledger.initial_answers)
@@ -223,6 +249,7 @@ STATES = [
     (lambda s: s | {"ledger": [1]}, "state: ledger: got a value of type list, expected what Ledger.state_dict"),
     (lambda s: s | {"prepared": 2}, "state: prepared: got index 2, expected a list"),
     (lambda s: s | {"prepared": [0, 3]}, "state: prepared: got index 3, expected one of the 3 forget questions"),
+    (lambda s: s | {"prepared": [0, 2]}, "state: prepared: got question 2, expected questions of which the ledger holds"),
     (lambda s: {"ledger": None, "prepared": [0]}, r"state: prepared: got a value of type list, expected \[\] beside a ledger"),
 ]  # fmt: skip
 LEDGERS = [
@@ -523,6 +550,14 @@ def test_prepared_questions_survive_a_resume(rng_seed):
     for batch in ([0], [1]):
         assert torch.equal(whole.loss(batch, RETAIN), resumed.loss(batch, RETAIN))
     assert whole.state_dict() == resumed.state_dict()
+
+
+def test_what_was_prepared_for_other_questions_is_forgotten(rng_seed):
+    pmc = make_pmc(seed=rng_seed % 1000)
+    pmc.prepare([[0], [1]])
+    pmc.initialise(QUESTIONS[::-1])
+    pmc.loss([0], RETAIN)
+    assert pmc.ledger.visits == [1, 0, 0] and pmc.prepared_batches == 0
 
 
 def test_pruning_keeps_the_ledger_and_saves_tokens(rng_seed):

@@ -349,6 +349,10 @@ def test_rows_that_go_on_stay_where_they_can(rng_seed):
         ({"max_new_tokens": 2.5}, "max_new_tokens: got torch.float32 of shape"),
         ({"max_new_tokens": None, "max_length": 20.5}, "max_length: got torch.float32 of shape"),
         ({"max_new_tokens": None, "max_length": torch.tensor([9])}, "max_length: got torch.int64 of shape"),
+        (
+            {"max_new_tokens": None, "max_length": torch.tensor(2, dtype=torch.uint8)},
+            "max_length: got 2, which leaves no",
+        ),
         ({"max_length": 5}, "exactly one"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
         ({"max_new_tokens": torch.tensor([1, 2])}, "max_new_tokens: got torch.int64 of shape"),
@@ -365,14 +369,27 @@ def test_rows_that_go_on_stay_where_they_can(rng_seed):
     ],
 )
 def test_bad_input(change, message):
-    options = {"max_new_tokens": 3, "eos_token_id": 257, **change}
-    with pytest.raises(ValueError, match=message):
-        Sampler(make_model()).sample(torch.tensor([[1, 2, 3]]), **options)
+    model, options = make_model(), {"max_new_tokens": 3, "eos_token_id": 257, **change}
+    for sampler in (Sampler(model), GenerateSampler(model)):
+        with pytest.raises(ValueError, match=message):
+            sampler.sample(torch.tensor([[1, 2, 3]]), **options)
 
 
 def test_no_prompts():
-    with pytest.raises(ValueError, match="input_ids: got no prompts, expected at least one"):
-        Sampler(make_model()).sample(torch.zeros(0, 3, dtype=torch.int64), max_new_tokens=3, eos_token_id=257)
+    model = make_model()
+    for sampler in (Sampler(model), GenerateSampler(model)):
+        with pytest.raises(ValueError, match="input_ids: got no prompts, expected at least one"):
+            sampler.sample(torch.zeros(0, 3, dtype=torch.int64), max_new_tokens=3, eos_token_id=257)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_any_number_but_0_is_no_padding(family, rng_seed):
+    model = make_model(family, seed=rng_seed)
+    ids, mask = pad_left(PROMPTS, 256)
+    for sampler in (Sampler(model), GenerateSampler(model)):
+        options = {"max_new_tokens": 4, "temperature": 0.0, "eos_token_id": 257}
+        got, want = (sampler.sample(ids, held, **options) for held in (-2 * mask, mask))
+        assert torch.equal(got.tokens, want.tokens)
 
 
 def test_wrong_objects():

@@ -174,6 +174,16 @@ def test_a_loss_that_is_no_number_ends_training_before_it_moves_a_weight(what, v
     assert torch.equal(pmc.lm.model.weight, before) and len(pmc.batches) == 2
 
 
+def test_nothing_to_train_on_is_refused(rng_seed):
+    pmc, config = Recorder(), make_config(rng_seed)
+    for train_on, name in ((unlearn, "retain"), (finetune, "rows")):
+        with pytest.raises(UserError, match=f"^{name}: got none, expected at least one$"):
+            train_on(pmc, [], config, progress=False)
+    pmc.ledger = None
+    with pytest.raises(UserError, match="^pmc: its ledger is empty; call pmc.initialise"):
+        unlearn(pmc, RETAIN, config, progress=False)
+
+
 @pytest.mark.parametrize("what", ["unlearn", "finetune"])
 def test_a_model_that_is_frozen_is_refused(what, rng_seed):
     pmc = Recorder()

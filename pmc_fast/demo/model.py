@@ -56,20 +56,18 @@ def train_tokenizer(rows: Iterable[QA], vocab_size: int = 1536) -> PreTrainedTok
     )
 
 
-def new_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden_size: int = 128, num_layers: int = 3, num_heads: int = 4
-) -> LlamaForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A float32 Llama with freshly drawn weights for this tokenizer; the global random state is left as it was."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,

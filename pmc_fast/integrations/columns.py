@@ -44,7 +44,9 @@ def _columns(name: str, dataset: Iterable[Any], *wanted: str) -> list[tuple[str,
 
 
 def _values(where: str, row: Any, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    values = row if isinstance(row, Mapping) else getattr(row, "__dict__", {})
+    values = row
+    if not isinstance(row, Mapping):  # attributes need not be in a __dict__
+        values = {**getattr(row, "__dict__", {}), **{name: getattr(row, name) for name in wanted if hasattr(row, name)}}
     _check_columns(where, list(values), wanted)
     for column in wanted:
         if not isinstance(values[column], str) or not values[column].strip():

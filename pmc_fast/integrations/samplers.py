@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pmc_fast.errors import UserError, described
 from pmc_fast.models import evaluating
+from pmc_fast.ops import _checks
 from pmc_fast.positions import Positions
 from pmc_fast.sampler import Samples
 from pmc_fast.sampling_inputs import answer_limits, check_sequence_ids, end_tokens
@@ -71,12 +72,28 @@ class _EngineSampler:
         """As ``Sampler.sample``; ``prune`` is not used."""
         positions = Positions.of(self.model)
         limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, positions).tolist()
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        input_ids = input_ids.masked_fill(mask == 0, 0)  # a token that pads may be none of the model's
+        _checks.sampling(temperature, top_k, top_p, min_p, seed)
+        ends = tuple(end_tokens(eos_token_id))
+        if sequence_ids is None:
+            sequence_ids = torch.arange(len(input_ids), device=input_ids.device)
+        check_sequence_ids(sequence_ids, len(input_ids), num_samples)
+        mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
         copies = num_samples if temperature else 1  # greedy answers are all the same
-        ends, sequences = tuple(end_tokens(eos_token_id)), _sequences(sequence_ids, len(input_ids))
         drawn = self._draw(
-            _Request(input_ids, mask, copies, limits, ends, temperature, top_k or 0, top_p, min_p, seed, sequences)
+            _Request(
+                input_ids.masked_fill(mask == 0, 0),  # a token that pads may be none of the model's
+                mask,
+                copies,
+                limits,
+                ends,
+                # Engines take Python's numbers of just these types.
+                float(temperature),
+                int(top_k or 0),
+                float(top_p),
+                float(min_p),
+                int(seed),
+                sequence_ids.tolist(),
+            )
         )
         return _samples([answers * (num_samples // copies) for answers in drawn], limits, ends, input_ids.device)
 
@@ -104,9 +121,8 @@ class GenerateSampler(_EngineSampler):
         self.model = model
 
     def _draw(self, request: _Request) -> list[list[list[int]]]:
-        lengths, positions = (request.attention_mask != 0).sum(1).cpu(), Positions.of(self.model)
-        longest = max(request.limits, default=0)
-        if not positions.fixed or not len(lengths) or int(lengths.max()) + longest - 1 <= positions.most:
+        longest, positions = int(request.attention_mask.sum(1).max()), Positions.of(self.model)
+        if not positions.fixed or longest + max(request.limits) - 1 <= positions.most:
             return self._generate(request)
         # Rows go on as long as others do, so those with less room are not asked together with them.
         drawn: list[list[list[int]]] = [[] for _ in request.limits]
@@ -224,13 +240,6 @@ def _loader_of(llm: Any) -> Callable[[Iterable[tuple[str, Tensor]]], object]:
         ) from None
 
 
-def _sequences(sequence_ids: Tensor | None, prompts: int) -> list[int]:
-    if sequence_ids is None:
-        return list(range(prompts))
-    check_sequence_ids(sequence_ids, prompts)
-    return sequence_ids.tolist()
-
-
 def _seed(*parts: int) -> int:
     """An integer in [0, 2^62) out of several: engines add the number of the sample to it."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 2
@@ -244,8 +253,8 @@ def _samples(drawn: list[list[list[int]]], limits: list[int], ends: tuple[int, .
             ids = ids[:limit]
             length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
             answers.append(ids[:length])
-    shape = (len(drawn), len(drawn[0]) if drawn else 1)
-    width = max(map(len, answers), default=0)
+    shape = len(drawn), len(drawn[0])
+    width = max(map(len, answers))
     padded = [ids + [ends[0]] * (width - len(ids)) for ids in answers]
     finished = [bool(ids) and ids[-1] in ends for ids in answers]
 

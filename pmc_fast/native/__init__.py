@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pmc_fast.errors import BackendUnavailable
 
@@ -32,6 +33,11 @@ def library() -> ModuleType:
     except ValueError as error:
         raise BackendUnavailable(str(error)) from error
     return _C
+
+
+def address(tensor: Any) -> int:
+    """Where a tensor's values lie; 0 without one."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def dtype_code(dtype: object) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast.errors import not_finite
-from pmc_fast.native import dtype_code, library
+from pmc_fast.native import address, dtype_code, library
 from pmc_fast.native.gemm import add_head_gradient, compute_dtype, even_chunks, times_head, write_logits
 
 # Logits held at once, by the dtype of the products. Fewer rows make these slower, the gradient of the head above all, and
@@ -91,7 +91,7 @@ def _epilogue(
         logit_scale,
         softcap or 0.0,
         target.data_ptr(),
-        0 if token_weight is None else token_weight.data_ptr(),
+        address(token_weight),
         nll.data_ptr(),
         workspace.data_ptr(),
         threads,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast.errors import scores_not_finite
-from pmc_fast.native import dtype_code, library
+from pmc_fast.native import address, dtype_code, library
 
 _NO_POSITIONS = (0, 0, (0, 0, 0), (0, 0, 0), 0)
 
@@ -46,9 +46,9 @@ def decode_attention(
         dim,
         positions_at(key, value),
         prefix,
-        0 if prefix_row is None else prefix_row.data_ptr(),
+        address(prefix_row),
         first.data_ptr(),
-        0 if length is None else length.data_ptr(),
+        address(length),
         scale,
         softcap or 0.0,
         out.data_ptr(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast.errors import scores_not_finite
-from pmc_fast.native import dtype_code, library
+from pmc_fast.native import address, dtype_code, library
 from pmc_fast.native.decode_attention import positions_at
 from pmc_fast.native.packed_linear import PackedWeight
 
@@ -98,7 +98,7 @@ def _part(part: Norm | Linear | str | float | None) -> tuple | str | float | Non
 
 
 def _norm(norm: Norm) -> tuple:
-    return norm.weight.data_ptr(), _address(norm.bias), len(norm.weight), norm.epsilon, norm.centered
+    return norm.weight.data_ptr(), address(norm.bias), len(norm.weight), norm.epsilon, norm.centered
 
 
 def _linear(linear: Linear) -> tuple:
@@ -106,8 +106,4 @@ def _linear(linear: Linear) -> tuple:
     adapters = [(down.memory.data_ptr(), up.memory.data_ptr(), down.out_features) for down, up in linear.adapters]
     sizes = weight.out_features, weight.in_features
     at = weight.memory.data_ptr(), dtype_code(weight.memory.dtype), weight.row_stride
-    return *at, _address(linear.bias), *sizes, adapters
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return *at, address(linear.bias), *sizes, adapters

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmc_fast.native import library
+from pmc_fast.native import address, library
 
 
 def normalize(
@@ -37,7 +37,7 @@ def normalize(
         size,
         x.stride(0),
         weight.data_ptr(),
-        _address(bias),
+        address(bias),
         epsilon,
         centered,
         y.data_ptr(),
@@ -99,9 +99,9 @@ def normalize_backward(
         grad_x.data_ptr(),
         grad_x.stride(0),
         out is not None,
-        _address(grad_weight),
-        _address(grad_bias),
-        _address(workspace),
+        address(grad_weight),
+        address(grad_bias),
+        address(workspace),
         torch.get_num_threads(),
     )
     return grad_x, *(None if sums is None else sums.to(dtype) for sums in (grad_weight, grad_bias))
@@ -124,7 +124,7 @@ def activate(gate: Tensor, activation: str, up: Tensor | None) -> Tensor:
     y = gate.new_empty(gate.shape)
     library().activate(
         gate.data_ptr(),
-        _address(up),
+        address(up),
         *gate.shape,
         gate.stride(0),
         0 if up is None else up.stride(0),
@@ -151,14 +151,14 @@ def activate_backward(grad: Tensor, gate: Tensor, activation: str, up: Tensor | 
     library().activate_gradient(
         grad.data_ptr(),
         gate.data_ptr(),
-        _address(up),
+        address(up),
         *gate.shape,
         grad.stride(0),
         gate.stride(0),
         0 if up is None else up.stride(0),
         activation,
         grad_gate.data_ptr(),
-        _address(grad_up),
+        address(grad_up),
         torch.get_num_threads(),
     )
     return grad_gate, grad_up
@@ -237,7 +237,3 @@ def _check(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         got = f"{x.dtype} {list(x.shape)} on {x.device}"
         raise ValueError(f"{name}: got {got}, expected torch.float32 [{wanted}] on cpu")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

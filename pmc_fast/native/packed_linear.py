@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pmc_fast.native import dtype_code, library
+from pmc_fast.native import address, dtype_code, library
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def packed_linear(
         weight.memory.data_ptr(),
         dtype_code(weight.memory.dtype),
         weight.row_stride,
-        0 if bias is None else bias.data_ptr(),
+        address(bias),
         weight.out_features,
         weight.in_features,
         y.data_ptr(),

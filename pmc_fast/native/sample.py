@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast.errors import not_finite
-from pmc_fast.native import dtype_code, library
+from pmc_fast.native import address, dtype_code, library
 
 
 def sample(
@@ -39,10 +39,10 @@ def sample(
     begin = order = None
     if row is not None:
         order = row.argsort()
-        begin = torch.searchsorted(row[order], torch.arange(rows + 1))
-    token = torch.empty(draws, dtype=torch.int64)
-    logprob, sampling_logprob, kept_mass = (torch.empty(draws, dtype=torch.float32) for _ in range(3))
-    workspace = torch.empty(min(threads, rows) * lib.sample_workspace_bytes(vocab), dtype=torch.uint8)
+        begin = torch.searchsorted(row[order], torch.arange(rows + 1, device="cpu"))
+    token = logits.new_empty(draws, dtype=torch.int64)
+    logprob, sampling_logprob, kept_mass = (logits.new_empty(draws, dtype=torch.float32) for _ in range(3))
+    workspace = logits.new_empty(min(threads, rows) * lib.sample_workspace_bytes(vocab), dtype=torch.uint8)
     bad = lib.sample(
         logits.data_ptr(),
         dtype_code(logits.dtype),
@@ -56,8 +56,8 @@ def sample(
         top_p,
         math.log(min_p) if min_p > 0 else -math.inf,
         seed,
-        0 if begin is None else begin.data_ptr(),
-        0 if order is None else order.data_ptr(),
+        address(begin),
+        address(order),
         sequence.data_ptr(),
         position.data_ptr(),
         token.data_ptr(),
@@ -75,7 +75,7 @@ def sample(
 
 def gumbel(seed: int, sequence: Tensor, position: Tensor, vocab: int) -> Tensor:
     """`pmc_fast.philox.gumbel` as the kernels compute it."""
-    noise = torch.empty(len(sequence), vocab, dtype=torch.float32)
+    noise = sequence.new_empty(len(sequence), vocab, dtype=torch.float32)
     library().gumbel(
         len(sequence),
         vocab,

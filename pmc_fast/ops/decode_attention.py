@@ -69,7 +69,7 @@ def decode_attention(
     if query.dtype not in _checks.FLOATING:
         raise TypeError(f"query: got dtype {query.dtype}, expected float32, bfloat16, float16 or float64")
     rows, heads, dim = query.shape
-    _positions("", key, value, "N", query)
+    _positions("", key, value, rows, query)
     if key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(f"key: got {key.shape[1]} heads, expected a divisor of the {heads} heads of query")
     _checks.vector("first", first, rows, torch.int64, query)
@@ -77,7 +77,7 @@ def decode_attention(
     if any(given) and not all(given):
         raise ValueError("prefix_key, prefix_value, prefix_row: got some of them, expected all or none")
     if prefix_key is not None:
-        _positions("prefix_", prefix_key, prefix_value, "P", query)
+        _positions("prefix_", prefix_key, prefix_value, None, query)
         if prefix_key.shape[1] != key.shape[1]:
             raise ValueError(f"prefix_key: got {prefix_key.shape[1]} heads, expected {key.shape[1]}, those of key")
         _checks.vector("prefix_row", prefix_row, rows, torch.int64, query)
@@ -93,16 +93,16 @@ def decode_attention(
     return _without_derivatives(query, key, value, first, scale, softcap, *prefix, length, impl)
 
 
-def _positions(name: str, key: Tensor, value: Tensor, rows: str, query: Tensor) -> None:
-    """Checks keys and values; those of the rows themselves have as many rows as the query."""
+def _positions(name: str, key: Tensor, value: Tensor, rows: int | None, query: Tensor) -> None:
+    """Checks keys and values of so many rows, or of any number."""
     dim = query.shape[2]
     for kind, tensor in (("key", key), ("value", value)):
         _checks.tensor(f"{name}{kind}", tensor)
         fits = tensor.dim() == 4 and tensor.shape[3] == dim and tensor.shape[2] > 0
-        if not fits or (rows == "N" and len(tensor) != len(query)):
-            rows = str(len(query)) if rows == "N" else rows
+        if not fits or rows not in (None, len(tensor)):
             raise ValueError(
-                f"{name}{kind}: got shape {list(tensor.shape)}, expected [{rows}, K, T, {dim}] with T at least 1"
+                f"{name}{kind}: got shape {list(tensor.shape)}, expected [{'P' if rows is None else rows}, K, T, {dim}] "
+                "with T at least 1"
             )
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}{kind}: got dtype {tensor.dtype}, expected {query.dtype}, that of query")

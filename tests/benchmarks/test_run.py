@@ -16,7 +16,6 @@ from benchmarks.run import Record
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA, write_jsonl
 from pmc_fast.demo import run as demo
-from pmc_fast.training import _schedule
 
 PARTS = {"seconds", "before", "after", "curve", "area", "peak_bytes", "sampled_tokens"}
 CONTESTANTS = ("published", "pmc_fast")
@@ -198,12 +197,6 @@ def test_areas_reach_to_the_slower_one():
     flat = run.summary({"pmc_fast": ours, "published": record(40.0, 7, (0.0, 0.0), (40.0, 0.0))})
     assert flat["ratio"] == {"seconds": 4.0, "area": None}
     assert "4.00x" in run.table(flat)
-
-
-@pytest.mark.parametrize("warmup, steps", [(3, 12), (1, 1), (0, 5), (4, 4)])
-def test_learning_rates_are_those_of_training(warmup, steps):
-    for taken in range(steps):
-        assert run.rate_factor(taken, warmup, steps) == _schedule(taken, warmup, steps)
 
 
 def test_micro_batches_come_from_the_seed():

@@ -111,6 +111,14 @@ class TestGenerate:
             pmc.loss(batch, RETAIN).backward()
         assert len(pmc.ledger.entries) == 3 and all(p.grad is not None for p in model.parameters())
 
+    def test_an_integer_is_a_temperature(self, rng_seed):
+        """As PMCConfig takes it; generate wants a float."""
+        sampler, ids = GenerateSampler(make_model(seed=rng_seed)), torch.tensor([[1, 2, 3]])
+        options = {"max_new_tokens": 9, "num_samples": 3, "eos_token_id": 257, "seed": rng_seed}
+        want = sampler.sample(ids, temperature=2.0, **options)
+        with torch.device("meta"):  # nor does torch's default device matter
+            assert torch.equal(sampler.sample(ids, temperature=2, **options).tokens, want.tokens)
+
     def test_bad_input(self):
         with pytest.raises(
             UserError, match="model: got a value of type Linear, expected a transformers model with generate"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from pmc_fast import PMC, UserError
 from pmc_fast.data import QA
+from pmc_fast.integrations import columns
 
 pytest.importorskip("accelerate")
 from trainers import CHECKPOINTING, CONFIG, FORGET, RETAIN, Length, arguments, make_trainer, weights  # noqa: E402
@@ -232,6 +234,16 @@ def test_training_again_keeps_the_ledger(tmp_path):
     ledger = trainer.pmc.ledger
     trainer.train()
     assert trainer.pmc.ledger is ledger and sum(ledger.visits) == 8
+
+
+class Slotted(NamedTuple):
+    question: str
+    answer: str
+
+
+def test_rows_may_have_attributes_of_any_kind():
+    row = Slotted("Who?", "Ada")
+    assert columns.questions("rows", [row]) == ["Who?"] and columns.rows("rows", [row]) == [QA("Who?", "Ada")]
 
 
 class Columns(list):
