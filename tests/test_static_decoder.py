@@ -14,6 +14,7 @@ import pytest
 import torch
 from draws import assert_same, differ
 from tiny import KNOWN, VOCAB, make_model, make_tokenizer
+from transformers.activations import NewGELUActivation
 
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, by_modules, sample, watch
@@ -461,11 +462,12 @@ def test_what_is_kept_for_other_calls_is_freed_before_memory_is_made(built, monk
     [
         lambda model: setattr(model.model.norm, "variance_epsilon", 0.1),
         lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1),
+        lambda model: setattr(model.model.layers[1].mlp, "act_fn", NewGELUActivation()),
         lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
     ],
-    ids=["epsilon", "scale", "angles"],
+    ids=["epsilon", "scale", "activation", "angles"],
 )
-def test_kept_graphs_know_the_numbers_in_them(change, built, monkeypatch, rng_seed):
+def test_kept_graphs_know_what_is_in_them(change, built, monkeypatch, rng_seed):
     model = make_model(seed=rng_seed).to(DEVICE)
     sampler = Sampler(model, keep_graphs=True)
     sample(sampler, rng_seed)
