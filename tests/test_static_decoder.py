@@ -271,6 +271,7 @@ def captured(monkeypatch):
 
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
+        assert static_decoder._capturing.locked()  # other threads have the same stream
         capturing.append(graph)
         yield
         capturing.clear()
