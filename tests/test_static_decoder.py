@@ -83,6 +83,12 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
 
 
+def test_a_draw_that_no_graph_can_hold_is_left_to_the_modules(built, monkeypatch):
+    monkeypatch.setattr(static_decoder.backend, "choose", lambda op, impl, *args: impl or "triton")
+    sample(make_model("llama").to(DEVICE), 0, impl="reference", max_new_tokens=2)
+    assert built == [None]
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 2.0}, {"min_p": -0.1}, {"impl": "none"}], ids=str
 )
@@ -234,7 +240,7 @@ def test_the_host_waits_only_while_texts_may_become_more():
     late = [step(5, 5), step(4, 4), step(3, 3), step(2, 2)]
     assert late == [(6, 6)] * STEPS_AHEAD + [(5, 5), (4, 4)]
     counts.forget()
-    assert counts.latest() == (2, 2)
+    assert counts.latest() == (2, 2) and step(1, 1) == (2, 2)
 
 
 def test_counts_are_read_on_the_host_whatever_the_default_device_is():
@@ -371,6 +377,34 @@ def test_kept_graphs_serve_calls_in_inference_mode_and_others(family, built, rng
     assert built[0] is built[1] is built[2] is not None
 
 
+class StopsTheFirst:
+    """A pruner that looks once."""
+
+    interval = 2
+
+    def part(self, begin, end):
+        return self
+
+    def __call__(self, running, tokens, lengths):
+        return torch.arange(len(running)) == 0 if tokens.shape[1] == 2 else None
+
+
+def test_nothing_is_left_of_a_call_that_was_broken_off(built, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    want, running = sample(sampler, rng_seed, eos_token_id=VOCAB), []
+
+    def stop(count):
+        running.append(count)
+        if len(running) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample(sampler, rng_seed, eos_token_id=VOCAB, prune=StopsTheFirst(), progress=stop)
+    got = sample(sampler, rng_seed, eos_token_id=VOCAB)
+    assert_same(got, want)
+    assert built[0] is built[2] and running[-1] == 15 and not got.pruned.any() and got.decoded == want.decoded
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", BOTH)
 @pytest.mark.parametrize(
@@ -382,6 +416,8 @@ def test_kept_graphs_serve_calls_in_inference_mode_and_others(family, built, rng
         lambda model, options: options.update(num_samples=5),
         lambda model, options: options.update(max_new_tokens=40),
         lambda model, options: setattr(model.model.norm, "weight", torch.nn.Parameter(2 * model.model.norm.weight)),
+        lambda model, options: setattr(model.lm_head, "weight", torch.nn.Parameter(2 * model.lm_head.weight)),
+        lambda model, options: setattr(model.lm_head, "bias", torch.nn.Parameter(torch.randn(VOCAB, device=DEVICE))),
     ],
 )
 def test_kept_graphs_serve_no_other_call(family, change, built, monkeypatch, rng_seed):
@@ -418,12 +454,13 @@ def test_nothing_is_kept_unless_asked_for(family, built, rng_seed):
     assert not any(decoder() for decoder in memory)
 
 
-def test_kept_memory_fits_the_budget(built, rng_seed):
+def test_kept_memory_fits_the_budget(built, monkeypatch, rng_seed):
     sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    want = by_modules(sampler, rng_seed, monkeypatch)
     one = sampler.cache_bytes(4, 32 + 32) + sampler.cache_bytes(1, 7)
     with pytest.raises(ValueError, match=f"cache_budget: got {one - 1} bytes, expected at least {one}"):
         sample(sampler, rng_seed, cache_budget=one - 1)
-    sample(sampler, rng_seed, cache_budget=2 * one)
+    assert_same(sample(sampler, rng_seed, cache_budget=2 * one), want)  # of waves in the same memory
     assert [decoder.sizes.prompts for decoder in built] == [2, 2] and built[0] is built[1]
     assert built[0].layers.held_bytes <= 2 * one
     built.clear()
