@@ -416,6 +416,9 @@ def test_nothing_is_left_of_a_call_that_was_broken_off(built, rng_seed):
         lambda model, options: options.update(num_samples=5),
         lambda model, options: options.update(max_new_tokens=40),
         lambda model, options: setattr(model.model.norm, "weight", torch.nn.Parameter(2 * model.model.norm.weight)),
+        lambda model, options: setattr(
+            model.model.embed_tokens, "weight", torch.nn.Parameter(2 * model.model.embed_tokens.weight)
+        ),
         lambda model, options: setattr(model.lm_head, "weight", torch.nn.Parameter(2 * model.lm_head.weight)),
         lambda model, options: setattr(model.lm_head, "bias", torch.nn.Parameter(torch.randn(VOCAB, device=DEVICE))),
     ],
@@ -437,7 +440,12 @@ def test_kept_graphs_know_which_adapters_are_on(family, built, monkeypatch, rng_
     model.add_adapter("other", model.peft_config["default"])
     sampler = Sampler(model, keep_graphs=True)
     sample(sampler, rng_seed)
-    for change in (model.merge_adapter, model.unmerge_adapter, lambda: model.set_adapter("other")):
+
+    def scale():
+        for module in model.modules():
+            getattr(module, "scale_layer", float)(2.0)
+
+    for change in (model.merge_adapter, model.unmerge_adapter, lambda: model.set_adapter("other"), scale):
         change()
         assert_same(sample(sampler, rng_seed), by_modules(model, rng_seed, monkeypatch))
         assert built[-1] is not None and built[-1] is not built[-2]
@@ -495,18 +503,28 @@ def test_what_is_kept_for_other_calls_is_freed_before_memory_is_made(built, monk
     assert seen == [None] and sampler._kept.held_bytes > 0
 
 
+def more_bias(model):
+    linear = model.model.layers[0].mlp.fc2
+    linear.bias = torch.nn.Parameter(1 + linear.bias)
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("family", "change"),
     [
-        lambda model: setattr(model.model.norm, "variance_epsilon", 0.1),
-        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1),
-        lambda model: setattr(model.model.layers[1].mlp, "act_fn", NewGELUActivation()),
-        lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
+        ("llama", lambda model: setattr(model.model.norm, "variance_epsilon", 0.1)),
+        ("llama", lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1)),
+        ("llama", lambda model: setattr(model.model.layers[1].mlp, "act_fn", NewGELUActivation())),
+        (
+            "llama",
+            lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
+        ),
+        ("granite", lambda model: setattr(model.model, "embedding_multiplier", 3.0)),
+        ("phi", more_bias),
     ],
-    ids=["epsilon", "scale", "activation", "angles"],
+    ids=["epsilon", "scale", "activation", "angles", "embedding", "bias"],
 )
-def test_kept_graphs_know_what_is_in_them(change, built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed).to(DEVICE)
+def test_kept_graphs_know_what_is_in_them(family, change, built, monkeypatch, rng_seed):
+    model = make(family, rng_seed)
     sampler = Sampler(model, keep_graphs=True)
     sample(sampler, rng_seed)
     change(model)
