@@ -257,7 +257,7 @@ def captured(monkeypatch):
     """Steps that were run, captured and replayed, as (what, rows), without a GPU."""
     if DEVICE == "cuda":
         pytest.skip("a GPU captures by itself")
-    seen, capturing, run = [], [], static_decoder.StaticDecoder._step
+    seen, capturing, pools, run = [], [], [None], static_decoder.StaticDecoder._step
 
     class Graph:
         def pool(self):
@@ -278,6 +278,8 @@ def captured(monkeypatch):
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
         assert static_decoder._capturing.locked()  # other threads have the same stream
+        assert pool == pools[-1]  # one for all graphs
+        pools.append("pool")
         capturing.append(graph)
         yield
         capturing.clear()
@@ -462,6 +464,19 @@ def test_nothing_is_kept_unless_asked_for(family, built, rng_seed):
     assert not any(decoder() for decoder in memory)
 
 
+class Thing:
+    """That a weak reference can be had of."""
+
+
+def test_what_a_call_had_no_use_for_is_gone():
+    kept = static_decoder.KeptDecoders()
+    with kept.call():
+        used, other = (weakref.ref(kept.get(key, Thing)) for key in ("used", "other"))
+    with kept.call():
+        kept.get("used", Thing)
+    assert used() is not None and other() is None
+
+
 def test_kept_memory_fits_the_budget(built, monkeypatch, rng_seed):
     sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
     want = by_modules(sampler, rng_seed, monkeypatch)
@@ -545,6 +560,11 @@ def test_progress_ends_with_few_rows(built, rng_seed):
     seen = []
     sample(make_model(seed=rng_seed).to(DEVICE), rng_seed, progress=seen.append)
     assert seen and seen[0] <= 16 and seen == sorted(seen, reverse=True)
+
+
+def test_no_step_is_taken_for_answers_that_have_ended(built, steps):
+    sample(make_model().to(DEVICE), 0, eos_token_id=list(range(VOCAB)))
+    assert built[0] is not None and not steps
 
 
 def test_attention_that_is_not_torchs_is_left_to_the_modules(built, rng_seed):
