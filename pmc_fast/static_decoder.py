@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner
 
 LEAST_ROWS = 16  # of a graph
+
+_capturing = Lock()  # of threads that decode different models one captures at a time: they have the same streams for it
 
 
 def static_decoder(
@@ -200,6 +203,7 @@ class StaticDecoder:
             # The outer stream is back even where the capture fails. Of streams, torch has one for all devices by default.
             # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile.
             with (
+                _capturing,
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(
                     graph,

@@ -71,7 +71,7 @@ def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[Hashable]:
     """Where the tensors lie that a step reads, and the numbers that are in it."""
     yield layers.embed.scale
     for layer in layers.layers:
-        yield replace(layer.attention, keys_at=0, packed=False)
+        yield replace(layer.attention, keys_at=0, packed=False), layer.activation
     tensors = [layers.embed.weight, *layers.angles.rotary.buffers()]
     for part in chain([layers.final], *(vars(layer).values() for layer in layers.layers)):
         if isinstance(part, (_Norm, _Linear)):

@@ -137,8 +137,7 @@ class StaticRows:
     def prune(self, prune: Pruner, step: int) -> None:
         """Stop the answers that cannot be picked any more."""
         still = self.running.nonzero()[:, 0]
-        lengths = self._length.index_copy(0, still, self._limit[still])
-        stopped = prune(still, self._tokens[:, :step], lengths)
+        stopped = prune(still, self._tokens[:, :step], self._length)
         if stopped is not None:
             gone = still[stopped.to(still.device)]
             self.pruned[gone], self.running[gone] = True, False

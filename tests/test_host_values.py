@@ -25,6 +25,7 @@ LOOKING = {
     "equal": lambda x: torch.equal(x, x),
     "allclose": lambda x: torch.allclose(x, x),
     "mask": lambda x: x[x > 0],
+    "mask of bytes": lambda x: torch.ops.aten.index(x, [(x > 0).byte()]),
     "write to a mask": lambda x: x.clone().__setitem__(x > 0, x.new_zeros(())),
     "nonzero": lambda x: x.nonzero(),
     "where": lambda x: torch.where(x > 0),
@@ -76,13 +77,14 @@ def test_values_of_the_hosts_own_are_no_matter():
     [
         lambda there: VALUES.to("meta"),
         lambda there: torch.tensor(1.0).to("meta"),
+        lambda there: torch.ops.aten.lift_fresh(there),  # as numbers come to a GPU
         lambda there: there.copy_(VALUES),
         lambda there: there.copy_(torch.tensor(1.0)),
         lambda there: there[torch.tensor([0, 1])],
         lambda there: there.index_put_((torch.empty(1, dtype=torch.int64, device="meta"),), torch.tensor(1.0)),
         lambda there: torch.where(there > 0, there, torch.tensor(1.0)),
     ],
-    ids=["to", "a scalar to", "copy", "a scalar's copy", "index", "a scalar written", "a scalar chosen"],
+    ids=["to", "a scalar to", "numbers", "copy", "a scalar's copy", "index", "a scalar written", "a scalar chosen"],
 )
 def test_copies_to_the_device_are_refused(operation):
     there = torch.empty(VALUES.shape, device="meta")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from draws import assert_same, differ
 from tiny import KNOWN, VOCAB, make_model, make_tokenizer
+from transformers.activations import NewGELUActivation
 
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, by_modules, sample, watch
@@ -80,6 +81,12 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     monkeypatch.setattr(static_decoder.backend, "choose", lambda *args: asked.append(args) or "triton")
     sample(make_model("llama").to(DEVICE), 0, top_k=7)
     assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
+
+
+def test_a_draw_that_no_graph_can_hold_is_left_to_the_modules(built, monkeypatch):
+    monkeypatch.setattr(static_decoder.backend, "choose", lambda op, impl, *args: impl or "triton")
+    sample(make_model("llama").to(DEVICE), 0, impl="reference", max_new_tokens=2)
+    assert built == [None]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +240,7 @@ def test_the_host_waits_only_while_texts_may_become_more():
     late = [step(5, 5), step(4, 4), step(3, 3), step(2, 2)]
     assert late == [(6, 6)] * STEPS_AHEAD + [(5, 5), (4, 4)]
     counts.forget()
-    assert counts.latest() == (2, 2)
+    assert counts.latest() == (2, 2) and step(1, 1) == (2, 2)
 
 
 def test_counts_are_read_on_the_host_whatever_the_default_device_is():
@@ -250,7 +257,7 @@ def captured(monkeypatch):
     """Steps that were run, captured and replayed, as (what, rows), without a GPU."""
     if DEVICE == "cuda":
         pytest.skip("a GPU captures by itself")
-    seen, capturing, run = [], [], static_decoder.StaticDecoder._step
+    seen, capturing, pools, run = [], [], [None], static_decoder.StaticDecoder._step
 
     class Graph:
         def pool(self):
@@ -270,6 +277,9 @@ def captured(monkeypatch):
 
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
+        assert static_decoder._capturing.locked()  # other threads have the same stream
+        assert pool == pools[-1]  # one for all graphs
+        pools.append("pool")
         capturing.append(graph)
         yield
         capturing.clear()
@@ -369,6 +379,34 @@ def test_kept_graphs_serve_calls_in_inference_mode_and_others(family, built, rng
     assert built[0] is built[1] is built[2] is not None
 
 
+class StopsTheFirst:
+    """A pruner that looks once."""
+
+    interval = 2
+
+    def part(self, begin, end):
+        return self
+
+    def __call__(self, running, tokens, lengths):
+        return torch.arange(len(running)) == 0 if tokens.shape[1] == 2 else None
+
+
+def test_nothing_is_left_of_a_call_that_was_broken_off(built, rng_seed):
+    sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    want, running = sample(sampler, rng_seed, eos_token_id=VOCAB), []
+
+    def stop(count):
+        running.append(count)
+        if len(running) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample(sampler, rng_seed, eos_token_id=VOCAB, prune=StopsTheFirst(), progress=stop)
+    got = sample(sampler, rng_seed, eos_token_id=VOCAB)
+    assert_same(got, want)
+    assert built[0] is built[2] and running[-1] == 15 and not got.pruned.any() and got.decoded == want.decoded
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", BOTH)
 @pytest.mark.parametrize(
@@ -380,6 +418,11 @@ def test_kept_graphs_serve_calls_in_inference_mode_and_others(family, built, rng
         lambda model, options: options.update(num_samples=5),
         lambda model, options: options.update(max_new_tokens=40),
         lambda model, options: setattr(model.model.norm, "weight", torch.nn.Parameter(2 * model.model.norm.weight)),
+        lambda model, options: setattr(
+            model.model.embed_tokens, "weight", torch.nn.Parameter(2 * model.model.embed_tokens.weight)
+        ),
+        lambda model, options: setattr(model.lm_head, "weight", torch.nn.Parameter(2 * model.lm_head.weight)),
+        lambda model, options: setattr(model.lm_head, "bias", torch.nn.Parameter(torch.randn(VOCAB, device=DEVICE))),
     ],
 )
 def test_kept_graphs_serve_no_other_call(family, change, built, monkeypatch, rng_seed):
@@ -399,7 +442,12 @@ def test_kept_graphs_know_which_adapters_are_on(family, built, monkeypatch, rng_
     model.add_adapter("other", model.peft_config["default"])
     sampler = Sampler(model, keep_graphs=True)
     sample(sampler, rng_seed)
-    for change in (model.merge_adapter, model.unmerge_adapter, lambda: model.set_adapter("other")):
+
+    def scale():
+        for module in model.modules():
+            getattr(module, "scale_layer", float)(2.0)
+
+    for change in (model.merge_adapter, model.unmerge_adapter, lambda: model.set_adapter("other"), scale):
         change()
         assert_same(sample(sampler, rng_seed), by_modules(model, rng_seed, monkeypatch))
         assert built[-1] is not None and built[-1] is not built[-2]
@@ -416,12 +464,26 @@ def test_nothing_is_kept_unless_asked_for(family, built, rng_seed):
     assert not any(decoder() for decoder in memory)
 
 
-def test_kept_memory_fits_the_budget(built, rng_seed):
+class Thing:
+    """That a weak reference can be had of."""
+
+
+def test_what_a_call_had_no_use_for_is_gone():
+    kept = static_decoder.KeptDecoders()
+    with kept.call():
+        used, other = (weakref.ref(kept.get(key, Thing)) for key in ("used", "other"))
+    with kept.call():
+        kept.get("used", Thing)
+    assert used() is not None and other() is None
+
+
+def test_kept_memory_fits_the_budget(built, monkeypatch, rng_seed):
     sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
+    want = by_modules(sampler, rng_seed, monkeypatch)
     one = sampler.cache_bytes(4, 32 + 32) + sampler.cache_bytes(1, 7)
     with pytest.raises(ValueError, match=f"cache_budget: got {one - 1} bytes, expected at least {one}"):
         sample(sampler, rng_seed, cache_budget=one - 1)
-    sample(sampler, rng_seed, cache_budget=2 * one)
+    assert_same(sample(sampler, rng_seed, cache_budget=2 * one), want)  # of waves in the same memory
     assert [decoder.sizes.prompts for decoder in built] == [2, 2] and built[0] is built[1]
     assert built[0].layers.held_bytes <= 2 * one
     built.clear()
@@ -456,17 +518,28 @@ def test_what_is_kept_for_other_calls_is_freed_before_memory_is_made(built, monk
     assert seen == [None] and sampler._kept.held_bytes > 0
 
 
+def more_bias(model):
+    linear = model.model.layers[0].mlp.fc2
+    linear.bias = torch.nn.Parameter(1 + linear.bias)
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("family", "change"),
     [
-        lambda model: setattr(model.model.norm, "variance_epsilon", 0.1),
-        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1),
-        lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
+        ("llama", lambda model: setattr(model.model.norm, "variance_epsilon", 0.1)),
+        ("llama", lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1)),
+        ("llama", lambda model: setattr(model.model.layers[1].mlp, "act_fn", NewGELUActivation())),
+        (
+            "llama",
+            lambda model: model.model.rotary_emb.register_buffer("inv_freq", 0.5 * model.model.rotary_emb.inv_freq),
+        ),
+        ("granite", lambda model: setattr(model.model, "embedding_multiplier", 3.0)),
+        ("phi", more_bias),
     ],
-    ids=["epsilon", "scale", "angles"],
+    ids=["epsilon", "scale", "activation", "angles", "embedding", "bias"],
 )
-def test_kept_graphs_know_the_numbers_in_them(change, built, monkeypatch, rng_seed):
-    model = make_model(seed=rng_seed).to(DEVICE)
+def test_kept_graphs_know_what_is_in_them(family, change, built, monkeypatch, rng_seed):
+    model = make(family, rng_seed)
     sampler = Sampler(model, keep_graphs=True)
     sample(sampler, rng_seed)
     change(model)
@@ -487,6 +560,11 @@ def test_progress_ends_with_few_rows(built, rng_seed):
     seen = []
     sample(make_model(seed=rng_seed).to(DEVICE), rng_seed, progress=seen.append)
     assert seen and seen[0] <= 16 and seen == sorted(seen, reverse=True)
+
+
+def test_no_step_is_taken_for_answers_that_have_ended(built, steps):
+    sample(make_model().to(DEVICE), 0, eos_token_id=list(range(VOCAB)))
+    assert built[0] is not None and not steps
 
 
 def test_attention_that_is_not_torchs_is_left_to_the_modules(built, rng_seed):

@@ -26,7 +26,7 @@ from pmc_fast.models import LanguageModel
 from pmc_fast.modules import Modules, PassingLayer
 from pmc_fast.running_rows import RunningRows
 from pmc_fast.sampler import Sampler
-from pmc_fast.static_modules import Appending, StaticModules
+from pmc_fast.static_modules import Appending, StaticModules, check_modules
 
 VARIANTS = {
     **{name: (name, {}) for name in FAMILIES},
@@ -164,6 +164,21 @@ def test_what_a_step_takes_from_the_host(kind):
     refused = pytest.raises(HostValue) if kind == "phimoe" else nullcontext()  # its angles
     with refused, RefusingHostValues("meta"):
         assert Modules(lm).hidden(token, token, rows, held[0]).device.type == "meta"
+
+
+def test_modules_are_told_how_many_positions_are_held(built, monkeypatch, rng_seed):
+    told, hidden = [], Modules.hidden
+    monkeypatch.setattr(Modules, "hidden", lambda modules, *args: told.append(args[3]) or hidden(modules, *args))
+    sample(make("gpt2", rng_seed), rng_seed, max_new_tokens=2, eos_token_id=257)
+    assert is_captured(built[0]) and told == [7, 7]  # the longest prompt; in the trial, and after the first token
+
+
+def test_layers_of_several_shapes_are_left_to_the_modules():
+    layers = [SimpleNamespace(keys=torch.empty(1, heads, 3, 8)) for heads in (4, 2)]
+    lm = LanguageModel(make_model("cohere"))
+    check_modules(lm, SimpleNamespace(cache=SimpleNamespace(layers=layers[:1] * 2)))
+    with pytest.raises(Unknown):
+        check_modules(lm, SimpleNamespace(cache=SimpleNamespace(layers=layers)))
 
 
 def test_a_window_that_masks_alone_know_of_is_left_to_them(built, monkeypatch, rng_seed):

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from pmc_fast.gpu.regroup import regroup
+from pmc_fast.host_values import RefusingHostValues
 from pmc_fast.kernels import regroup as file
 from pmc_fast.kernels.regroup import regroup as by_one_program
 from pmc_fast.running_rows import placed
@@ -68,9 +69,11 @@ def test_rows_are_those_of_running_rows(case, answers, rng_seed):
     assert torch.equal(held[place], parent)
 
 
-def test_no_shape_depends_on_a_value():
+def test_the_host_neither_looks_nor_copies():
     token, running, state = given(9, CASES["few rows and tokens"])
-    regroup(token.to("meta"), running.to("meta"), **{name: tensor.to("meta") for name, tensor in state.items()})
+    state = {name: tensor.to("meta") for name, tensor in (state | {"token": token, "running": running}).items()}
+    with RefusingHostValues("meta"):
+        regroup(**state)
 
 
 @pytest.mark.parametrize("answers", [1, 31, 160, 257])
