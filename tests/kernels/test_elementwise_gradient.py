@@ -45,6 +45,7 @@ def normalized(x, weight, bias, centered, offset):
 def test_normalize(rows, size, centered, offset, bias, dtype, poisoned, monkeypatch, rng_seed):
     monkeypatch.setattr(norm_gradient, "PROGRAMS", 3)  # so that each has several rows, or
     monkeypatch.setattr(norm_gradient, "TILE", 64)  # several times 8 short ones
+    monkeypatch.setattr(norm_gradient, "SUMS_AT_ONCE", 2)
     x, weight = rows_apart(rows, size, dtype), torch.randn(size).to(dtype)
     b = torch.randn(size).to(dtype) if bias else None
     of_x, of_weight, of_bias = doubles(x, weight, b)

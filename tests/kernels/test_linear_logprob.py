@@ -39,6 +39,7 @@ def slices(monkeypatch):
     monkeypatch.setattr(cross_entropy, "MOST_ROWS", 3)
     monkeypatch.setattr(sliced_backward, "LEAST_TOKENS", 32)
     monkeypatch.setattr(sliced_backward, "SLICE_BYTES", 1)
+    monkeypatch.setattr(sliced_backward, "BLOCK", 16)
 
 
 @pytest.fixture(params=["one chunk", "slices"])
@@ -61,6 +62,17 @@ def test_shapes_that_no_tile_fits(rows, size, vocab, dtype, slices, poisoned, rn
     hidden, weight, _, target = make(rows, size, vocab, dtype, bias=False, ignored=False)
     hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T  # columns apart: what kernels do not read
     assert_right(hidden, weight, None, target, torch.randn(rows, device=DEVICE), ignore_index=None)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_programs_of_several_tiles_and_groups_of_row_blocks(splits, monkeypatch, poisoned, rng_seed):
+    """5 row blocks (of 72 rows that count) in groups of 2, and 6 tiles of tokens, which 4 programs divide among them."""
+    whole = kernels.tiles_for
+    monkeypatch.setattr(kernels, "tiles_for", lambda *shape: whole(*shape)._replace(ROWS=16, TOKENS=16))
+    monkeypatch.setattr(kernels, "GROUP", 2)
+    monkeypatch.setattr(kernels, "splits_for", lambda *shape: splits)
+    hidden, weight, bias, target = make(rows=90)
+    assert_right(hidden * 5, weight, bias, target, torch.randn(len(target), device=DEVICE), temperature=0.7)
 
 
 def test_gradients_of_small_upstreams_do_not_underflow(path, rng_seed):

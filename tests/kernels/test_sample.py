@@ -44,6 +44,7 @@ def assert_same(logits, seed, **options):
     assert torch.equal(got[0], want[0]), options
     for mine, its in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=5e-6)
+    assert (got[3] <= 1).all()
 
 
 @pytest.mark.parametrize("options", UNTRUNCATED + TRUNCATED, ids=str)
@@ -51,7 +52,7 @@ def assert_same(logits, seed, **options):
 def test_rows_in_tiles_and_groups(options, dtype, small_tiles, rng_seed):
     logits = (torch.randn(2, 1005) * 3).to(dtype)[:, 2:]  # an offset view; neither 16 nor 256 divides 1003
     logits[0, ::7] = -math.inf
-    sequence, position = torch.randint(0, 2**32, (2,)), torch.randint(0, 2**32, (2,))
+    sequence, position = torch.randint(0, 2**32, (2, 2)).unbind(1)  # every other one in memory
     assert_same(logits, 2**62 + rng_seed, sequence=sequence, position=position, **options)
 
 
@@ -61,6 +62,24 @@ def test_more_candidates_than_the_buffer_holds(options, capacity, small_tiles, m
     monkeypatch.setattr(truncate, "CAPACITY", capacity)
     assert_same(torch.randn(1, 613), rng_seed, **options)
     assert_same(torch.randint(-2, 3, (1, 613)).float(), rng_seed, **options)  # ties across every edge
+
+
+@pytest.mark.parametrize("candidates", [15, 16, 17])
+def test_as_many_candidates_as_the_buffer_holds(candidates, small_tiles, monkeypatch, rng_seed):
+    monkeypatch.setattr(truncate, "CAPACITY", 16)
+    logits = torch.full((1, 613), -math.inf)
+    logits[0, torch.randperm(613)[:candidates]] = torch.rand(candidates)
+    for options in ({"min_p": 1e-9}, {"top_p": 1 - 1e-6}, {"temperature": 0.7, "top_k": 40}):
+        assert_same(logits, rng_seed, **options)
+
+
+def test_all_but_what_is_cut_off_is_in_groups_maxima(small_tiles, rng_seed):
+    """A token to a group, so that the groups' masses say exactly where the cut is: 21 of 40 are kept, the last one by a hair."""
+    logits = torch.full((1, 640), -math.inf)
+    logits[0, 5::16] = torch.arange(40)[torch.randperm(40)] / 500
+    mass = logits[0].double().softmax(0).sort(descending=True).values.cumsum(0)
+    for options in ({"top_k": 21}, {"top_p": float(mass[19]) + 1e-6}):
+        assert_same(logits, rng_seed, **options)
 
 
 @pytest.mark.parametrize("capacity", [4, 4096])
@@ -87,7 +106,11 @@ def test_logits_so_large_that_rounding_hides_noise(scale, small_tiles, rng_seed)
         assert torch.equal(drawn[0], want[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.7, "top_p": 0.5}, {"temperature": 0.0}],
+    ids=str,
+)
 def test_tokens_of_minus_infinity(options, small_tiles, rng_seed):
     logits = torch.full((4, 600), -math.inf)
     logits[0, 599] = -5.0
