@@ -34,6 +34,7 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         raise ValueError(
             f"attention_mask: got shape {list(attention_mask.shape)}, expected {list(input_ids.shape)}, that of input_ids"
         )
+    check_places(input_ids.device, "input_ids are", {"attention_mask": attention_mask})
     if (attention_mask[:, -1] == 0).any():
         raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
 

@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_named(rng_seed):
         "gate: ": lambda: activate(weight, "silu", None),
         "up: ": lambda: activate(x, "silu", x[:, 1:]),
         "activation: got quick_gelu": lambda: activate(x, "quick_gelu", None),
-        "activation: got gelu": lambda: activate_backward(x, x, "gelu", None),
+        "activation: got swish": lambda: activate_backward(x, x, "swish", None),
         "grad: ": lambda: activate_backward(x[:, 1:], x, "silu", None),
         "up: got": lambda: activate_backward(x, x, "silu", x[:, 1:]),
         "x: got": lambda: rotate(x, angles, angles),

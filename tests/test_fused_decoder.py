@@ -195,7 +195,8 @@ def test_so_they_are_beside_lora_adapters(built, memory, monkeypatch, rng_seed):
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpoints"), [("llama", False), ("phi", True), ("phi3", False), ("gemma3_text", True)]
+    ("family", "checkpoints"),
+    [("llama", False), ("phi", True), ("phi3", False), ("gemma3_text", True), ("gpt_neox", False), ("gpt2", True)],
 )
 def test_lora_adapters(family, checkpoints, built, monkeypatch, rng_seed):
     peft = pytest.importorskip("peft")

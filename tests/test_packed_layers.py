@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from pmc_fast import packed_layers
 from pmc_fast.decoder_layers import LinearParts, NormParts
-from pmc_fast.errors import BackendUnavailable
 from pmc_fast.layer_gradients import add_and_normalize, products
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
@@ -552,19 +551,17 @@ def test_whatever_torchs_default_device_is(used, by_modules, rng_seed):
 
 
 def test_without_the_compiled_module(used, monkeypatch, rng_seed):
-    def missing():
-        raise BackendUnavailable("not built")
-
-    monkeypatch.setattr("pmc_fast.fast_linear.library", missing)
+    monkeypatch.setattr("pmc_fast.backend.missing_library", lambda: "not built")
     batch().hidden(LanguageModel(make_model("llama", seed=rng_seed)))
     assert used == [False]
 
 
 @pytest.mark.parametrize("disabled", [False, True])
-def test_lora_adapters(disabled, used, by_modules, rng_seed):
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt2"])
+def test_lora_adapters(family, disabled, used, by_modules, rng_seed):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(make_model("phi3", seed=rng_seed), config).train()
+    model = peft.get_peft_model(make_model(family, seed=rng_seed, **KNOWN_ON_CPU[family]), config).train()
     with torch.no_grad():
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter += 0.1 * torch.randn_like(parameter)

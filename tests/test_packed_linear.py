@@ -9,7 +9,17 @@ from pmc_fast.fast_linear import fast_linear, operand, packed
 from pmc_fast.models import LanguageModel
 from pmc_fast.native.packed_linear import PackedWeight, in_place, pack, packed_bytes, packed_linear
 
-SHAPES = [(1, 1, 1), (5, 3, 16), (6, 7, 15), (7, 33, 19), (13, 2500, 40), (25, 64, 97), (160, 48, 33), (0, 4, 4)]
+SHAPES = [
+    (1, 1, 1),
+    (5, 3, 16),
+    (6, 7, 15),
+    (7, 33, 19),
+    (13, 2500, 40),
+    (25, 64, 97),
+    (160, 48, 33),
+    (0, 4, 4),
+    (4, 4, 0),
+]
 LAID = pytest.mark.parametrize("laid", [pack, in_place])
 
 

@@ -268,7 +268,7 @@ void packed_linear(const PackedLinearArgs& args) {
     // A thread takes neighbouring panels, since each is fetched while the one before is in use. Of large products there
     // is then still something to share out when the threads are not equally fast.
     const int64_t count = panels(args.out_features);
-    const int64_t run = std::min(kLongestRun, (count + args.threads - 1) / args.threads);
+    const int64_t run = std::clamp<int64_t>((count + args.threads - 1) / args.threads, 1, kLongestRun);
     parallel_for((count + run - 1) / run, args.threads, [&](int64_t part, int) {
         for (int64_t panel = part * run; panel < std::min(count, (part + 1) * run); ++panel)
             args.dtype == Dtype::kFloat32 ? multiply_panel<float>(args, panel) : multiply_panel<uint16_t>(args, panel);
