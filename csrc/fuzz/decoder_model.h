@@ -143,7 +143,7 @@ struct Layer {
                 random.between(0, rotaries - 1),
                 random.one_in(2) ? 0 : random.between(1, std::max<int64_t>(20, seen)),
                 random.pick({0.1f, 1 / std::sqrt(static_cast<float>(dim))}),
-                random.pick({0.0f, 0.0f, 1.5f, 50.0f})};
+                random.pick({0.0f, 0.0f, 0.7f, 50.0f})};
     }
 
     int64_t first_seen(int64_t first, int64_t seen) const { return window ? std::max(first, seen - window) : first; }

@@ -38,14 +38,20 @@ struct Options {
     static Options random(Random& random, int64_t vocab) {
         Options o{random_temperature(random), 0, 1, -INFINITY, random.bits()};
         if (random.one_in(8)) o.temperature = 0;
-        if (random.one_in(3))
-            o.top_k = random.pick<int64_t>({1, 2, vocab - 1, vocab, vocab + 1, 1000000, random.between(1, vocab),
-                                            random.between(1, std::min<int64_t>(vocab, 60))});
-        if (random.one_in(3))
-            o.top_p =
-                random.pick({5e-324, 1e-9, 1e-3, 0.3, 0.9, 0.95, 1 - 1e-7, std::nextafter(1.0, 0.0), random.uniform()});
-        if (random.one_in(3))
-            o.log_min_p = std::log(random.pick({5e-324, 1e-30, 1e-3, 0.1, 0.7, 1.0, random.uniform()}));
+        if (random.one_in(4)) return o;
+        // Together as often as alone, and half the time with values that both keep and leave out a good part of a row.
+        if (random.one_in(2))
+            o.top_k =
+                random.one_in(2)
+                    ? random.between(1, std::min<int64_t>(vocab, 60))
+                    : random.pick<int64_t>({1, 2, vocab - 1, vocab, vocab + 1, 1000000, random.between(1, vocab)});
+        if (random.one_in(2))
+            o.top_p = random.one_in(2)
+                          ? random.uniform()
+                          : random.pick({5e-324, 1e-9, 1e-3, 0.3, 0.9, 0.95, 1 - 1e-7, std::nextafter(1.0, 0.0)});
+        if (random.one_in(2))
+            o.log_min_p =
+                std::log(random.one_in(2) ? random.uniform() : random.pick({5e-324, 1e-30, 1e-3, 0.1, 0.7, 1.0}));
         return o;
     }
 };

@@ -64,7 +64,7 @@ def assert_same(hidden, weight, **options):
         (65, 136, 300),
         (97, 64, 513),
         (131, 200, 1025),
-        (161, 24, 700),
+        (161, 328, 300),
         (193, 64, 301),
     ],
 )
@@ -98,7 +98,7 @@ def test_bias_scale_and_soft_cap(impl, options, rng_seed):
 def test_ties_are_the_lower_tokens(impl, temperature, rng_seed):
     """At 1e-4 scores are so large that noise is lost in most of them."""
     hidden, weight = torch.ones(7, 16).bfloat16(), torch.ones(600, 16).bfloat16()
-    weight[torch.randint(600, (30,))] = 1.5
+    weight[4 * torch.randint(150, (30, 1)) + torch.tensor([1, 3])] = 1.5  # two of the four that a thread sees at once
     assert_same(hidden, weight * 4, temperature=temperature)
 
 

@@ -167,6 +167,21 @@ def test_ties_are_kept_by_lower_token_id(impl, rng_seed):
     assert halves.token.max() < 4 and (halves.kept_mass == 0.5).all()
 
 
+@pytest.mark.parametrize("impl", ["cuda"])
+@pytest.mark.parametrize("vocab", [1024, 1025])
+def test_as_many_candidates_as_a_block_lists_and_one_more(vocab, impl, rng_seed):
+    drawn = sample(torch.full((2, vocab), 3.0), temperature=2.0, min_p=0.9, seed=rng_seed, impl=impl)
+    assert (drawn.kept_mass == 1).all()
+
+
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_more_tokens_are_kept_than_there_are_threads(impl, rng_seed):
+    logits = torch.randn(3, 301) / 10
+    got, want = (sample(logits, top_k=290, seed=rng_seed, impl=each) for each in (impl, "reference"))
+    assert torch.equal(got.token, want.token)
+    torch.testing.assert_close(got.kept_mass, want.kept_mass)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_greedy_takes_the_first_maximum(impl, rng_seed):
     logits = torch.randint(-3, 4, (rows_for(impl, 50), 333)).float()
