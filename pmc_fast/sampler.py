@@ -169,9 +169,7 @@ class Sampler:
         Source: arXiv 2507.04219, section 4 (x_1..x_n ~ p_theta(.|q)).
         """
         limits = answer_limits(input_ids, attention_mask, num_samples, max_new_tokens, max_length, self.lm.positions)
-        check_places(
-            input_ids.device, "input_ids are", {"attention_mask": attention_mask, "sequence_ids": sequence_ids}
-        )
+        check_places(input_ids.device, "input_ids are", {"sequence_ids": sequence_ids})
         if prune is not None and not hasattr(prune, "part"):
             raise TypeError(f"prune: got {described(prune)}, expected a pmc_fast.pruning.Pruner or None")
         _checks.sampling(temperature, top_k, top_p, min_p, seed)
