@@ -78,7 +78,12 @@ def add_linear(x: Tensor, weight: Tensor, to: Tensor) -> None:
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     float32 = x.dtype == torch.float32 and x.device.type == "cpu"
-    return bool(float32 and x.numel() and weight.numel() and _has_onednn())
+    return bool(float32 and x.numel() and weight.numel() and _has_onednn() and _is_dense(weight))
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether it lies row by row, or column by column, without gaps: oneDNN's products with any other are a thousand times as slow."""
+    return weight.is_contiguous() or weight.T.is_contiguous()
 
 
 def _has_good_mkl() -> bool:
@@ -132,7 +137,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     token = _copies.set(copies)
     try:
         for layer, matrix in layers.items():
-            if packed(matrix) or (_has_onednn() and matrix.stride(1) == 1):
+            if packed(matrix) or (_has_onednn() and _is_dense(matrix)):
                 layer.forward = MethodType(_forward, layer)
         yield
     finally:

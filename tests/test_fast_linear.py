@@ -62,6 +62,22 @@ def test_strides_do_not_matter(cpu, rng_seed):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("multiply", [linear, lambda x, weight: add_linear(x, weight, torch.zeros(3, len(weight)))])
+def test_onednn_is_given_no_weight_with_gaps(multiply, cpu, monkeypatch, rng_seed):
+    """Which it multiplies, a thousand times as slowly: a slice of columns, of a transposed weight's rows, every other row."""
+    given, inner = [], the_module._onednn
+    monkeypatch.setattr(the_module, "_onednn", lambda x, weight, bias: given.append(weight) or inner(x, weight, bias))
+    x, w = torch.randn(3, 8), torch.randn(20, 20)
+    for weight in (w[:, 3:11], w[:8].T[5:15], w[::2, :8]):
+        multiply(x, weight)
+    assert given == []
+    monkeypatch.setattr(the_module, "_is_intel", lambda: False)
+    for weight in (w[:, :8].contiguous(), w[:8].T):
+        multiply(x, weight)
+    assert len(given) == 2
+
+
+@torch.no_grad()
 def test_the_model_computes_the_same_and_is_left_as_it_was(rng_seed):
     model, ids = make_model(seed=rng_seed), torch.randint(0, 256, (2, 7))
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
