@@ -137,7 +137,7 @@ def fast_linear(model: nn.Module, head: Tensor | None = None) -> Iterator[None]:
     token = _copies.set(copies)
     try:
         for layer, matrix in layers.items():
-            if packed(matrix) or (_has_onednn() and _is_dense(matrix)):
+            if packed(matrix) or (_has_onednn() and matrix.is_contiguous()):
                 layer.forward = MethodType(_forward, layer)
         yield
     finally:
