@@ -110,7 +110,8 @@ def normalize_backward(
 def activate(gate: Tensor, activation: str, up: Tensor | None) -> Tensor:
     """A gated activation.
 
-    Equivalent to `F.silu(gate) * up` ("silu") or `F.gelu(gate, approximate="tanh") * up` ("gelu_tanh").
+    Equivalent to `F.silu(gate) * up` ("silu"), `F.gelu(gate) * up` ("gelu"), `F.gelu(gate, approximate="tanh") * up`
+    ("gelu_tanh") or `F.relu(gate) * up` ("relu").
 
     Args:
         gate: [N, S].
