@@ -100,10 +100,9 @@ def _only_asks_for_gradients(hook: Callable) -> bool:
 
 def _embedding(backbone: nn.Module, names: Names, unit: float) -> Embedding:
     embed, positions = _part(backbone, names.embed), _part(backbone, names.positions)
-    name = kind(embed).__name__
-    scaled = name.endswith("TextScaledWordEmbedding")  # Gemma's
-    learned = positions is None or kind(positions).__name__ in ("Embedding", "OPTLearnedPositionalEmbedding")
-    if not learned or not (scaled or kind(embed) is nn.Embedding):
+    known = kind(embed).__name__.endswith("TextScaledWordEmbedding") if names.scaled else kind(embed) is nn.Embedding
+    is_table = kind(positions) is nn.Embedding or kind(positions).__name__ == "OPTLearnedPositionalEmbedding"
+    if not known or not (positions is None or is_table):
         raise Unknown
     parts = [part for part in (embed, positions) if part is not None]
     if any(part.max_norm is not None or part.scale_grad_by_freq or part.sparse for part in parts):
@@ -111,7 +110,9 @@ def _embedding(backbone: nn.Module, names: Names, unit: float) -> Embedding:
     if len({part.embedding_dim for part in parts}) > 1:  # OPT-350m projects one of them
         raise Unknown
     weight = embed.weight
-    scale = embed.embed_scale.to(weight.dtype).item() if scaled else getattr(backbone, "embedding_multiplier", 1.0)
+    scale = (
+        embed.embed_scale.to(weight.dtype).item() if names.scaled else getattr(backbone, "embedding_multiplier", 1.0)
+    )
     return Embedding(
         weight,
         scale / unit,
@@ -144,7 +145,7 @@ def _layer(
     norm, output_norm, mlp_norm, down_norm = (name and _norm(getattr(layer, name)) for name in names.norms)
     query, key, value = _query_key_value(layer, names)
     gate, up = _gate_up(layer, names)
-    if kind(layer).__name__ == "OPTDecoderLayer":  # which scales its queries before attention
+    if names.scales_query:
         call = replace(call, scaling=attention.scaling * call.scaling)
     return Layer(
         norm=_in_units(norm, unit),

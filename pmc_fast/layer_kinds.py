@@ -29,9 +29,11 @@ class Names:
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
     parallel: bool | str = False  # or the attribute that says it
+    scales_query: bool = False  # whether attention is given queries that are scaled already
 
     layers: str = "layers"
     embed: str = "embed_tokens"
+    scaled: bool = False  # whether the embedding itself scales its rows
     positions: str | None = None
     rotary: str | None = "rotary_emb"
     final: str = "norm"
@@ -39,7 +41,8 @@ class Names:
 
 _LLAMA = Names()
 _GEMMA = Names(
-    norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    scaled=True,
 )
 _PHI = Names(
     norms=("input_layernorm", None, None, None),
@@ -82,6 +85,7 @@ _OPT = Names(
     up="fc1",
     down="fc2",
     activation="activation_fn",
+    scales_query=True,
     layers="decoder.layers",
     embed="decoder.embed_tokens",
     positions="decoder.embed_positions",
@@ -89,7 +93,7 @@ _OPT = Names(
     final="decoder.final_layer_norm",
 )
 KINDS = {
-    "GemmaDecoderLayer": _LLAMA,
+    "GemmaDecoderLayer": replace(_LLAMA, scaled=True),
     "Gemma2DecoderLayer": _GEMMA,
     "Gemma3DecoderLayer": _GEMMA,
     "GPT2Block": _GPT2,

@@ -275,13 +275,26 @@ def replace_forward(model):
     norm.forward = lambda x, forward=norm.forward: 1.1 * forward(x)
 
 
+def embed_unscaled(model):
+    plain = torch.nn.Embedding(*model.model.embed_tokens.weight.shape)
+    plain.weight = model.model.embed_tokens.weight
+    model.model.embed_tokens = plain
+
+
 def adapt_fused(model):
     model.model.layers[0].self_attn.qkv_proj = Twice(model.model.layers[0].self_attn.qkv_proj)
 
 
 @pytest.mark.parametrize(
     ("family", "change"),
-    [("llama", hook), ("llama", adapt), ("llama", replace_forward), ("gemma", hook), ("phi3", adapt_fused)],
+    [
+        ("llama", hook),
+        ("llama", adapt),
+        ("llama", replace_forward),
+        ("gemma", hook),
+        ("gemma", embed_unscaled),
+        ("phi3", adapt_fused),
+    ],
 )
 def test_a_model_that_somebody_changed_is_left_to_its_modules(family, change, built, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed)
