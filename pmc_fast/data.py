@@ -42,13 +42,19 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[QA]:
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[QA]) -> None:
     """Write rows so that `read_jsonl(path) == list(rows)`; missing folders are made.
 
-    Raises UserError, before anything is written, for rows that are none, and for a file that cannot be written.
+    Raises UserError, before anything is written, for no rows, rows that are none or that `read_jsonl` would refuse, and for
+    a file that cannot be written.
     """
     path, lines = _path(path), []
     for number, row in enumerate(rows):
         if not isinstance(row, QA):
             raise UserError(f"rows: row {number} is {described(row)}, expected a QA")
-        lines.append(json.dumps({"question": row.question, "answer": row.answer}, ensure_ascii=False) + "\n")
+        record = {"question": row.question, "answer": row.answer}
+        for key in record:
+            _text(record, key, f"rows: row {number}")
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    if not lines:
+        raise UserError("rows: got none, expected at least one")
     text = "".join(lines).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

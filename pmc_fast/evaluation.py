@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -53,8 +52,7 @@ def sampled_answers(
     """
     _check_prompts(prompts)
     inputs.has_method("sampler", sampler, "sample", "an object with Sampler's sample method")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
-        raise UserError(f"batch_size: got {batch_size!r}, expected an integer of at least 1")
+    inputs.positive("batch_size", batch_size)
     questions = inputs.texts("questions", questions, prompts.is_text)
     lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
     sampler = Sampler(lm) if sampler is None else sampler

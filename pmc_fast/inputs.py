@@ -6,6 +6,7 @@ import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import getattr_static
+from numbers import Integral
 from typing import Any
 
 from pmc_fast.data import QA
@@ -57,6 +58,13 @@ def counts(name: str, values: Iterable[Any]) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise UserError(f"{name}: number {number} is {described(value)}, expected {wanted}")
     return found
+
+
+def positive(name: str, value: int) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UserError(f"{name}: got {described(value)}, expected an integer of at least 1")
+    return int(value)
 
 
 def fields(name: str, value: Any, names: Sequence[str], source: str) -> list[Any]:

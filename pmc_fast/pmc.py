@@ -122,7 +122,7 @@ class PMC:
             raise UserError(
                 f"answers: got {len(answers)}, expected one for each of the {len(questions)} forget_questions"
             )
-        self.ledger, self._prepared, self.prepared_batches = Ledger(questions, answers), set(), 0
+        self._begin(Ledger(questions, answers), set())
         words = getattr(self.reward, "words", None)
         if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
             warn(
@@ -241,8 +241,7 @@ class PMC:
                 would be trained on now, is longer than the model has positions or of tokens that it has not. What was held
                 before stays.
         """
-        self.ledger, self._prepared = self.read_state(state)
-        self.prepared_batches = 0
+        self._begin(*self.read_state(state))
 
     def read_state(self, state: dict) -> tuple[Ledger | None, set[int]]:
         """What `load_state_dict` would hold from now on: the ledger, and the questions sampled for ahead."""
@@ -261,6 +260,10 @@ class PMC:
                 f"state: prepared: got question {missing[0]}, expected questions of which the ledger holds an entry"
             )
         return ledger, prepared
+
+    def _begin(self, ledger: Ledger | None, prepared: set[int]) -> None:
+        self.ledger, self._prepared = ledger, prepared
+        self.prepared_batches, self._ahead = 0, _no_samples()
 
     def _initialised(self) -> Ledger:
         if self.ledger is None:

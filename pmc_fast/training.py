@@ -77,7 +77,8 @@ def unlearn(
         Seconds by phase: sample, score, train (backward and optimizer included), checkpoint; those before a resume too.
 
     Raises:
-        UserError: there are no rows, or nothing was initialised; the loss or the model's outputs are not finite.
+        UserError: there are no rows, nothing was initialised, or `checkpoint_every` is no integer of at least 1; the loss or
+            the model's outputs are not finite.
 
     Source: arXiv 2507.04219, algorithm 1 and appendix (hyperparameters).
     """
@@ -118,7 +119,8 @@ class _Loop:
         self.steps_per_epoch = math.ceil(self.batches / config.accumulation)
         self.steps = config.epochs * self.steps_per_epoch
         self.warmup = round(config.warmup_epochs * self.steps_per_epoch)
-        self.checkpoint_every = checkpoint_every or self.steps_per_epoch
+        every = self.steps_per_epoch if checkpoint_every is None else checkpoint_every
+        self.checkpoint_every = inputs.positive("checkpoint_every", every)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise UserError("model: no parameter requires a gradient, expected at least one to train")

@@ -290,8 +290,16 @@ def test_rows_that_are_none_are_not_written(tmp_path):
     (tmp_path / "rows.jsonl").write_text("kept")
     with pytest.raises(UserError, match="^rows: row 1 is a value of type dict, expected a QA"):
         write_jsonl(tmp_path / "rows.jsonl", [QA("a?", "b"), {"question": "a?", "answer": "b"}])
-    with pytest.raises(UnicodeEncodeError):
-        write_jsonl(tmp_path / "rows.jsonl", [QA("a?", "half of a pair: \ud800")])
+    for wrong, message in (
+        (QA("a?", "half of a pair: \ud800"), '"answer" is not UTF-8 text'),
+        (QA(" \n", "b"), '"question" is empty'),
+        (QA("a?", ""), '"answer" is empty'),
+        (QA("a?", None), '"answer" is None, want a string'),
+    ):
+        with pytest.raises(UserError, match=f"^rows: row 1: {message}"):
+            write_jsonl(tmp_path / "rows.jsonl", [QA("a?", "b"), wrong])
+    with pytest.raises(UserError, match="^rows: got none, expected at least one"):
+        write_jsonl(tmp_path / "rows.jsonl", [])
     assert (tmp_path / "rows.jsonl").read_text() == "kept"
 
 

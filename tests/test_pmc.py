@@ -342,8 +342,6 @@ def test_bradley_terry_draws_in_proportion(rng_seed):
 
 
 def test_state_dict_continues_as_if_never_stopped(rng_seed):
-    import json
-
     seed = rng_seed % 1000
     whole = make_pmc(seed=seed)
     whole.reward = Spelled()
@@ -540,8 +538,6 @@ def test_where_no_sample_can_be_picked_the_answer_held_stays():
 
 
 def test_prepared_questions_survive_a_resume(rng_seed):
-    import json
-
     whole = make_pmc(seed=rng_seed % 1000)
     whole.reward = Spelled()
     whole.prepare([[0], [1]])
@@ -558,6 +554,18 @@ def test_what_was_prepared_for_other_questions_is_forgotten(rng_seed):
     pmc.initialise(QUESTIONS[::-1])
     pmc.loss([0], RETAIN)
     assert pmc.ledger.visits == [1, 0, 0] and pmc.prepared_batches == 0
+    assert 0 < pmc.stats["sampled_tokens"] <= pmc.config.num_samples * pmc.config.max_new_tokens
+
+
+def test_what_was_prepared_before_a_state_is_loaded_is_forgotten(rng_seed):
+    whole = make_pmc(seed=rng_seed % 1000)
+    state = json.loads(json.dumps(whole.state_dict()))
+    whole.prepare([[0, 1, 2]])
+    whole.load_state_dict(state)
+    assert whole.prepared_batches == 0
+    whole.loss([0], RETAIN)
+    assert 0 < whole.stats["sampled_tokens"] <= whole.config.num_samples * whole.config.max_new_tokens
+    assert whole.ledger.visits == [1, 0, 0]
 
 
 def test_pruning_keeps_the_ledger_and_saves_tokens(rng_seed):

@@ -82,7 +82,7 @@ def test_a_step_samples_for_all_its_micro_batches_at_once(rng_seed):
 
 def train(pmc, what, config, **options):
     if what == "unlearn":
-        unlearn(pmc, RETAIN, config, progress=False)
+        unlearn(pmc, RETAIN, config, progress=False, **options)
     else:
         finetune(pmc, [QA(question, "answer") for question in QUESTIONS], config, progress=False, **options)
 
@@ -161,6 +161,15 @@ def test_the_loss_that_is_logged_is_the_mean_of_the_micro_batches(rng_seed):
     pmc.state_dict = dict
     unlearn(pmc, RETAIN, make_config(rng_seed, epochs=1, accumulation=3, batch_size=3), run=run, progress=False)
     assert [record["loss"] for record in records] == [16 / 3]
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+@pytest.mark.parametrize("every", [0, -1, 2.0, True])
+def test_checkpoints_that_can_never_be_due_are_refused(what, every, rng_seed):
+    pmc = Recorder()
+    with pytest.raises(UserError, match=f"^checkpoint_every: got {every}, expected an integer of at least 1$"):
+        train(pmc, what, make_config(rng_seed), checkpoint_every=every)
+    assert pmc.batches == []
 
 
 @pytest.mark.parametrize("what", ["unlearn", "finetune"])
