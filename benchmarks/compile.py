@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -79,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the GPUs, of {', '.join(map(str, known))} (A100, H100, B200; default: all)",
     )
     parser.add_argument("--op", nargs="+", metavar="NAME", help="only these files of kernels/ (default: all)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="each configuration for one of the GPUs in turn, and the first of each kernel for all",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result to this file")
 
 
@@ -90,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
     jobs = [
         (op, variant, capability)
         for op, module in kernel_files(args.op).items()
-        for capability in args.capability
-        for variant in module.variants(capability)
+        for turn, capability in enumerate(args.capability)
+        for variant in (quick(module, capability, turn, len(args.capability)) if args.quick else module.variants(capability))
     ]
     if not jobs:
         raise UserError("there is nothing to compile: no file of kernels/ lists a variant")
@@ -116,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(rows)} kernels are within their limits. They were compiled, not run.")
 
 
-def kernel_files(names: Sequence[str] | None = None) -> dict[str, object]:
+def kernel_files(names: Sequence[str] | None = None) -> dict[str, ModuleType]:
     """The modules of pmc_fast.kernels that list variants of their own, by name; `names` picks some."""
     import pmc_fast.kernels
 
@@ -130,6 +136,13 @@ def kernel_files(names: Sequence[str] | None = None) -> dict[str, object]:
     if unknown := set(names or ()) - set(known):
         raise UserError(f"--op: got {', '.join(sorted(unknown))}, want some of {', '.join(known)}")
     return {name: module for name, module in known.items() if names is None or name in names}
+
+
+def quick(module: ModuleType, capability: int, turn: int, turns: int) -> list[Variant]:
+    """Of what a kernel file lists the first variant of each kernel, and of the others those whose turn it is."""
+    listed = module.variants(capability)
+    first = {variant.kernel.__name__: number for number, variant in reversed([*enumerate(listed)])}
+    return [v for number, v in enumerate(listed) if number % turns == turn or number == first[v.kernel.__name__]]
 
 
 def _identity(job: tuple[str, Variant, int]) -> str:

@@ -101,9 +101,9 @@ def test_every_launched_kernel_has_variants():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What the command says of all kernels, and what it writes."""
+    """What the command says of all kernels, each configuration for one GPU at least, and what it writes."""
     out = tmp_path_factory.mktemp("compiled") / "out.json"
-    done = run("--json", str(out))
+    done = run("--quick", "--json", str(out))
     assert out.exists(), done.stdout + done.stderr
     return done, json.loads(out.read_text())
 
@@ -114,8 +114,10 @@ def test_every_kernel_keeps_the_limits(capability, compiled):
     assert done.returncode == 0, done.stdout + done.stderr
     assert content["schema"] == compile.SCHEMA
     rows = [row for row in content["rows"] if row["capability"] == capability]
-    names = [v.name for module in compile.kernel_files().values() for v in module.variants(capability)]
-    assert [row["kernel"] for row in rows] == names
+    modules, gpus = compile.kernel_files().values(), list(compile.MOST_SHARED_BYTES)
+    turn = gpus.index(capability), len(gpus)
+    assert [row["kernel"] for row in rows] == [v.name for m in modules for v in compile.quick(m, capability, *turn)]
+    assert {row["function"] for row in rows} >= launched_kernels()
     for row in rows:
         assert row["kernel"] in done.stdout
         assert row["violations"] == [] and 0 < row["registers"] <= 255
@@ -123,6 +125,14 @@ def test_every_kernel_keeps_the_limits(capability, compiled):
         shared = row["static_shared_bytes"] + row["dynamic_shared_bytes"]
         assert shared <= compile.MOST_SHARED_BYTES[capability]
     assert any(f"{compile.MATRIX_INSTRUCTION[capability]} 16-bit" in row["matrix_instructions"] for row in rows)
+
+
+def test_a_quick_run_leaves_out_no_configuration():
+    gpus = list(compile.MOST_SHARED_BYTES)
+    for module in compile.kernel_files().values():
+        chosen = [[v.name for v in compile.quick(module, gpu, turn, len(gpus))] for turn, gpu in enumerate(gpus)]
+        assert set().union(*chosen) == {v.name for gpu in gpus for v in module.variants(gpu)}
+        assert compile.quick(module, 90, 0, 1) == module.variants(90)
 
 
 @pytest.fixture(scope="module")

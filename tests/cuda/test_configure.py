@@ -1,4 +1,4 @@
-"""PMC_FAST_CUDA: what configuring says where there is no nvcc."""
+"""What configuring says where there is no nvcc, and of unknown instruction sets."""
 
 import subprocess
 import sys
@@ -29,3 +29,10 @@ def test_without_nvcc(value, succeeds, says, cmake, tmp_path, monkeypatch):
     )
     assert (done.returncode == 0) == succeeds, done.stdout
     assert says in " ".join(done.stdout.split())
+
+
+def test_unknown_instruction_sets_are_refused(cmake, tmp_path):
+    command = [cmake, "-S", ROOT, "-B", tmp_path, "-DPMC_FAST_FUZZ=ON", "-DPMC_FAST_INSTRUCTION_SETS=avx2;sse"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode
+    assert "PMC_FAST_INSTRUCTION_SETS: got 'sse', expected avx2, avx512, both or neither" in " ".join(done.stdout.split())
