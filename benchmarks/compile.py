@@ -97,7 +97,9 @@ def run(args: argparse.Namespace) -> None:
         (op, variant, capability)
         for op, module in kernel_files(args.op).items()
         for turn, capability in enumerate(args.capability)
-        for variant in (quick(module, capability, turn, len(args.capability)) if args.quick else module.variants(capability))
+        for variant in (
+            quick(module, capability, turn, len(args.capability)) if args.quick else module.variants(capability)
+        )
     ]
     if not jobs:
         raise UserError("there is nothing to compile: no file of kernels/ lists a variant")

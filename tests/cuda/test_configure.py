@@ -35,4 +35,6 @@ def test_unknown_instruction_sets_are_refused(cmake, tmp_path):
     command = [cmake, "-S", ROOT, "-B", tmp_path, "-DPMC_FAST_FUZZ=ON", "-DPMC_FAST_INSTRUCTION_SETS=avx2;sse"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode
-    assert "PMC_FAST_INSTRUCTION_SETS: got 'sse', expected avx2, avx512, both or neither" in " ".join(done.stdout.split())
+    assert "PMC_FAST_INSTRUCTION_SETS: got 'sse', expected avx2, avx512, both or neither" in " ".join(
+        done.stdout.split()
+    )
