@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +10,7 @@ from pmc_fast.kernels.interpreted import rounded
 from pmc_fast.kernels.logits import tanh
 from pmc_fast.kernels.variant import Variant, absent, present
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 ELEMENTS = 1024  # of an activation, per program
 HEADS_AT_ONCE = 8  # that a program rotates
 
@@ -106,9 +106,16 @@ def normalize(
 
 
 @triton.jit
-def activation_gate(x, GELU: tl.constexpr):
-    """What an activation multiplies x by: a sigmoid."""
-    return 0.5 * (1 + tanh(0.7978845608 * (x + 0.044715 * x * x * x))) if GELU else tl.sigmoid(x)
+def activation_gate(x, ACTIVATION: tl.constexpr):
+    """What an activation other than ReLU multiplies x by: a sigmoid."""
+    if ACTIVATION == "silu":
+        gate = tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        gate = 0.5 * (1 + tl.erf(0.7071067812 * x))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        gate = 0.5 * (1 + tanh(0.7978845608 * (x + 0.044715 * x * x * x)))
+    return gate
 
 
 @triton.jit
@@ -117,32 +124,39 @@ def activate_kernel(
     up,  # [count] or None
     out,  # [count], which may be x
     count,
-    GELU: tl.constexpr,  # its approximation by tanh, else SiLU
+    ACTIVATION: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = index < count
     value = tl.load(x + index, mask=inside, other=0).to(tl.float32)
-    value *= activation_gate(value, GELU)
+    if ACTIVATION == "relu":
+        value = tl.where(value <= 0, 0, value)
+    else:
+        value *= activation_gate(value, ACTIVATION)
     if up is not None:
         value *= tl.load(up + index, mask=inside, other=0).to(tl.float32)
     tl.store(out + index, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 def activate(x: Tensor, activation: str, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """out = activation(x) * up, for contiguous [N, D]; activation is "silu" or "gelu_tanh", and out is x if not given."""
+    """out = activation(x) * up, for contiguous [N, D]; activation is one of `ACTIVATIONS`, and out is x if not given."""
     out = x if out is None else out
     activate_kernel[(triton.cdiv(x.numel(), ELEMENTS),)](
-        x, up, out, x.numel(), GELU=activation == "gelu_tanh", ELEMENTS=ELEMENTS, num_warps=4
+        x, up, out, x.numel(), ACTIVATION=activation, ELEMENTS=ELEMENTS, num_warps=4
     )
     return out
 
 
-@triton.jit(do_not_specialize=["key_row", "key_head"])
+@triton.jit(do_not_specialize=["keys_row", "keys_head"])
 def rotate_kernel(
-    query,  # [rows, HEADS * DIM]
-    key,  # [rows, KV_HEADS * DIM]
+    query,  # [rows, HEADS, DIM]
+    query_row,  # its strides
+    query_head,
+    key,  # [rows, KV_HEADS, DIM]
     value,
+    key_row,  # their strides
+    key_head,
     cosine,  # [positions, ROTATED]
     sine,
     position,  # [rows]
@@ -150,8 +164,8 @@ def rotate_kernel(
     turned,  # [rows, HEADS * DIM], contiguous
     keys,  # [rows, KV_HEADS, capacity, DIM]
     values,
-    key_row,  # strides of keys and values
-    key_head,
+    keys_row,  # their strides
+    keys_head,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -164,20 +178,20 @@ def rotate_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     of_query, of_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
     kv_head = tl.where(of_key, head - HEADS, head - HEADS - KV_HEADS)
-    source = tl.where(of_key, key, value) + (row * KV_HEADS + kv_head) * DIM
-    source = tl.where(of_query, query + (row * HEADS + head) * DIM, source)
-    slot = row * key_row + kv_head * key_head.to(tl.int64) + (tl.load(length + row) - 1) * DIM
+    source = tl.where(of_key, key, value) + row * key_row + kv_head * key_head
+    source = tl.where(of_query, query + row * query_row + head * query_head, source)
+    slot = row * keys_row + kv_head * keys_head.to(tl.int64) + (tl.load(length + row) - 1) * DIM
     target = tl.where(of_key, keys, values) + slot
     target = tl.where(of_query, turned + (row * HEADS + head) * DIM, target)
     inside = (head < HEADS + 2 * KV_HEADS) & (column < DIM)
-    turns = (head < HEADS + KV_HEADS) & (column < ROTATED)
-    first = column < ROTATED // 2
     x = tl.load(source + column, mask=inside, other=0).to(tl.float32)
-    other = tl.load(source + tl.where(first, column + ROTATED // 2, column - ROTATED // 2), mask=turns, other=0)
-    other = tl.where(first, -other.to(tl.float32), other.to(tl.float32))
-    angle = tl.load(position + row) * ROTATED + column
-    x *= tl.load(cosine + angle, mask=turns, other=1)
-    x += other * tl.load(sine + angle, mask=turns, other=0)
+    if ROTATED:
+        turns, first = (head < HEADS + KV_HEADS) & (column < ROTATED), column < ROTATED // 2
+        other = tl.load(source + tl.where(first, column + ROTATED // 2, column - ROTATED // 2), mask=turns, other=0)
+        other = tl.where(first, -other.to(tl.float32), other.to(tl.float32))
+        angle = tl.load(position + row) * ROTATED + column
+        x *= tl.load(cosine + angle, mask=turns, other=1)
+        x += other * tl.load(sine + angle, mask=turns, other=0)
     tl.store(target + column, rounded(x, turned.dtype.element_ty), mask=inside)
 
 
@@ -198,20 +212,22 @@ def rotate_and_append(
     the first R elements of each head, the same of key in ``keys[n, :, length[n] - 1]``, and value in ``values`` there.
 
     Args:
-        query: contiguous [N, H, D].
-        key, value: contiguous [N, K, D], dtype of query.
-        cosine, sine: float32, contiguous [positions, R], R even and at most D.
+        query: [N, H, D], each head contiguous.
+        key, value: [N, K, D], dtype of query, each head contiguous, with the same strides.
+        cosine, sine: float32, contiguous [positions, R], R even and at most D; 0 turns nothing.
         position: int64 [N].
         length: int64 [N], positions held, the new one included.
         keys, values: [N, K, T, D], dtype of query, each head contiguous, with the same strides.
     """
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
-    turned = torch.empty_like(query)
+    turned = query.new_empty(query.shape)
     rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS_AT_ONCE))](
         query,
+        *query.stride()[:2],
         key,
         value,
+        *key.stride()[:2],
         cosine,
         sine,
         position,
@@ -264,19 +280,24 @@ def variants(capability: int) -> list[Variant]:
                 + tuple(present(optional)),
             )
         )
-    for name, gelu, up in (("silu times up", False, "*bf16"), ("gelu times up", True, "*bf16"), ("gelu", True, None)):
+    for activation, up in ((name, up) for name in ACTIVATIONS for up in ("*bf16", None)):
         listed.append(
             Variant(
-                name=f"activate, {name}",
+                name=f"activate, {activation}{' times up' * (up is not None)}",
                 kernel=activate_kernel,
                 signature={"x": "*bf16", "out": "*bf16", "count": "i32"} | present({"up": up}),
-                constants=absent({"up": up}) | {"GELU": gelu, "ELEMENTS": ELEMENTS},
+                constants=absent({"up": up}) | {"ACTIVATION": activation, "ELEMENTS": ELEMENTS},
                 num_warps=4,
                 num_stages=3,
                 aligned=("x", "out", "count") + (("up",) if up else ()),
             )
         )
-    for name, heads, kv_heads, dim, rotated in (("Llama-3.2-3B", 24, 8, 128, 128), ("Phi-1.5", 32, 32, 64, 32)):
+    for name, heads, kv_heads, dim, rotated in (
+        ("Llama-3.2-3B", 24, 8, 128, 128),
+        ("Phi-1.5", 32, 32, 64, 32),
+        ("OPT-2.7B", 32, 32, 80, 0),
+    ):
+        strides = ("query_row", "query_head", "key_row", "key_head")
         signature = dict.fromkeys(("query", "key", "value", "turned", "keys", "values"), "*bf16")
         signature |= {"cosine": "*fp32", "sine": "*fp32", "position": "*i64", "length": "*i64"}
         constants = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "ROTATED": rotated}
@@ -284,11 +305,11 @@ def variants(capability: int) -> list[Variant]:
             Variant(
                 name=f"rotate, {name}",
                 kernel=rotate_kernel,
-                signature=signature | {"key_row": "i32", "key_head": "i32"},
+                signature=signature | dict.fromkeys((*strides, "keys_row", "keys_head"), "i32"),
                 constants=constants | {"AT_ONCE": HEADS_AT_ONCE, "COLUMNS": triton.next_power_of_2(dim)},
                 num_warps=4,
                 num_stages=3,
-                aligned=("query", "key", "value", "turned", "keys", "values", "cosine", "sine"),
+                aligned=("query", "key", "value", "turned", "keys", "values", "cosine", "sine", *strides),
             )
         )
     return listed

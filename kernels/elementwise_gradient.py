@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pmc_fast.kernels import elementwise
-from pmc_fast.kernels.elementwise import ELEMENTS, HEADS_AT_ONCE, activation_gate
+from pmc_fast.kernels.elementwise import ACTIVATIONS, ELEMENTS, HEADS_AT_ONCE, activation_gate
 from pmc_fast.kernels.interpreted import rounded
 from pmc_fast.kernels.norm_gradient import contiguous_rows, normalize_backward
 from pmc_fast.kernels.variant import Variant, absent, present
@@ -75,10 +75,11 @@ def _results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activate(gate: Tensor, activation: str, up: Tensor | None) -> Tensor:
-    """`F.silu(gate) * up` ("silu") or `F.gelu(gate, approximate="tanh") * up` ("gelu_tanh"), [N, S] of gate's dtype.
+    """activation(gate) * up, [N, S] of gate's dtype.
 
     Args:
         gate: [N, S].
+        activation: "silu", "gelu" (exact), "gelu_tanh" (its approximation) or "relu".
         up: [N, S], or None for 1.
     """
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
@@ -93,20 +94,24 @@ def activate_gradient_kernel(
     grad_gate,  # [count]
     grad_up,  # [count]; None as up is
     count,
-    GELU: tl.constexpr,  # its approximation by tanh, else SiLU
+    ACTIVATION: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = index < count
     d = tl.load(grad + index, mask=inside, other=0).to(tl.float32)
     x = tl.load(gate + index, mask=inside, other=0).to(tl.float32)
-    s = activation_gate(x, GELU)
-    y = x * s
-    slope = s
-    if GELU:  # beyond this square s is 0 or 1: the slope of its argument no longer counts, and may overflow
-        slope += y * (1 - s) * (1.5957691216 * (1 + 0.134145 * tl.minimum(x * x, 128.0)))
+    if ACTIVATION == "relu":
+        y, slope = tl.where(x <= 0, 0, x), tl.where(x <= 0, 0.0, 1.0)
     else:
-        slope += y * (1 - s)
+        s = activation_gate(x, ACTIVATION)
+        y, slope = x * s, s
+        if ACTIVATION == "silu":
+            slope += y * (1 - s)
+        elif ACTIVATION == "gelu":
+            slope += x * (0.3989422804 * tl.exp(-0.5 * x * x))
+        else:  # beyond this square s is 0 or 1: the slope of its argument no longer counts, and may overflow
+            slope += y * (1 - s) * (1.5957691216 * (1 + 0.134145 * tl.minimum(x * x, 128.0)))
     of_gate = d * slope
     if up is not None:
         of_gate *= tl.load(up + index, mask=inside, other=0).to(tl.float32)
@@ -132,7 +137,7 @@ def activate_backward(grad: Tensor, gate: Tensor, activation: str, up: Tensor | 
         grad_gate,
         grad_up,
         gate.numel(),
-        GELU=activation == "gelu_tanh",
+        ACTIVATION=activation,
         ELEMENTS=ELEMENTS,
         num_warps=4,
     )
@@ -210,15 +215,15 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Ten
 def variants(capability: int) -> list[Variant]:
     """The kernels at the layers of Llama-3.2-3B and Phi-1.5; none of them depends on the GPU."""
     listed = []
-    for name, gelu, gated in (("silu times up", False, True), ("gelu times up", True, True), ("gelu", True, False)):
+    for activation, gated in ((name, gated) for name in ACTIVATIONS for gated in (True, False)):
         optional = {"up": "*bf16" if gated else None, "grad_up": "*bf16" if gated else None}
         tensors = dict.fromkeys(("grad", "gate", "grad_gate"), "*bf16") | present(optional)
         listed.append(
             Variant(
-                name=f"activate backward, {name}",
+                name=f"activate backward, {activation}{' times up' * gated}",
                 kernel=activate_gradient_kernel,
                 signature=tensors | {"count": "i32"},
-                constants=absent(optional) | {"GELU": gelu, "ELEMENTS": ELEMENTS},
+                constants=absent(optional) | {"ACTIVATION": activation, "ELEMENTS": ELEMENTS},
                 num_warps=4,
                 num_stages=3,
                 aligned=(*tensors, "count"),

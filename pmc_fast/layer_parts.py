@@ -131,12 +131,3 @@ class Layers(Generic[Norm, Linear]):
     layers: list[Layer[Norm, Linear]]
     final: Norm
     head_dim: int
-
-    def known_to_triton(self) -> bool:
-        """Whether Triton's kernels know all of it: the others are not yet written."""
-        return self.angles.rotary is not None and all(
-            layer.key is not None
-            and layer.activation in ("silu", "gelu_tanh")
-            and not (layer.parallel and layer.mlp_norm is not None)
-            for layer in self.layers
-        )

@@ -172,9 +172,7 @@ def _triton_takes(read: Layers[NormParts, LinearParts]) -> bool:
     weights = [part.weight for part in parts if isinstance(part, (Embedding, NormParts, LinearParts))]
     like, softcaps = weights[0], {layer.attention.softcap for layer in read.layers}
     one_dtype = {weight.dtype for weight in weights} == {like.dtype}
-    return (one_dtype and read.known_to_triton()) and all(
-        varlen.takes(like.device, like.dtype, read.head_dim, softcap) for softcap in softcaps
-    )
+    return one_dtype and all(varlen.takes(like.device, like.dtype, read.head_dim, softcap) for softcap in softcaps)
 
 
 def _has_more(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from pmc_fast.models import LanguageModel
 from pmc_fast.prefill import Prefill
 from pmc_fast.side_by_side import side_by_side
 from pmc_fast.static_cache import StaticCache
-from pmc_fast.static_rows import Sizes, StaticRows
+from pmc_fast.static_rows import Sizes, StaticRows, known_positions
 
 ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # whose angles depend on positions alone
 
@@ -55,13 +55,11 @@ def read_static_layers(lm: LanguageModel, filled: Prefill) -> Layers[_Norm, _Lin
     """The model's layers as `StaticLayers` calls them.
 
     Raises:
-        Unknown: one of the model's parts is of no known kind, or of none that Triton's kernels know.
+        Unknown: one of the model's parts is of no known kind, or its angles depend on more than positions.
     """
     dtype = filled.hidden.dtype
     layers = read_layers(lm, filled.calls, lambda parts: _Norm(parts, dtype), _Linear)
-    if not layers.known_to_triton():
-        raise Unknown
-    kinds = layers.angles.rotary.rope_type
+    kinds = getattr(layers.angles.rotary, "rope_type", "default")
     if not {*(kinds.values() if isinstance(kinds, dict) else [kinds])} <= {*ROTARY_KINDS}:
         raise Unknown
     return layers
@@ -72,7 +70,8 @@ def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[Hashable]:
     yield layers.embed.scale
     for layer in layers.layers:
         yield replace(layer.attention, keys_at=0, packed=False), layer.activation
-    tensors = [layers.embed.weight, *layers.angles.rotary.buffers()]
+    rotary = layers.angles.rotary
+    tensors = [layers.embed.weight, layers.embed.positions, *(() if rotary is None else rotary.buffers())]
     for part in chain([layers.final], *(vars(layer).values() for layer in layers.layers)):
         if isinstance(part, (_Norm, _Linear)):
             tensors += [part.parts.weight, part.parts.bias]
@@ -100,19 +99,20 @@ class StaticLayers(StaticCache):
     def hidden(self, of: StaticRows, rows: int) -> Tensor:
         """The last hidden states [rows, D] of one more token for each of the first rows."""
         elementwise, attend = gpu.kernels("elementwise"), self.attention(of, rows)
-        layers, dim = self.layers, self.layers.head_dim
+        layers = self.layers
         position, length = of.position[:rows], of.step[:rows]
-        hidden = layers.embed(of.token[:rows], position)
+        learned = position if layers.embed.positions is None else known_positions(of, rows)
+        hidden = layers.embed(of.token[:rows], learned)
         added = None
         for index, layer in enumerate(layers.layers):
             keys, values = self.own[index, :, :rows]
             x = self._input(layer.norm, hidden, added)
-            query, key, value = (
-                part.view(rows, -1, dim) for part in side_by_side(x, (layer.query, layer.key, layer.value))
-            )
-            for states, norm in ((query, layer.query_norm), (key, layer.key_norm)):
+            parts = [part for part in (layer.query, layer.key, layer.value) if part is not None]
+            made = side_by_side(x, parts)
+            for states, norm in zip(made, (layer.query_norm, layer.key_norm), strict=False):
                 if norm is not None:
                     norm.in_place(states.view(-1, len(norm.parts.weight)))
+            query, key, value = layer.heads(made, layers.head_dim)
             angles = self._cosine[layer.rotary], self._sine[layer.rotary]
             turned = elementwise.rotate_and_append(query, key, value, *angles, position, length, keys, values)
             call = layer.attention
@@ -120,7 +120,10 @@ class StaticLayers(StaticCache):
             output = layer.output(attended.flatten(1))
             if layer.output_norm is not None:
                 layer.output_norm.in_place(output)
-            y = x if layer.parallel else self._input(layer.mlp_norm, hidden, output)
+            if not layer.parallel:
+                y = self._input(layer.mlp_norm, hidden, output)
+            else:
+                y = x if layer.mlp_norm is None else layer.mlp_norm(hidden)
             if layer.gate is None:
                 inner = elementwise.activate(layer.up(y), layer.activation)
             else:

@@ -17,7 +17,7 @@ from pmc_fast.prefill import Prefill
 from pmc_fast.sharding import is_tensor_parallel, kind
 from pmc_fast.static_cache import StaticCache, StepAttention
 from pmc_fast.static_layers import ROTARY_KINDS
-from pmc_fast.static_rows import Sizes, StaticRows
+from pmc_fast.static_rows import Sizes, StaticRows, known_positions
 
 # Whose modules keep no count of their calls, nor anything else on the host that a graph would leave behind.
 LIBRARIES = ("torch.nn.", "transformers.", "peft.")
@@ -105,10 +105,10 @@ class StaticModules(StaticCache):
 
     def _hidden(self, modules: Modules, of: StaticRows, rows: int) -> Tensor:
         length = of.step[:rows]
-        # Rows without a text count on, perhaps beyond the positions that the model has learned.
-        position = of.position[:rows] * (torch.arange(rows, device=length.device) < of.texts)
         appending = Appending(self.own[:, :, :rows], length, self.attention(of, rows))
-        return modules.hidden(of.token[:rows], position, appending, self._prefix_length + length[0] - 1)
+        return modules.hidden(
+            of.token[:rows], known_positions(of, rows), appending, self._prefix_length + length[0] - 1
+        )
 
 
 class Appending:

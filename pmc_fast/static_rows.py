@@ -37,6 +37,11 @@ class Sizes:
         return replace(self, width=rounded(self.width), steps=rounded(self.steps))
 
 
+def known_positions(of: StaticRows, rows: int) -> Tensor:
+    """Of the first rows; 0 for those without a text, which count on, perhaps beyond what the model has learned."""
+    return of.position[:rows] * (torch.arange(rows, device=of.position.device) < of.texts)
+
+
 def rounded(positions: int) -> int:
     return -(-positions // MULTIPLE) * MULTIPLE
 

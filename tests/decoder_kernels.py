@@ -3,12 +3,21 @@
 from contextlib import suppress
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pmc_fast.gpu.regroup import regroup
 from pmc_fast.reference import decode_attention as reference
 
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
 __all__ = [
+    "ACTIVATIONS",
     "activate",
     "append_token",
     "copy_rows",
@@ -31,10 +40,7 @@ def normalize(x, weight, bias, epsilon, *, centered, offset=0.0, added=None, out
 
 
 def activate(x, activation, up=None):
-    wide = x.float()
-    wide = (
-        torch.nn.functional.silu(wide) if activation == "silu" else torch.nn.functional.gelu(wide, approximate="tanh")
-    )
+    wide = ACTIVATIONS[activation](x.float())
     return x.copy_(wide if up is None else wide * up.float())
 
 

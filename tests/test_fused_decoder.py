@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from draws import assert_same, differ
-from tiny import KNOWN_ON_CPU, VOCAB, checkpoint_activations, make_model
+from tiny import KNOWN, VOCAB, checkpoint_activations, make_model
 
 from pmc_fast import attention, fast_linear, fused_decoder
 from pmc_fast.native.packed_linear import packed_bytes
@@ -33,7 +33,7 @@ def built(monkeypatch):
 
 
 def make(family, seed):
-    model = make_model(family, seed=seed, **KNOWN_ON_CPU[family])
+    model = make_model(family, seed=seed, **KNOWN[family])
     if family == "gemma2":  # transformers gives it eager attention, training this library's
         attention.install(model)
     return model
@@ -51,7 +51,7 @@ def by_modules(model, seed, monkeypatch, **options):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3, 4, 5, 6, 7, 8]], LONG], ids=["padded", "one prompt", "long"])
-@pytest.mark.parametrize("family", KNOWN_ON_CPU)
+@pytest.mark.parametrize("family", KNOWN)
 def test_same_answers_as_the_modules(family, prompts, isa, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)
     got = sample(model, rng_seed, prompts=prompts)
@@ -138,7 +138,7 @@ def memory(request, monkeypatch):
     return limit, made
 
 
-@pytest.mark.parametrize("family", [family for family in KNOWN_ON_CPU if family != "gpt2"])
+@pytest.mark.parametrize("family", [family for family in KNOWN if family != "gpt2"])
 def test_weights_that_find_no_room_are_read_where_they_lie(family, isa, memory, monkeypatch, rng_seed):
     limit, made = memory
     model = make(family, rng_seed)
@@ -231,7 +231,7 @@ def error(samples, exact):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", KNOWN_ON_CPU)
+@pytest.mark.parametrize("family", KNOWN)
 def test_in_bfloat16_it_is_nearer_to_the_exact_model_than_the_modules_are(family, isa, built, monkeypatch, rng_seed):
     """Between the layers it keeps float32."""
     monkeypatch.setattr(fast_linear, "has_fast_bfloat16", lambda: False)

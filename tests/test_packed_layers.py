@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from tiny import FAMILIES, KNOWN, KNOWN_ON_CPU, checkpoint_activations, make_model
+from tiny import FAMILIES, KNOWN, checkpoint_activations, make_model
 from torch.utils.checkpoint import checkpoint
 
 from pmc_fast import packed_layers
@@ -17,7 +17,7 @@ from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
 
 # What is known is known with and without windows.
-ALL = {**{f"{family}*": (family, changes) for family, changes in KNOWN_ON_CPU.items()}}
+ALL = {**{f"{family}*": (family, changes) for family, changes in KNOWN.items()}}
 ALL |= {family: (family, {}) for family in FAMILIES if family in KNOWN}
 ALL["gpt_neox, one after the other"] = "gpt_neox", {"use_parallel_residual": False}
 
@@ -88,11 +88,11 @@ def test_equals_the_modules(case, shared, isa, used, by_modules, monkeypatch, rn
             assert (got[name] - gradient).norm() < 1e-3 * gradient.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize("family", KNOWN_ON_CPU)
+@pytest.mark.parametrize("family", KNOWN)
 def test_bfloat16_is_nearer_to_the_exact_values_than_the_modules(family, used, by_modules, monkeypatch, rng_seed):
     """Weights are widened, all between them is float32."""
     monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
-    model = make_model(family, seed=rng_seed, **KNOWN_ON_CPU[family]).bfloat16()
+    model = make_model(family, seed=rng_seed, **KNOWN[family]).bfloat16()
     lm, packed = LanguageModel(model), batch()
     hidden, theirs = packed.hidden(lm), by_modules(lm, packed)
     assert used == [True] and hidden.dtype == torch.bfloat16
@@ -366,7 +366,7 @@ def test_families_that_drop_by_default(family, used, rng_seed):
     assert used == [False, True]
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(KNOWN_ON_CPU)))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(KNOWN)))
 def test_unknown_layers(family, used, rng_seed):
     batch().hidden(LanguageModel(make_model(family, seed=rng_seed)))
     assert used == [False]
@@ -420,12 +420,12 @@ def test_modules_that_compute_something_else_in_bfloat16(family, part, used, mon
     assert used == [True, False] and lm.backbone.layers is layers and hidden.isfinite().all()
 
 
-@pytest.mark.parametrize("family", KNOWN_ON_CPU)
+@pytest.mark.parametrize("family", KNOWN)
 def test_one_layer_in_bfloat16_differs_by_less_than_half_the_tolerance(family, monkeypatch, rng_seed):
     """Which leaves room for weights other than these."""
     monkeypatch.setattr(packed_layers, "has_fast_bfloat16", lambda: False)
     monkeypatch.setattr(packed_layers, "ROUNDED", packed_layers.ROUNDED / 2)
-    model = make_model(family, seed=rng_seed, **KNOWN_ON_CPU[family]).bfloat16()
+    model = make_model(family, seed=rng_seed, **KNOWN[family]).bfloat16()
     lm = LanguageModel(model)
     batch().hidden(lm)
     assert lm.packed_by == "native"
@@ -561,7 +561,7 @@ def test_without_the_compiled_module(used, monkeypatch, rng_seed):
 def test_lora_adapters(family, disabled, used, by_modules, rng_seed):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(make_model(family, seed=rng_seed, **KNOWN_ON_CPU[family]), config).train()
+    model = peft.get_peft_model(make_model(family, seed=rng_seed, **KNOWN[family]), config).train()
     with torch.no_grad():
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter += 0.1 * torch.randn_like(parameter)

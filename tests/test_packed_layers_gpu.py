@@ -66,7 +66,8 @@ def assert_same(model, packed, monkeypatch, tolerance):
 
 
 def near(got, want, tolerance):
-    return (got.double() - want.double()).norm() <= tolerance * want.double().norm().clamp(min=1e-6)
+    """Gradients of keys' biases without rotary embeddings are 0, but for rounding."""
+    return (got.double() - want.double()).norm() <= tolerance * (want.double().norm() + 0.01)
 
 
 @pytest.mark.parametrize("family", KNOWN)
@@ -75,7 +76,7 @@ def test_equals_the_modules(family, as_on_a_gpu, monkeypatch, rng_seed):
     assert_same(model, batch(), monkeypatch, 1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "gpt_neox", "opt"])
 def test_the_kernels_themselves(family, by_triton, monkeypatch, rng_seed):
     model = make_model(family, seed=rng_seed, **KNOWN[family]).to(DEVICE).train()
     assert_same(model, batch(), monkeypatch, 1e-3)

@@ -137,12 +137,21 @@ def test_lora_adapters(family, built, monkeypatch, rng_seed):
     assert differ(plain, adapted)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen3", "phi", "gemma3_text", "gpt_neox", "opt"])
 def test_the_kernels_themselves(family, built, the_kernels, steps, monkeypatch, rng_seed):
-    model = make_model(family, seed=rng_seed).to(DEVICE)
+    model = make(family, rng_seed)
     options = {"prompts": PROMPTS[:2], "num_samples": 5, "max_new_tokens": 5, "top_k": 2, "eos_token_id": 257}
     got = sample(model, rng_seed, **options)
     assert built[0] is not None
+    assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
+
+
+@pytest.mark.parametrize("family, size", [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+def test_an_answer_that_ended_takes_no_position_that_was_not_learned(family, size, built, monkeypatch, rng_seed):
+    model, prompts = make_model(family, seed=rng_seed, **KNOWN[family], **{size: 16}).to(DEVICE), [list(range(14)), [4]]
+    options = {"prompts": prompts, "max_new_tokens": torch.tensor([2, 15]), "eos_token_id": 257}
+    got = sample(model, rng_seed, **options)
+    assert built[0] is not None and built[0]._rows.position.max() > 16
     assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
 
 
@@ -200,7 +209,7 @@ def chain(rows):
     return found
 
 
-@pytest.mark.parametrize("family", [*KNOWN, "cohere", "gpt2"])
+@pytest.mark.parametrize("family", [*KNOWN, "cohere"])
 def test_answers_that_say_the_same_so_far_share_a_row(family, built, steps, monkeypatch, rng_seed):
     model = make(family, rng_seed)
     options = {"num_samples": 20, "top_k": 2, "eos_token_id": 257, "max_new_tokens": torch.tensor([16, 6, 9, 8])}
@@ -523,6 +532,11 @@ def more_bias(model):
     linear.bias = torch.nn.Parameter(1 + linear.bias)
 
 
+def other_positions(model):
+    table = model.transformer.wpe
+    table.weight = torch.nn.Parameter(table.weight.flip(0))
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [
@@ -535,8 +549,9 @@ def more_bias(model):
         ),
         ("granite", lambda model: setattr(model.model, "embedding_multiplier", 3.0)),
         ("phi", more_bias),
+        ("gpt2", other_positions),
     ],
-    ids=["epsilon", "scale", "activation", "angles", "embedding", "bias"],
+    ids=["epsilon", "scale", "activation", "angles", "embedding", "bias", "positions"],
 )
 def test_kept_graphs_know_what_is_in_them(family, change, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)

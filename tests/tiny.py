@@ -67,9 +67,6 @@ KNOWN = {
     "llama": {},
     "mistral": {"sliding_window": 6},
     **dict.fromkeys(("qwen2", "qwen3", "phi", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2"), {}),
-}
-KNOWN_ON_CPU = {
-    **KNOWN,
     "gpt_neox": {},
     "gpt2": {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0},
     "opt": {"dropout": 0},

@@ -41,7 +41,7 @@ def test_normalize_in_place(rng_seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", by_torch.ACTIVATIONS)
 def test_activate(activation, dtype, rng_seed):
     x, up = (4 * torch.randn(3, 700)).to(dtype), torch.randn(3, 700).to(dtype)
     x[0, :4] = torch.tensor([-60.0, 60.0, 0.0, -1e4])
@@ -57,8 +57,10 @@ def test_activate(activation, dtype, rng_seed):
 )
 def test_rotate_and_append(heads, kv_heads, dim, rotated, dtype, rng_seed):
     rows, positions, capacity = 3, 50, 7
-    query = torch.randn(rows, heads, dim).to(dtype)
-    key, value = (torch.randn(rows, kv_heads, dim).to(dtype) for _ in range(2))
+    if heads == kv_heads:  # of each head its query, key and value in turn
+        query, key, value = torch.randn(rows, heads, 3, dim).to(dtype).unbind(2)
+    else:
+        query, key, value = (torch.randn(rows, count, dim).to(dtype) for count in (heads, kv_heads, kv_heads))
     angles = torch.rand(positions, rotated) * 6
     where = {"position": torch.randint(0, positions, (rows,)), "length": torch.tensor([1, capacity, 3])}
     cache = torch.full((2, rows + 1, kv_heads, capacity, dim), math.nan).to(dtype)

@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
+from decoder_kernels import ACTIVATIONS
 
 pytest.importorskip("triton")
 from pmc_fast.kernels import elementwise_gradient as kernels
 from pmc_fast.kernels import norm_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 EPSILON = 1e-5
 
 
