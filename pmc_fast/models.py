@@ -206,6 +206,11 @@ class LanguageModel:
     def unpackable(self) -> str | None:
         if not self._checks:
             return None
+        # To a compiler the passes of the trial would be hundreds of pieces more.
+        ask = torch.compiler.disable(self._unpackable) if torch.compiler.is_compiling() else self._unpackable
+        return ask()
+
+    def _unpackable(self) -> str | None:
         classes = tuple(map(kind, self.backbone.modules()))
         tried, why = _unpackable.get(self.backbone, (None, None))
         if tried != classes:

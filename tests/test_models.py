@@ -221,9 +221,9 @@ def test_sequences_are_tried_together_before_the_first_batch_of_several(tried, r
     assert tried == [model] and model.training
     Sampler(model).sample(alike, **options)
     assert tried == [model]  # whoever wraps it
-    other = make_model(seed=rng_seed)
-    torch.compile(lambda: pack([[1, 2], [3]], [[3], [4]]).hidden(LanguageModel(other)), backend="eager")()
-    assert tried == [model, other]
+    other, packed = LanguageModel(make_model(seed=rng_seed)), pack([[1, 2], [3]], [[3], [4]])
+    torch.compile(lambda: packed.hidden(other), backend="eager")()
+    assert tried == [model, other.model]
 
 
 def test_who_samples_asks_while_another_thread_waits_to_try(monkeypatch, rng_seed):
