@@ -82,7 +82,8 @@ def static_decoder(
         return make()
     bias = None if lm.head.bias is None else lm.head.bias.data_ptr()
     head = (lm.head.weight.data_ptr(), bias, lm.head.softcap, lm.head.logit_scale)
-    return kept.get((sizes, tuple(ends.tolist()), *draw.items(), *head, *reads), make)
+    precision = torch.backends.cuda.matmul.fp32_precision  # with which products were captured
+    return kept.get((sizes, tuple(ends.tolist()), *draw.items(), precision, *head, *reads), make)
 
 
 def _read(

@@ -41,25 +41,14 @@ void normalize_row(const NormalizeArgs& args, int64_t row) {
     }
 }
 
-inline Floats activated(Activation activation, Floats x) {
-    if (activation == Activation::kSilu) return x * sigmoid(x);
-    if (activation == Activation::kGelu) return x * gelu_gate(x, bell(x));
-    if (activation == Activation::kGeluTanh) return x * gelu_tanh_gate(x);
-    return x < 0 ? Floats{} : x;
-}
-
+template <Activation Kind>
 void activate_row(const ActivateArgs& args, int64_t row) {
     const float *x = args.x + row * args.x_stride, *up = args.up ? args.up + row * args.up_stride : nullptr;
     float* to = args.y + row * args.y_stride;
-    int64_t i = 0;
-    for (; i + kLanes <= args.size; i += kLanes) {
-        const Floats y = activated(args.activation, load(x + i));
-        store(to + i, up ? y * load(up + i) : y);
-    }
-    for (; i < args.size; ++i) {
-        const float y = activated(args.activation, broadcast(x[i]))[0];
-        to[i] = up ? y * up[i] : y;
-    }
+    for_lanes(args.size, [&](int64_t i, auto count) {
+        const Floats y = activated<Kind>(load(x + i, count)).y;
+        store(to + i, up ? y * load(up + i, count) : y, count);
+    });
 }
 
 // A NaN becomes one that survives rounding to bfloat16.
@@ -114,7 +103,9 @@ void normalize(const NormalizeArgs& args) {
 }
 
 void activate(const ActivateArgs& args) {
-    for_rows(args.rows, args.threads, [&](int64_t row) { activate_row(args, row); });
+    for_activation(args.activation, [&](auto kind) {
+        for_rows(args.rows, args.threads, [&](int64_t row) { activate_row<decltype(kind)::value>(args, row); });
+    });
 }
 
 void rotate(const RotateArgs& args) {

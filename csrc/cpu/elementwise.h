@@ -52,6 +52,51 @@ inline Floats gelu_gate(Floats x, Floats bell_of_x) {
     return x == x ? result : x;
 }
 
+// Beyond this square the sigmoid in GELU's approximation is 0 or 1: the slope of its argument no longer counts, and may
+// overflow.
+constexpr float kGeluLargestSquare = 128;
+
+constexpr float kDensity = 0.398942280f;  // of the normal distribution, at 0
+
+struct Activated {
+    Floats y, slope;  // an activation and its derivative
+};
+
+// x * s, where s is a sigmoid whose argument has the given slope.
+inline Activated gated(Floats x, Floats s, Floats slope) { return {x * s, s + x * s * (1.0f - s) * slope}; }
+
+template <Activation Kind>
+inline Activated activated(Floats x) {
+    if constexpr (Kind == Activation::kSilu) {
+        return gated(x, sigmoid(x), broadcast(1));
+    } else if constexpr (Kind == Activation::kGeluTanh) {
+        const Floats square = x * x, largest = broadcast(kGeluLargestSquare);
+        return gated(x, gelu_tanh_gate(x),
+                     kGeluSlope * (1.0f + 3 * kGeluCubic * (square > largest ? largest : square)));
+    } else if constexpr (Kind == Activation::kGelu) {
+        const Floats density = bell(x), gate = gelu_gate(x, density);
+        return {x * gate, gate + x * density * kDensity};
+    } else {
+        const Floats slope = x <= 0 ? Floats{} : broadcast(1);
+        return {x < 0 ? Floats{} : x, x == x ? slope : x};
+    }
+}
+
+// Calls body with the kind as a constant.
+template <class Body>
+void for_activation(Activation kind, const Body& body) {
+    switch (kind) {
+        case Activation::kSilu:
+            return body(std::integral_constant<Activation, Activation::kSilu>{});
+        case Activation::kGelu:
+            return body(std::integral_constant<Activation, Activation::kGelu>{});
+        case Activation::kGeluTanh:
+            return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
+        case Activation::kRelu:
+            return body(std::integral_constant<Activation, Activation::kRelu>{});
+    }
+}
+
 // Calls body(i, count) for each vector of [0, size); count is known to the compiler but for what is left at the end.
 template <class Body>
 void for_lanes(int64_t size, const Body& body) {

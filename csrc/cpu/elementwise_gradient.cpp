@@ -45,36 +45,6 @@ void add_up(const float* rows, int64_t count, int64_t size, float* to, int threa
     });
 }
 
-// Beyond this square the sigmoid in GELU's approximation is 0 or 1: the slope of its argument no longer counts, and may
-// overflow.
-constexpr float kGeluLargestSquare = 128;
-
-constexpr float kDensity = 0.398942280f;  // of the normal distribution, at 0
-
-struct Activated {
-    Floats y, slope;  // an activation and its derivative
-};
-
-// x * s, where s is a sigmoid whose argument has the given slope.
-inline Activated gated(Floats x, Floats s, Floats slope) { return {x * s, s + x * s * (1.0f - s) * slope}; }
-
-template <Activation Kind>
-inline Activated activated(Floats x) {
-    if constexpr (Kind == Activation::kSilu) {
-        return gated(x, sigmoid(x), broadcast(1));
-    } else if constexpr (Kind == Activation::kGeluTanh) {
-        const Floats square = x * x, largest = broadcast(kGeluLargestSquare);
-        return gated(x, gelu_tanh_gate(x),
-                     kGeluSlope * (1.0f + 3 * kGeluCubic * (square > largest ? largest : square)));
-    } else if constexpr (Kind == Activation::kGelu) {
-        const Floats density = bell(x), gate = gelu_gate(x, density);
-        return {x * gate, gate + x * density * kDensity};
-    } else {
-        const Floats slope = x <= 0 ? Floats{} : broadcast(1);
-        return {x < 0 ? Floats{} : x, x == x ? slope : x};
-    }
-}
-
 template <Activation Kind>
 void activate_gradient_row(const ActivateGradientArgs& args, int64_t row) {
     const float *grad = args.grad + row * args.grad_stride, *gate = args.gate + row * args.gate_stride;
@@ -109,17 +79,9 @@ void normalize_gradient(const NormalizeGradientArgs& args) {
 }
 
 void activate_gradient(const ActivateGradientArgs& args) {
-    for_rows(args.rows, args.threads, [&](int64_t row) {
-        switch (args.activation) {
-            case Activation::kSilu:
-                return activate_gradient_row<Activation::kSilu>(args, row);
-            case Activation::kGelu:
-                return activate_gradient_row<Activation::kGelu>(args, row);
-            case Activation::kGeluTanh:
-                return activate_gradient_row<Activation::kGeluTanh>(args, row);
-            case Activation::kRelu:
-                return activate_gradient_row<Activation::kRelu>(args, row);
-        }
+    for_activation(args.activation, [&](auto kind) {
+        for_rows(args.rows, args.threads,
+                 [&](int64_t row) { activate_gradient_row<decltype(kind)::value>(args, row); });
     });
 }
 

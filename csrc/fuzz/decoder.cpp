@@ -18,6 +18,16 @@ struct Expected {
     bool finite() const { return std::count(usable.begin(), usable.end(), Usable::kNo) == 0; }
 };
 
+double largest(const Doubles& x) {
+    double most = 0;
+    for (double v : x) most = std::max(most, std::abs(v));
+    return most;
+}
+
+// Where roundings are magnified beyond this share of the largest number, a norm of nearly equal numbers say, a few
+// noisy steps do not tell how far they reach: any number of that size will do.
+constexpr double kMagnified = 0.1;
+
 std::vector<Expected> expected_steps(const Model& m, Random& random) {
     constexpr int kNoisy = 4;
     Reference exact(m, 0);
@@ -39,6 +49,11 @@ std::vector<Expected> expected_steps(const Model& m, Random& random) {
                         e.tolerance.back()[p] =
                             std::max(e.tolerance.back()[p],
                                      8 * std::abs(other.parts[p][i] - parts[p][i]) + 1e-6 * std::abs(parts[p][i]));
+            }
+            for (size_t p = 0; p < parts.size(); ++p) {
+                const double most = largest(parts[p]);
+                double& tolerance = e.tolerance.back()[p];
+                if (tolerance > kMagnified * most) tolerance = std::max(tolerance, 2 * most);
             }
         }
         for (const Outcome& row : e.rows)
