@@ -24,16 +24,17 @@ double largest(const Doubles& x) {
     return most;
 }
 
-// Where roundings are magnified beyond this share of the largest number, a norm of nearly equal numbers say, a few
-// noisy steps do not tell how far they reach: any number of that size will do.
+// Where roundings are magnified beyond this share of the largest number, by a norm of nearly equal numbers say, a few
+// noisy steps do not tell how far they reach, nor what comes of them later: any numbers of that size will do.
 constexpr double kMagnified = 0.1;
 
 std::vector<Expected> expected_steps(const Model& m, Random& random) {
-    constexpr int kNoisy = 4;
+    constexpr int kNoisy = 8;
     Reference exact(m, 0);
     std::vector<Reference> noisy;
     for (int n = 0; n < kNoisy; ++n) noisy.emplace_back(m, random.bits() | 1);
     std::vector<Expected> steps;
+    std::vector<bool> magnified(m.first.size());  // by row, from some step on
     for (const Step& step : m.steps) {
         Expected e;
         size_t bad_layer = m.layers.size();
@@ -50,11 +51,11 @@ std::vector<Expected> expected_steps(const Model& m, Random& random) {
                             std::max(e.tolerance.back()[p],
                                      8 * std::abs(other.parts[p][i] - parts[p][i]) + 1e-6 * std::abs(parts[p][i]));
             }
-            for (size_t p = 0; p < parts.size(); ++p) {
-                const double most = largest(parts[p]);
-                double& tolerance = e.tolerance.back()[p];
-                if (tolerance > kMagnified * most) tolerance = std::max(tolerance, 2 * most);
-            }
+            Doubles& tolerance = e.tolerance.back();
+            for (size_t p = 0; p < parts.size(); ++p)
+                magnified[r] = magnified[r] || tolerance[p] > kMagnified * largest(parts[p]);
+            for (size_t p = 0; p < parts.size() && magnified[r]; ++p)
+                tolerance[p] = std::max(tolerance[p], 2 * largest(parts[p]));
         }
         for (const Outcome& row : e.rows)
             e.usable.push_back(bad_layer < m.layers.size() && row.bad_layer == bad_layer ? Usable::kNo : Usable::kYes);

@@ -87,10 +87,12 @@ class Reference {
         return x;
     }
 
-    // Up or down by a few roundings of a float of this magnitude; nothing without noise.
+    // Up or down by some roundings of a float of this magnitude, no two alike, or two of them would often cancel;
+    // nothing without noise.
     double off(double magnitude) {
         if (!noisy_) return 0;
-        return random_.one_in(2) ? 0x1p-22 * magnitude : -0x1p-22 * magnitude;
+        const double share = random_.uniform() - 0.5;
+        return (share < 0 ? share - 0.5 : share + 0.5) * 0x1p-22 * magnitude;
     }
 
     // As numbers of the cache's dtype.
