@@ -16,9 +16,8 @@ from pmc_fast.layer_gradients import add_and_normalize, products
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
 
-# What is known is known with and without windows.
-ALL = {**{f"{family}*": (family, changes) for family, changes in KNOWN.items()}}
-ALL |= {family: (family, {}) for family in FAMILIES if family in KNOWN}
+ALL = {family: (family, changes) for family, changes in KNOWN.items()}
+ALL["mistral without windows"] = "mistral", {"sliding_window": None}
 ALL["gpt_neox, one after the other"] = "gpt_neox", {"use_parallel_residual": False}
 
 

@@ -64,9 +64,10 @@ MORE = {
 
 # What the decoders of this library know, and what of it they are to see.
 KNOWN = {
-    "llama": {},
-    "mistral": {"sliding_window": 6},
-    **dict.fromkeys(("qwen2", "qwen3", "phi", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2"), {}),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "granite", "gemma", "gemma2", "gemma3_text"), {}
+    ),
+    "olmo2": {},
     "gpt_neox": {},
     "gpt2": {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0},
     "opt": {"dropout": 0},
