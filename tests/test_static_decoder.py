@@ -564,11 +564,15 @@ def test_kept_graphs_know_what_is_in_them(family, change, built, monkeypatch, rn
     assert built[0] is not built[1]
 
 
-def test_kept_graphs_know_how_exact_their_products_are(built, monkeypatch, rng_seed):
+def test_kept_graphs_know_how_exact_their_products_are(built, rng_seed):
     sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
-    for precision in ("ieee", "ieee", "tf32"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
-        sample(sampler, rng_seed)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            sample(sampler, rng_seed)
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert len({id(decoder) for decoder in built}) == 2 and built[0] is built[1]
 
 
