@@ -403,15 +403,20 @@ def test_collapse_loss_makes_no_gradient_of_a_frozen_head(monkeypatch, rng_seed)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_logits_are_held(dtype, rng_seed):
     hidden, weight, b, target = make(rows=1500, vocab=50_000, dtype=dtype)  # 300 MB of logits
-    for _ in range(2):  # the first time libraries make buffers that they keep; 42 MB, or more in a fragmented heap
-        with PeakMemory(torch.device("cpu")) as peak:
-            logprob = linear_logprob(hidden, weight, target, bias=b, impl="native")
-            torch.autograd.grad(logprob.sum(), (hidden, weight, b))
-    assert peak.bytes < 100e6
+
+    def least_peak(*inputs):
+        """Of several: libraries make buffers that they keep, and a fragmented heap holds more than is asked of it."""
+        found = []
+        for _ in range(4):
+            with PeakMemory(torch.device("cpu")) as peak:
+                logprob = linear_logprob(hidden, weight, target, bias=b, impl="native")
+                torch.autograd.grad(logprob.sum(), inputs)
+            found.append(peak.bytes)
+        return min(found)
+
+    assert least_peak(hidden, weight, b) < 64e6
     freeze(weight, b)
-    with PeakMemory(torch.device("cpu")) as peak:
-        torch.autograd.grad(linear_logprob(hidden, weight, target, bias=b, impl="native").sum(), hidden)
-    assert peak.bytes < 100e6
+    assert least_peak(hidden) < 64e6
 
 
 @pytest.mark.parametrize("impl", IMPLS)
