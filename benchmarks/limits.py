@@ -12,6 +12,7 @@ from pmc_fast.fast_linear import linear
 
 PRODUCT, _TOGETHER = "large products", 4  # which take turns with what they limit, so many at once
 _REPEATS = 5
+_SIZES = {"cpu": 2048, "cuda": 8192}  # of the matrices of a product, by the kind of device
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype]) -> Limit
     rates = {}
     for dtype in {torch.float32, *dtypes}:
         seconds = min(_best(work, device) for work in _products(device, dtype))
-        rates[str(dtype).removeprefix("torch.")] = 2 * _size(device) ** 3 / seconds
+        rates[str(dtype).removeprefix("torch.")] = 2 * _SIZES[device.type] ** 3 / seconds
     if device.type == "cpu":  # what a CPU has no instructions for can be multiplied as float32
         rates = {name: max(rate, rates["float32"]) for name, rate in rates.items()}
     return Limits(bandwidth, rates)
@@ -65,17 +66,14 @@ class LimitInTurns:
 
     def share(self, flops: float, moved: float, seconds: Sequence[float]) -> float:
         """The least time for so many operations and bytes over what they took, the median over the turns."""
-        rates = [_TOGETHER * 2 * _size(self.device) ** 3 / product for product in self.products]
+        rates = [_TOGETHER * 2 * _SIZES[self.device.type] ** 3 / product for product in self.products]
         turns = [replace(self.limits, flops_per_s={self.dtype: rate}) for rate in rates]
         return times_as_long([turn.seconds(flops, moved, self.dtype) for turn in turns], seconds)
 
 
-def _size(device: torch.device) -> int:
-    return 2048 if device.type == "cpu" else 8192
-
-
 def _products(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
-    a, b = (torch.randn(_size(device), _size(device), device=device).to(dtype) for _ in range(2))
+    size = _SIZES[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return [torch.no_grad()(work) for work in (lambda: torch.mm(a, b.T, out=out), lambda: linear(a, b))]
 

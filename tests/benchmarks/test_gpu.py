@@ -52,7 +52,7 @@ def run_module(words, cwd, env, log):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    limits._REPEATS = 1  # nobody reads them
+    limits._REPEATS, limits._SIZES["cpu"] = 1, 256  # nobody reads them
     sys.argv, sys.path[:0] = words, [str(cwd)]
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 

@@ -57,7 +57,7 @@ def test_limits_count_reads_and_writes_and_two_operations_per_product(monkeypatc
     monkeypatch.setattr(limits, "_best", lambda work, device: next(seconds))
     got = limits.measure_limits(CPU, [torch.bfloat16])
     assert got.bytes_per_s == 2 * (256 << 20) / 0.5
-    assert got.flops_per_s == dict.fromkeys(("float32", "bfloat16"), 2 * 2048**3 / 4.0)
+    assert got.flops_per_s == dict.fromkeys(("float32", "bfloat16"), 2 * 256**3 / 4.0)
     assert got.seconds(got.flops_per_s["bfloat16"], 2 * got.bytes_per_s, "bfloat16") == 2.0
     assert got.seconds(3 * got.flops_per_s["float32"], 2 * got.bytes_per_s, "float32") == 3.0
     assert got.seconds(0.0, got.bytes_per_s, "of no rate") == 1.0
