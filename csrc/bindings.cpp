@@ -91,6 +91,7 @@ pmc::DecoderLayer decoder_layer(const py::dict& from) {
             linear_of("query"),
             maybe_linear("key"),
             maybe_linear("value"),
+            from["clip"].cast<float>(),
             norm_of("query_norm"),
             norm_of("key_norm"),
             linear_of("output"),

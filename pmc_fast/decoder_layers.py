@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pmc_fast.attention import AttentionCall
 from pmc_fast.fast_linear import is_fast, weight_of
@@ -59,12 +61,14 @@ def _read_layers(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormPa
     (unit,) = {getattr(module, "residual_multiplier", 1.0) for module in modules}
     if not unit > 0:
         raise Unknown
-    angles = _angles(_part(backbone, names.rotary))
+    angles = _angles(_part(backbone, names.rotary), [_part(module, names.attention) for module in modules])
+    embed = _embedding(backbone, names, unit)
+    like = embed.weight
     return Layers(
-        embed=_embedding(backbone, names, unit),
+        embed=embed,
         angles=angles,
-        layers=[_layer(module, names, call, angles, unit) for module, call in zip(modules, calls, strict=True)],
-        final=_in_units(_norm(_part(backbone, names.final)), unit),
+        layers=[_layer(module, names, call, angles, unit, like) for module, call in zip(modules, calls, strict=True)],
+        final=_in_units(_norm(_part(backbone, names.final), like), unit),
         head_dim=calls[0].head_dim,
     )
 
@@ -73,9 +77,24 @@ def _part(module: nn.Module, path: str | None) -> Any:
     return None if path is None else attrgetter(path)(module)
 
 
-def _angles(rotary: nn.Module | None) -> Angles:
+def _angles(rotary: nn.Module | None, attentions: Sequence[nn.Module]) -> Angles:
     several = isinstance(getattr(rotary, "rope_type", None), dict)
-    return Angles(rotary, tuple(rotary.rope_type) if several else (None,))
+    return Angles(rotary, tuple(rotary.rope_type) if several else (None,), not all(map(_turns, attentions)))
+
+
+def _turns(attention: nn.Module) -> bool:
+    """Whether queries and keys are turned, where there are angles; SmolLM3 leaves every fourth layer's as they are."""
+    return bool(getattr(attention, "use_rope", True))
+
+
+def _rotary(attention: nn.Module, angles: Angles) -> int:
+    """Which of the angles a layer's attention takes."""
+    if not _turns(attention):
+        return len(angles.kinds)
+    if angles.kinds == (None,):
+        return 0
+    of = attention.layer_type if hasattr(attention, "layer_type") else attention.attention_type
+    return angles.kinds.index(of)
 
 
 def is_hooked(lm: LanguageModel) -> bool:
@@ -132,7 +151,7 @@ def _in_units(norm: NormParts | None, unit: float) -> NormParts | None:
 
 
 def _layer(
-    layer: nn.Module, names: Names, call: AttentionCall, angles: Angles, unit: float
+    layer: nn.Module, names: Names, call: AttentionCall, angles: Angles, unit: float, like: Tensor
 ) -> Layer[NormParts, LinearParts]:
     attention = _part(layer, names.attention)
     if getattr(attention, "qk_layernorm", False) or hasattr(layer, "crossattention"):
@@ -142,7 +161,7 @@ def _layer(
     activation = kind(_part(layer, names.activation)).__name__
     if activation not in ACTIVATIONS:
         raise Unknown
-    norm, output_norm, mlp_norm, down_norm = (name and _norm(getattr(layer, name)) for name in names.norms)
+    norm, output_norm, mlp_norm, down_norm = (_norm(_part(layer, name), like) for name in names.norms)
     query, key, value = _query_key_value(layer, names)
     gate, up = _gate_up(layer, names)
     if names.scales_query:
@@ -152,8 +171,9 @@ def _layer(
         query=query,
         key=key,
         value=value,
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        clip=getattr(attention.config, "clip_qkv", None),
+        query_norm=_norm(getattr(attention, "q_norm", None), like),
+        key_norm=_norm(getattr(attention, "k_norm", None), like),
         output=_linear(_part(layer, names.output)),
         output_norm=output_norm,
         parallel=getattr(layer, names.parallel) if isinstance(names.parallel, str) else names.parallel,
@@ -163,7 +183,7 @@ def _layer(
         activation=ACTIVATIONS[activation],
         down=_linear(_part(layer, names.down)),
         down_norm=down_norm,
-        rotary=0 if angles.kinds == (None,) else angles.kinds.index(attention.layer_type),
+        rotary=_rotary(attention, angles),
         attention=call,
     )
 
@@ -192,8 +212,14 @@ def _gate_up(layer: nn.Module, names: Names) -> tuple[LinearParts | None, Linear
     return gate, up
 
 
-def _norm(module: nn.Module) -> NormParts:
-    weight, name = module.weight, kind(module).__name__
+def _norm(module: nn.Module | None, like: Tensor) -> NormParts | None:
+    """A norm's parts, or None without one; weights that it has none of are ones as `like`."""
+    if module is None:
+        return None
+    name = kind(module).__name__
+    if name == "OlmoLayerNorm":
+        return NormParts(_ones(*module.normalized_shape, like.dtype, like.device), None, 1e-5, True, 0.0)
+    weight = module.weight
     if kind(module) is nn.LayerNorm and weight is not None:
         return NormParts(weight, module.bias, module.eps, True, 0.0)
     if not name.endswith("RMSNorm"):
@@ -201,6 +227,12 @@ def _norm(module: nn.Module) -> NormParts:
     if name.startswith("Gemma"):
         return NormParts(weight, None, module.eps, False, 1.0)
     return NormParts(weight, None, module.variance_epsilon, False, 0.0)
+
+
+@cache
+@torch.inference_mode(False)  # they may be saved for a backward pass later
+def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(size, dtype=dtype, device=device)
 
 
 def _linear(module: nn.Module) -> LinearParts:

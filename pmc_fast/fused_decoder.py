@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from pmc_fast.attention import AttentionCall
@@ -28,7 +30,9 @@ class FusedDecoder:
             parts = dict(vars(layer))
             call = parts.pop("attention")
             scale = read.head_dim**-0.5 if call.scaling is None else call.scaling
-            layers.append({**parts, "window": call.window or 0, "scale": scale, "softcap": call.softcap or 0.0})
+            clip = math.inf if layer.clip is None else layer.clip
+            attention = {"window": call.window or 0, "scale": scale, "softcap": call.softcap or 0.0}
+            layers.append({**parts, "clip": clip, **attention})
         tensors = ([getattr(layer, name) for layer in cache.layers] for name in _CACHED)
         self._decoder = decoder.Decoder(layers, read.final, read.head_dim, *tensors)
 

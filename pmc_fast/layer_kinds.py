@@ -92,6 +92,7 @@ _OPT = Names(
     rotary=None,
     final="decoder.final_layer_norm",
 )
+_OLMO2 = Names(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"))
 KINDS = {
     "GemmaDecoderLayer": replace(_LLAMA, scaled=True),
     "Gemma2DecoderLayer": _GEMMA,
@@ -101,7 +102,9 @@ KINDS = {
     "GraniteDecoderLayer": _LLAMA,
     "LlamaDecoderLayer": _LLAMA,
     "MistralDecoderLayer": _LLAMA,
-    "Olmo2DecoderLayer": Names(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm")),
+    "OlmoDecoderLayer": _LLAMA,
+    "Olmo2DecoderLayer": _OLMO2,
+    "Olmo3DecoderLayer": _OLMO2,
     "OPTDecoderLayer": _OPT,
     "PhiDecoderLayer": _PHI,
     "Phi3DecoderLayer": replace(
@@ -109,6 +112,9 @@ KINDS = {
     ),
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
+    "SmolLM3DecoderLayer": _LLAMA,
+    "StableLmDecoderLayer": replace(_LLAMA, parallel="use_parallel_residual"),
+    "Starcoder2DecoderLayer": replace(_LLAMA, up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act"),
 }
 ACTIVATIONS = {
     "FastGELUActivation": "gelu_tanh",

@@ -78,6 +78,7 @@ class Angles:
 
     rotary: nn.Module | None
     kinds: tuple[str | None, ...]
+    unturned: bool  # whether some layers turn nothing: for them there is one kind more, the last
 
     def __call__(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions int64 [N] as a model of this dtype has them, float32 [K, N, R]."""
@@ -85,6 +86,8 @@ class Angles:
             return (position.new_empty(1, len(position), 0, dtype=torch.float32),) * 2
         like = torch.empty(0, dtype=dtype, device=position.device)
         each = [self.rotary(like, position[None], *(() if kind is None else (kind,))) for kind in self.kinds]
+        if self.unturned:
+            each.append((torch.ones_like(each[0][0]), torch.zeros_like(each[0][1])))
         cosine, sine = (torch.cat(angles).float() for angles in zip(*each, strict=True))
         return cosine, sine
 
@@ -101,6 +104,7 @@ class Layer(Generic[Norm, Linear]):
     query: Linear  # without key and value, of each head the query, then its key, then its value
     key: Linear | None
     value: Linear | None
+    clip: float | None  # what query, key and value make is kept within this, either way
     query_norm: Norm | None  # as wide as a head or as all of them, like key_norm
     key_norm: Norm | None
     output: Linear

@@ -34,7 +34,7 @@ _seen: WeakKeyDictionary[LanguageModel, tuple[Hashable, list[AttentionCall], boo
 ROUNDED = 2**-4
 
 # What modules call the shares that they drop in training, where no module of its own does.
-_DROPS = ("attention_dropout", "dropout", "layerdrop")
+_DROPS = ("attention_dropout", "dropout", "embedding_dropout", "layerdrop", "residual_dropout")
 
 
 def hidden_of(
@@ -231,6 +231,8 @@ def _heads(
     """Query, key and value of the rows, [N, heads, head_dim]."""
     parts, norms = (layer.query, layer.key, layer.value), (layer.query_norm, layer.key_norm, None)
     states = products(x, [part for part in parts if part is not None])
+    if layer.clip is not None:
+        states = [made.clamp(-layer.clip, layer.clip) for made in states]
     states = [_normalized(norm, made) for norm, made in zip(norms, states, strict=False)]
     query, key, value = layer.heads(states, head_dim)
     if angles[0].shape[1]:

@@ -69,7 +69,7 @@ def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[Hashable]:
     """Where the tensors lie that a step reads, and the numbers that are in it."""
     yield layers.embed.scale
     for layer in layers.layers:
-        yield replace(layer.attention, keys_at=0, packed=False), layer.activation
+        yield replace(layer.attention, keys_at=0, packed=False), layer.activation, layer.clip, layer.rotary
     rotary = layers.angles.rotary
     tensors = [layers.embed.weight, layers.embed.positions, *(() if rotary is None else rotary.buffers())]
     for part in chain([layers.final], *(vars(layer).values() for layer in layers.layers)):
@@ -109,6 +109,9 @@ class StaticLayers(StaticCache):
             x = self._input(layer.norm, hidden, added)
             parts = [part for part in (layer.query, layer.key, layer.value) if part is not None]
             made = side_by_side(x, parts)
+            if layer.clip is not None:
+                for states in made:
+                    states.clamp_(-layer.clip, layer.clip)
             for states, norm in zip(made, (layer.query_norm, layer.key_norm), strict=False):
                 if norm is not None:
                     norm.in_place(states.view(-1, len(norm.parts.weight)))

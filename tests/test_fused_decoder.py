@@ -85,6 +85,10 @@ VARIANTS = [
     ("opt", {"enable_bias": False, "activation_function": "gelu"}),
     ("llama", {"hidden_act": "relu"}),
     ("phi", {"hidden_act": "gelu"}),
+    ("olmo", {"clip_qkv": None}),
+    ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6}),
+    ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    ("starcoder2", {"use_bias": False}),
 ]
 
 

@@ -19,6 +19,7 @@ from pmc_fast.packing import pack
 ALL = {family: (family, changes) for family, changes in KNOWN.items()}
 ALL["mistral without windows"] = "mistral", {"sliding_window": None}
 ALL["gpt_neox, one after the other"] = "gpt_neox", {"use_parallel_residual": False}
+ALL["stablelm, side by side"] = "stablelm", {"use_parallel_residual": True}
 
 
 @pytest.fixture
@@ -355,9 +356,18 @@ def test_dropout_of_a_module(used, rng_seed):
     assert used == [True, False, True]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_families_that_drop_by_default(family, used, rng_seed):
-    model = make_model(family, seed=rng_seed)
+DROPS = [
+    ("gpt2", {}),
+    ("opt", {}),
+    ("stablelm", {"hidden_dropout": 0.1}),
+    ("starcoder2", {"embedding_dropout": 0.1}),
+    ("starcoder2", {"residual_dropout": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), DROPS, ids=str)
+def test_families_that_drop_in_training(family, changes, used, rng_seed):
+    model = make_model(family, seed=rng_seed, **changes)
     lm, packed = LanguageModel(model.train()), batch()
     packed.hidden(lm)
     model.eval()
@@ -365,9 +375,12 @@ def test_families_that_drop_by_default(family, used, rng_seed):
     assert used == [False, True]
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(KNOWN)))
-def test_unknown_layers(family, used, rng_seed):
-    batch().hidden(LanguageModel(make_model(family, seed=rng_seed)))
+UNKNOWN = [(family, {}) for family in sorted(set(FAMILIES) - set(KNOWN))] + [("stablelm", {"qk_layernorm": True})]
+
+
+@pytest.mark.parametrize(("family", "changes"), UNKNOWN, ids=str)
+def test_unknown_layers(family, changes, used, rng_seed):
+    batch().hidden(LanguageModel(make_model(family, seed=rng_seed, **changes)))
     assert used == [False]
 
 

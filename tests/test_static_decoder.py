@@ -552,8 +552,10 @@ def other_positions(model):
         ("granite", lambda model: setattr(model.model, "embedding_multiplier", 3.0)),
         ("phi", more_bias),
         ("gpt2", other_positions),
+        ("olmo", lambda model: setattr(model.config, "clip_qkv", 0.1)),
+        ("smollm3", lambda model: setattr(model.model.layers[0].self_attn, "use_rope", 0)),
     ],
-    ids=["epsilon", "scale", "activation", "angles", "embedding", "bias", "positions"],
+    ids=["epsilon", "scale", "activation", "angles", "embedding", "bias", "positions", "clip", "no angles"],
 )
 def test_kept_graphs_know_what_is_in_them(family, change, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)

@@ -56,10 +56,13 @@ FAMILIES = {
 MORE = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "sliding_window": 6},
-    # Their layers hand no keywords on.
-    "stablelm": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5},
-    "nemotron": {},
+    "nemotron": {},  # whose layers hand no keywords on, like stablelm's
+    "olmo": {"clip_qkv": 0.5},
+    "olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "opt": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    "starcoder2": {"sliding_window": 6},
 }
 
 # What the decoders of this library know, and what of it they are to see.
@@ -71,6 +74,7 @@ KNOWN = {
     "gpt_neox": {},
     "gpt2": {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0},
     "opt": {"dropout": 0},
+    **dict.fromkeys(("olmo", "olmo3", "smollm3", "stablelm", "starcoder2"), {}),
 }
 
 

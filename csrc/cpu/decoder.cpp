@@ -1,6 +1,7 @@
 #include "cpu/decoder.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "common/host_device.h"
@@ -67,6 +68,14 @@ void Decoder::add(const LinearWeights& linear, const std::optional<NormWeights>&
 int64_t Decoder::attend(const DecoderStep& step, size_t index) {
     const DecoderLayer& layer = layers_[index];
     const int64_t heads = layer.heads(head_dim_), kv_heads = layer.kv_heads(head_dim_);
+    const auto clip = [&](std::vector<float>& states, int64_t size) {
+        std::for_each_n(states.begin(), rows_ * size, [&](float& x) { x = std::clamp(x, -layer.clip, layer.clip); });
+    };
+    if (std::isfinite(layer.clip)) {
+        clip(query_, layer.query.out_features);
+        if (layer.key) clip(key_, layer.key->out_features);
+        if (layer.value) clip(value_, layer.value->out_features);
+    }
     const auto normalize_heads = [&](const std::optional<NormWeights>& norm, std::vector<float>& states, int64_t of) {
         if (norm)
             kernels().normalize({states.data(), rows_ * of * head_dim_ / norm->size, norm->size, norm->size,

@@ -39,6 +39,7 @@ struct DecoderLayer {
     std::optional<NormWeights> norm;
     LinearWeights query;  // without key and value, of each head the query, then its key, then its value
     std::optional<LinearWeights> key, value;
+    float clip;                                       // what these make is kept within it, either way; may be infinite
     std::optional<NormWeights> query_norm, key_norm;  // as wide as a head or as all of them; not without key and value
     LinearWeights output;
     std::optional<NormWeights> output_norm;

@@ -96,6 +96,7 @@ struct Layer {
     std::optional<Norm> norm;
     Linear query;
     std::optional<Linear> key, value;
+    float clip;
     std::optional<Norm> query_norm, key_norm;
     Linear output;
     std::optional<Norm> output_norm;
@@ -129,6 +130,7 @@ struct Layer {
                 Linear::random(random, (fused ? 3 : 1) * heads * dim, size),
                 keys(),
                 keys(),
+                random.one_in(3) ? random.pick({0.5f, 2.0f}) : std::numeric_limits<float>::infinity(),
                 heads_norm(heads),
                 heads_norm(kv_heads),
                 Linear::random(random, size, heads * dim),
@@ -159,6 +161,7 @@ struct Layer {
                 query.pack(held),
                 packed(key),
                 packed(value),
+                clip,
                 weights(query_norm),
                 weights(key_norm),
                 output.pack(held),

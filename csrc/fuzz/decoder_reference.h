@@ -39,6 +39,8 @@ class Reference {
                 keys = product(*layer.key, x), values = product(*layer.value, x);
             else
                 std::tie(states, keys, values) = dealt(states);
+            for (Doubles* made : {&states, &keys, &values})
+                for (double& v : *made) v = std::clamp<double>(v, -layer.clip, layer.clip);
             const Doubles key = rotated(runs_normalized(layer.key_norm, keys), layer, step, row);
             const Doubles value = stored(values);
             const Doubles query = rotated(runs_normalized(layer.query_norm, states), layer, step, row);
