@@ -91,7 +91,7 @@ def test_same_ledger_as_without_pruning(kind, min_words, keep_truncated, rng_see
     prompts = PROMPTS[kind] if kind != "blind" else Blind(byte_level(), "plain")
     reward = RougeRecall(min_words=min_words)
     batch, steps, saved, whole, drops = 11, 19, 0, 0, 0
-    for _ in range(30):
+    for _ in range(15):
         references = [" ".join(rng.choices(["the", "capital", "run", "0"], k=rng.randint(1, 9))) for _ in range(batch)]
         full, pruned = (Ledger(["?"] * batch, references) for _ in range(2))
         for _ in range(3):  # the first time with no score held, then with some

@@ -105,7 +105,7 @@ LENGTHS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"scale": 0.3}, {"softcap": 1.5}, {"window": 6}, {"window": 290, "softcap": 5.0}, {"window": 1}],
+    [{}, {"scale": 0.3, "softcap": 1.5}, {"window": 6}, {"window": 290, "softcap": 5.0}, {"window": 1}],
     ids=str,
 )
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
