@@ -46,6 +46,10 @@ FAMILIES = {
         "gemma2", 256000, 2304, 9216, 8, 2, num_key_value_heads=4, head_dim=256, tie_word_embeddings=False
     ),
     "Pythia-1.4B": _sizes("gpt_neox", 50304, 2048, 8192, 16, 4, rotary_pct=0.25),
+    "OLMo-1B": _sizes("olmo", 50304, 2048, 8192, 16, 4, tie_word_embeddings=True),
+    "OLMo-7B": _sizes("olmo", 50304, 4096, 11008, 32, 1, clip_qkv=8.0),
+    "SmolLM3-3B": _sizes("smollm3", 128256, 2048, 11008, 16, 4, num_key_value_heads=4, tie_word_embeddings=True),
+    "StableLM-2-1.6B": _sizes("stablelm", 100352, 2048, 5632, 32, 4, use_qkv_bias=True, partial_rotary_factor=0.25),
     "GPT-2-medium": _sizes("gpt2", 50257, 1024, 4096, 16, 8),
     "GPT-2-large": _sizes("gpt2", 50257, 1280, 5120, 20, 8),
     "OPT-1.3B": {**_sizes("opt", 50272, 2048, 8192, 32, 4), "ffn_dim": 8192},
