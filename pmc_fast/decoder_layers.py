@@ -171,7 +171,7 @@ def _layer(
         query=query,
         key=key,
         value=value,
-        clip=getattr(attention.config, "clip_qkv", None),
+        clip=attention.config.clip_qkv if names.clips else None,
         query_norm=_norm(getattr(attention, "q_norm", None), like),
         key_norm=_norm(getattr(attention, "k_norm", None), like),
         output=_linear(_part(layer, names.output)),

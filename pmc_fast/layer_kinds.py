@@ -30,6 +30,7 @@ class Names:
     activation: str = "mlp.act_fn"
     parallel: bool | str = False  # or the attribute that says it
     scales_query: bool = False  # whether attention is given queries that are scaled already
+    clips: bool = False  # whether queries, keys and values are kept within what the configuration says
 
     layers: str = "layers"
     embed: str = "embed_tokens"
@@ -102,7 +103,7 @@ KINDS = {
     "GraniteDecoderLayer": _LLAMA,
     "LlamaDecoderLayer": _LLAMA,
     "MistralDecoderLayer": _LLAMA,
-    "OlmoDecoderLayer": _LLAMA,
+    "OlmoDecoderLayer": replace(_LLAMA, clips=True),
     "Olmo2DecoderLayer": _OLMO2,
     "Olmo3DecoderLayer": _OLMO2,
     "OPTDecoderLayer": _OPT,
