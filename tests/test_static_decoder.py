@@ -148,8 +148,10 @@ def test_the_kernels_themselves(family, built, the_kernels, steps, monkeypatch, 
 
 @pytest.mark.parametrize("family, size", [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
 def test_an_answer_that_ended_takes_no_position_that_was_not_learned(family, size, built, monkeypatch, rng_seed):
-    model, prompts = make_model(family, seed=rng_seed, **KNOWN[family], **{size: 16}).to(DEVICE), [list(range(14)), [4]]
-    options = {"prompts": prompts, "max_new_tokens": torch.tensor([2, 15]), "eos_token_id": 257}
+    model = make_model(family, seed=rng_seed, **KNOWN[family], **{size: 16}).to(DEVICE)
+    # Those that end have more rows than the last prompt's answers can take, if answers part.
+    options = {"prompts": [list(range(14)), list(range(20, 34)), [4]], "max_new_tokens": torch.tensor([2, 2, 15])}
+    options |= {"eos_token_id": 257, "temperature": 3.0}
     got = sample(model, rng_seed, **options)
     assert built[0] is not None and built[0]._rows.position.max() > 16
     assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
