@@ -116,7 +116,7 @@ def _collapse_loss(
 @_collapse_loss.register_fake
 def _(hidden, weight, target, token_weight, bias, behind, softcap, logit_scale, ignore_index, needs, impl):
     return (
-        torch.empty_like(token_weight.sum()),
+        token_weight.new_empty(()),
         torch.empty_like(token_weight),
         *empty_gradients(hidden, weight, bias, needs),
     )

@@ -270,6 +270,7 @@ def test_collapse_loss(impl, head, dtype, rng_seed):
 )
 def test_tokens_that_a_bias_of_minus_infinity_rules_out(impl, ruled_out, dtype, rng_seed):
     hidden, weight, b, target = make(dtype=dtype)
+    ruled_out = ruled_out.to(b.device)
     b = b.detach().masked_fill(ruled_out, -math.inf).requires_grad_()
     allowed = (~ruled_out).nonzero()[:, 0]
     target = torch.where(target == IGNORED, IGNORED, allowed[target % len(allowed)])
