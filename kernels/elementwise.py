@@ -120,30 +120,44 @@ def activation_gate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_kernel(
-    x,  # [count], contiguous, as are all
-    up,  # [count] or None
-    out,  # [count], which may be x
-    count,
+    x,  # [rows, size]
+    x_stride,
+    up,  # [rows, size] or None
+    up_stride,
+    out,  # [rows, size], which may be x
+    out_stride,
+    size,
     ACTIVATION: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    inside = index < count
-    value = tl.load(x + index, mask=inside, other=0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = column < size
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
     if ACTIVATION == "relu":
         value = tl.where(value <= 0, 0, value)
     else:
         value *= activation_gate(value, ACTIVATION)
     if up is not None:
-        value *= tl.load(up + index, mask=inside, other=0).to(tl.float32)
-    tl.store(out + index, rounded(value, out.dtype.element_ty), mask=inside)
+        value *= tl.load(up + row * up_stride + column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * out_stride + column, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 def activate(x: Tensor, activation: str, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """out = activation(x) * up, for contiguous [N, D]; activation is one of `ACTIVATIONS`, and out is x if not given."""
+    """out = activation(x) * up, for [N, D] whose rows may lie apart; activation is one of `ACTIVATIONS`, and out is x if not given."""
     out = x if out is None else out
-    activate_kernel[(triton.cdiv(x.numel(), ELEMENTS),)](
-        x, up, out, x.numel(), ACTIVATION=activation, ELEMENTS=ELEMENTS, num_warps=4
+    rows, size = x.shape
+    activate_kernel[(rows, triton.cdiv(size, ELEMENTS))](
+        x,
+        x.stride(0),
+        up,
+        0 if up is None else up.stride(0),
+        out,
+        out.stride(0),
+        size,
+        ACTIVATION=activation,
+        ELEMENTS=ELEMENTS,
+        num_warps=4,
     )
     return out
 
@@ -285,11 +299,13 @@ def variants(capability: int) -> list[Variant]:
             Variant(
                 name=f"activate, {activation}{' times up' * (up is not None)}",
                 kernel=activate_kernel,
-                signature={"x": "*bf16", "out": "*bf16", "count": "i32"} | present({"up": up}),
+                signature=dict.fromkeys(("x", "out"), "*bf16")
+                | dict.fromkeys(("x_stride", "up_stride", "out_stride", "size"), "i32")
+                | present({"up": up}),
                 constants=absent({"up": up}) | {"ACTIVATION": activation, "ELEMENTS": ELEMENTS},
                 num_warps=4,
                 num_stages=3,
-                aligned=("x", "out", "count") + (("up",) if up else ()),
+                aligned=("x", "out", "size", "x_stride", "up_stride", "out_stride") + (("up",) if up else ()),
             )
         )
     for name, heads, kv_heads, dim, rotated in (

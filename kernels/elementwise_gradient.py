@@ -82,8 +82,8 @@ def activate(gate: Tensor, activation: str, up: Tensor | None) -> Tensor:
         activation: "silu", "gelu" (exact), "gelu_tanh" (its approximation) or "relu".
         up: [N, S], or None for 1.
     """
-    gate, up = gate.contiguous(), None if up is None else up.contiguous()
-    return elementwise.activate(gate, activation, up, out=torch.empty_like(gate))
+    gate, up = contiguous_rows(gate), None if up is None else contiguous_rows(up)
+    return elementwise.activate(gate, activation, up, out=gate.new_empty(gate.shape))
 
 
 @triton.jit

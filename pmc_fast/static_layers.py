@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from pmc_fast import gpu
 from pmc_fast.decoder_layers import Unknown, read_layers
 from pmc_fast.gpu.gemm import write_logits
-from pmc_fast.layer_parts import Layers, LinearParts, NormParts
+from pmc_fast.joint_linear import COPY_SHARE, LEAST_STEPS, JointLinear, joint_linear
+from pmc_fast.layer_parts import Layer, Layers, LinearParts, NormParts
+from pmc_fast.memory import free_bytes
 from pmc_fast.models import LanguageModel
 from pmc_fast.prefill import Prefill
 from pmc_fast.side_by_side import side_by_side
@@ -44,11 +46,34 @@ class _Linear:
     parts: LinearParts
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = x.new_empty(len(x), len(self.parts.weight))
-        write_logits(x, self.parts.weight, self.parts.bias, out)
+        return self.adapted(_product(x, self.parts.weight, self.parts.bias), x)
+
+    def adapted(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out`, to which is added what adapters make of x."""
         for down, up, scale in self.parts.adapters:
             out += scale * (x.to(down.dtype) @ down.T @ up.T)
         return out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(len(x), len(weight))
+    write_logits(x, weight, bias, out)
+    return out
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Of the same rows: all by `joint`, or each by its own weight."""
+
+    linears: tuple[_Linear, ...]
+    joint: JointLinear | None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """[N, O] each; their rows may lie apart."""
+        if self.joint is None:
+            return side_by_side(x, self.linears)
+        states = _product(x, self.joint.weight, self.joint.bias).split([len(x.parts.weight) for x in self.linears], 1)
+        return [linear.adapted(its, x) for linear, its in zip(self.linears, states, strict=True)]
 
 
 def read_static_layers(lm: LanguageModel, filled: Prefill) -> Layers[_Norm, _Linear]:
@@ -85,6 +110,11 @@ def read_in_place(layers: Layers[_Norm, _Linear]) -> Iterator[Hashable]:
         yield None if tensor is None else tensor.data_ptr()
 
 
+def _has_norms_of_heads(layer: Layer[_Norm, _Linear]) -> bool:
+    norm = layer.query_norm
+    return norm is not None and len(norm.parts.weight) != len(layer.query.parts.weight)
+
+
 class StaticLayers(StaticCache):
     """The layers, and memory for keys and values. See `StaticCache`."""
 
@@ -93,8 +123,26 @@ class StaticLayers(StaticCache):
     def __init__(self, layers: Layers[_Norm, _Linear], filled: Prefill, sizes: Sizes, keeps: bool) -> None:
         super().__init__(filled, sizes, keeps)
         self.layers = layers
+        room = free_bytes(filled.hidden.device) * COPY_SHARE if sizes.steps >= LEAST_STEPS else 0
+        self._attention, self._mlp = [], []
+        for layer in layers.layers:
+            for products, linears, joins in (
+                # A norm of each head wants the heads of all rows at one distance.
+                (self._attention, (layer.query, layer.key, layer.value), not _has_norms_of_heads(layer)),
+                (self._mlp, (layer.gate, layer.up), True),
+            ):
+                linears = tuple(linear for linear in linears if linear is not None)
+                joint = joint_linear([linear.parts for linear in linears], int(room)) if joins else None
+                room -= 0 if joint is None else joint.copied_bytes
+                products.append(_Products(linears, joint))
         position = torch.arange(sizes.width + sizes.steps, device=filled.hidden.device)
         self._cosine, self._sine = layers.angles(position, layers.embed.weight.dtype)  # float32 [K, positions, R]
+
+    def begin(self, filled: Prefill) -> None:
+        super().begin(filled)
+        for products in (*self._attention, *self._mlp):
+            if products.joint is not None:
+                products.joint.refresh()
 
     def hidden(self, of: StaticRows, rows: int) -> Tensor:
         """The last hidden states [rows, D] of one more token for each of the first rows."""
@@ -107,8 +155,7 @@ class StaticLayers(StaticCache):
         for index, layer in enumerate(layers.layers):
             keys, values = self.own[index, :, :rows]
             x = self._input(layer.norm, hidden, added)
-            parts = [part for part in (layer.query, layer.key, layer.value) if part is not None]
-            made = side_by_side(x, parts)
+            made = self._attention[index](x)
             if layer.clip is not None:
                 for states in made:
                     states.clamp_(-layer.clip, layer.clip)
@@ -127,12 +174,8 @@ class StaticLayers(StaticCache):
                 y = self._input(layer.mlp_norm, hidden, output)
             else:
                 y = x if layer.mlp_norm is None else layer.mlp_norm(hidden)
-            if layer.gate is None:
-                inner = elementwise.activate(layer.up(y), layer.activation)
-            else:
-                gate, up = side_by_side(y, (layer.gate, layer.up))
-                inner = elementwise.activate(gate, layer.activation, up)
-            added = layer.down(inner)
+            gated = self._mlp[index](y)
+            added = layer.down(elementwise.activate(gated[0], layer.activation, *gated[1:]))
             if layer.down_norm is not None:
                 layer.down_norm.in_place(added)
             if layer.parallel:

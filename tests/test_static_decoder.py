@@ -19,7 +19,7 @@ from transformers.activations import NewGELUActivation
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, by_modules, sample, watch
 
-from pmc_fast import attention, gpu, static_decoder
+from pmc_fast import attention, gpu, static_decoder, static_layers
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
 from pmc_fast.rewards import RougeRecall
@@ -73,6 +73,52 @@ def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_se
     got = sample(model, rng_seed, prompts=prompts)
     assert len(built) == 1 and built[0] is not None
     assert_same(got, by_modules(model, rng_seed, monkeypatch, prompts=prompts))
+
+
+def _joints(decoder):
+    """Of each layer, whether one product makes queries, keys and values, and whether one makes the gate and what it gates."""
+    layers = decoder.layers
+    return [tuple(products.joint is not None for products in both) for both in zip(layers._attention, layers._mlp)]
+
+
+@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("apart", ["few tokens", "no room"])
+def test_same_answers_where_each_weight_is_multiplied_by_itself(family, apart, built, monkeypatch, rng_seed):
+    model = make(family, rng_seed)
+    together = sample(model, rng_seed)
+    monkeypatch.setattr(static_layers, *{"few tokens": ("LEAST_STEPS", 8), "no room": ("COPY_SHARE", 0.0)}[apart])
+    assert_same(sample(model, rng_seed), together)
+    has_one = family in ("phi3", "gpt_neox", "gpt2")  # weight for queries, keys and values
+    norms_of_heads = family in ("qwen3", "gemma3_text")
+    gated = family not in ("phi", "gpt_neox", "gpt2", "opt", "starcoder2")
+    joined = (not norms_of_heads and family != "gpt_neox", gated)
+    assert _joints(built[0]) == [joined] * len(_joints(built[0]))
+    assert _joints(built[1]) == [(has_one and joined[0], family == "phi3")] * len(_joints(built[1]))
+
+
+def test_copies_of_weights_follow_them(built, monkeypatch, rng_seed):
+    model = make_model("qwen2", seed=rng_seed).to(DEVICE)
+    sampler, layer = Sampler(model, keep_graphs=True), model.model.layers[0]
+    before = sample(sampler, rng_seed)
+    for changed in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.bias, layer.mlp.up_proj.weight):
+        with torch.no_grad():
+            changed.mul_(-3.0)
+        got = sample(sampler, rng_seed)
+        assert_same(got, by_modules(model, rng_seed, monkeypatch))
+        assert differ(before, got)
+        before = got
+    assert built[0] is built[-1] and all(map(all, _joints(built[0])))
+
+
+def test_copies_take_no_more_than_there_is_room_for(built, monkeypatch, rng_seed):
+    """For the first layer's, in the order in which they are multiplied."""
+    model = make_model("llama", seed=rng_seed).to(DEVICE)
+    attention = model.model.layers[0].self_attn
+    needed = sum(x.weight.nbytes for x in (attention.q_proj, attention.k_proj, attention.v_proj))
+    monkeypatch.setattr(static_layers, "free_bytes", lambda device: needed / static_layers.COPY_SHARE)
+    got = sample(model, rng_seed)
+    assert _joints(built[0]) == [(True, False)] + [(False, False)] * (len(model.model.layers) - 1)
+    assert_same(got, by_modules(model, rng_seed, monkeypatch))
 
 
 def test_the_draw_is_chosen_by_its_options(built, monkeypatch):

@@ -48,7 +48,21 @@ def test_activate(activation, dtype, rng_seed):
     for other in (None, up):
         mine = x.clone()
         assert elementwise.activate(mine, activation, other) is mine
-        assert_near(mine, by_torch.activate(x.clone(), activation, other), dtype)
+        want = by_torch.activate(x.clone(), activation, other)
+        assert_near(mine, want, dtype)
+        both = torch.cat([x, torch.full_like(x[:, :5], math.nan), up], 1)  # rows apart
+        parts = both[:, :700], None if other is None else both[:, 705:]
+        assert torch.equal(elementwise.activate(parts[0], activation, parts[1]), mine)
+        assert torch.equal(both[:, :700], mine) and both[:, 700:705].isnan().all() and torch.equal(both[:, 705:], up)
+
+
+def test_activate_of_rows_longer_than_a_program_takes(rng_seed):
+    x, up = torch.randn(2, 3, 2 * elementwise.ELEMENTS + 3)
+    want = by_torch.activate(x.clone(), "silu", up)
+    out = torch.full((3, 2 * elementwise.ELEMENTS + 9), math.nan)
+    elementwise.activate(x, "silu", up, out=out[:, : x.shape[1]])
+    assert_near(out[:, : x.shape[1]], want, torch.float32)
+    assert out[:, x.shape[1] :].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
