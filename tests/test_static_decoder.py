@@ -78,7 +78,10 @@ def test_same_answers_as_the_modules(family, prompts, built, monkeypatch, rng_se
 def _joints(decoder):
     """Of each layer, whether one product makes queries, keys and values, and whether one makes the gate and what it gates."""
     layers = decoder.layers
-    return [tuple(products.joint is not None for products in both) for both in zip(layers._attention, layers._mlp)]
+    return [
+        tuple(products.joint is not None for products in both)
+        for both in zip(layers._attention, layers._mlp, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("family", KNOWN)
