@@ -5,6 +5,7 @@ models of other kinds get there is in test_static_modules.py.
 """
 
 import gc
+import math
 import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -210,8 +211,7 @@ def test_an_answer_that_ended_takes_no_position_that_was_not_learned(family, siz
 def test_prompts_that_are_read_at_once(family, built, the_kernels, steps, monkeypatch, rng_seed):
     """For all their rows, by the kernels themselves; what stands before a prompt may be anything."""
     kernels, asked = KERNELS("prefix_attention"), []
-    monkeypatch.setattr(kernels, "LEAST_POSITIONS", 0)
-    monkeypatch.setattr(kernels, "LEAST_ROWS", 0)
+    monkeypatch.setattr(kernels, "LEAST_SAVED_BYTES", -math.inf)
     find = kernels.sharers_of
     monkeypatch.setattr(kernels, "sharers_of", lambda *args: asked.append(find(*args)) or asked[-1])
     new_empty = torch.Tensor.new_empty

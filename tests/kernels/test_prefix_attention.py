@@ -217,25 +217,25 @@ def test_a_graph_is_replayed_while_rows_move(splits, rng_seed):
         assert_near_reference(out, case)
 
 
-def test_none_is_read_at_once_before_that_was_measured(monkeypatch):
-    prefix_key = torch.empty(8, 8, 4096, 128, dtype=torch.bfloat16, device="meta")
-    prefix_row = torch.arange(160) // 20
-    assert sharers_if_faster(prefix_row, prefix_key, 24) is None
-    monkeypatch.setattr(prefix_attention, "LEAST_POSITIONS", 4096)
-    assert sharers_if_faster(prefix_row, prefix_key, 24).shape == (7 + 8, 21)
-    assert sharers_if_faster(prefix_row, prefix_key[:, :, 1:], 24) is None  # too short
-    assert sharers_if_faster(prefix_row[:31], prefix_key, 24) is None  # too few rows
-    assert sharers_if_faster(prefix_row, prefix_key, 8 * 33) is None  # a row to a tile
-    assert sharers_if_faster(prefix_row, prefix_key.float().repeat(1, 1, 1, 2), 24) is None
+def test_long_prefixes_of_many_rows_are_read_at_once():
+    def chosen(rows, positions, heads=24, repeat=1, dtype=torch.bfloat16):
+        prefix_key = torch.empty(8, 8, positions, 128 * repeat, dtype=dtype, device="meta")
+        return sharers_if_faster(torch.arange(rows) * 8 // rows, prefix_key, heads)
+
+    assert chosen(160, 256).shape == (7 + 8, 21)
+    assert chosen(160, 64) is None and chosen(160, 240) is None  # too short
+    assert chosen(48, 256) is None and chosen(48, 1024) is not None and chosen(8, 1 << 20) is None  # too few rows
+    assert chosen(160, 4096, heads=8 * 33) is None  # a row to a tile
+    assert chosen(160, 4096, repeat=2, dtype=torch.float32) is None  # no room for a position
+    assert chosen(7, 4096) is None  # not one for each prefix
 
 
 @pytest.mark.parametrize("impl", ["triton"])
 def test_the_op_reads_at_once_what_is_chosen(impl, monkeypatch, rng_seed):
     case, asked, attend_prefix = make(some_prefix(13, 4)), [], prefix_attention.attend_prefix
     monkeypatch.setattr(prefix_attention, "attend_prefix", lambda *args: asked.append(args) or attend_prefix(*args))
-    for least, times in ((math.inf, 0), (21, 1)):
-        monkeypatch.setattr(prefix_attention, "LEAST_POSITIONS", least)
-        monkeypatch.setattr(prefix_attention, "LEAST_ROWS", 2)
+    for least, times in ((math.inf, 0), (1, 1)):
+        monkeypatch.setattr(prefix_attention, "LEAST_SAVED_BYTES", least)
         assert_near_reference(op(**case, scale=0.4, impl=impl), case)
         assert len(asked) == times
 
