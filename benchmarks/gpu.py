@@ -89,10 +89,8 @@ _TESTS = {
     "cpu": ["tests/test_data.py"],
 }
 _PYTEST = ["-q", "-p", "no:cacheprovider"]
-# By themselves, before what times the same kernel: one that waits for what never comes takes nothing else along.
-_HOPPER = "tests/cuda/test_linear_sample.py"
 _ON_GPUS = {"cuda", "triton"}  # ops that have neither are not tested: what is left of them is a CPU's
-_SANITIZED = ["tests/cuda/test_rows.py", "tests/ops/test_sample.py", _HOPPER, "-k", "cuda"]
+_SANITIZED = ["tests/cuda/test_rows.py", "tests/ops/test_sample.py", "-k", "cuda"]
 _OPS = {
     "cuda": {
         "ops": ["--dtype", "bfloat16"],
@@ -104,7 +102,6 @@ _OPS = {
     "cpu": {"ops": ["--op", "rouge_l_recall"]},
 }
 _OPS_SHARE = {"ops": 1.5, "ops-sample-options": 1.0}
-_OPS_NEEDS = {"ops-linear-sample": "tests-hopper"}
 _OPS_SIZE = {
     "cuda": ["--shapes", "all", "--repeats", "5", "--limit-s", "2"],
     "cpu": ["--repeats", "1"],
@@ -177,17 +174,12 @@ def plan(out: Path, device: str, kind: str) -> list[Part]:
     if kind == "cuda" and find_spec("xdist"):  # what takes time is compilation
         pytest += ["-n", str(min(12, os.cpu_count() or 1)), "--maxfail=20"]
     parts = [Part("build", ["-m", "benchmarks.build"], 0.5)]
-    left_out = [
-        _HOPPER,
-        *(f"tests/ops/test_{op}.py" for op, found in IMPLEMENTATIONS.items() if not _ON_GPUS & {*found}),
-    ]
+    left_out = [f"tests/ops/test_{op}.py" for op, found in IMPLEMENTATIONS.items() if not _ON_GPUS & {*found}]
     parts.append(Part("tests", [*pytest, *(f"--ignore={file}" for file in left_out), *tests], 1.5))
-    if kind == "cuda":
-        parts.append(Part("tests-hopper", ["-m", "pytest", *_PYTEST, _HOPPER], 0.3))
     for name, options in _OPS[kind].items():
         file = out / f"{name}.json"
         words = [*benchmarks, "ops", "--device", device, *options, *_OPS_SIZE[kind], "--json", str(file)]
-        parts.append(Part(name, words, _OPS_SHARE.get(name, 0.5), [file], needs=_OPS_NEEDS.get(name)))
+        parts.append(Part(name, words, _OPS_SHARE.get(name, 0.5), [file]))
     if kind == "cuda":
         parts += [_sanitizer_part("memcheck"), _sanitizer_part("racecheck")]
     for model in _MODELS[kind]:

@@ -124,10 +124,9 @@ def emulated_gpu(emulated_module, monkeypatch):
 
     monkeypatch.setattr(backend, "_why_not_cuda", lambda device_type: None)
     monkeypatch.setattr(cuda, "library", lambda: emulated_module)  # for what the package itself asks
-    for op, where in (("sample", "queue"), ("linear_sample", "hopper_queue")):
-        module = import_module(f"pmc_fast.cuda.{op}")
-        monkeypatch.setattr(module, "library", lambda: emulated_module)
-        monkeypatch.setattr(module, where, lambda tensor: (0, 0))
+    module = import_module("pmc_fast.cuda.sample")
+    monkeypatch.setattr(module, "library", lambda: emulated_module)
+    monkeypatch.setattr(module, "queue", lambda tensor: (0, 0))
 
 
 @pytest.fixture

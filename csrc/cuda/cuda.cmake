@@ -9,8 +9,7 @@ endif()
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 if(PMC_FAST_CUDA STREQUAL "EMULATED")  # for tests
   set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "${pmc_cuda_as_cxx}")
-  pybind11_add_module(_cuda_emulated NO_EXTRAS csrc/cuda/bindings.cpp csrc/cuda/emulate.cpp
-    csrc/cuda/emulate_hopper.cpp ${cuda_sources})
+  pybind11_add_module(_cuda_emulated NO_EXTRAS csrc/cuda/bindings.cpp csrc/cuda/emulate.cpp ${cuda_sources})
   target_include_directories(_cuda_emulated PRIVATE csrc)
   target_compile_definitions(_cuda_emulated PRIVATE PMC_CUDA_MODULE=_cuda_emulated PMC_CUDA_TARGETS="an emulated GPU")
   target_compile_options(_cuda_emulated PRIVATE -O2 -Wall -Wextra)

@@ -24,7 +24,6 @@ struct Grid {
 constexpr int kMostThreads = 256;  // of a block; two of them with 128 registers a thread fill an SM
 constexpr int kMostCluster = 8;
 constexpr int kWarp = 32;
-constexpr int kSharedAlignment = 1024;  // of a block's shared memory
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 }  // namespace pmc::cuda

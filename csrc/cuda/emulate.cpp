@@ -19,7 +19,6 @@
 namespace pmc::cuda::emulated {
 
 Device device{64, 64 << 10, 128 << 10, true};
-int multiprocessors = 4;
 uint64_t order = 0;
 Index thread{}, block{}, block_size{};
 
@@ -43,8 +42,6 @@ struct Fiber {
     int shuffles;  // how many so far: neighbouring ones use different places
     const Barrier* waits_for;
     uint64_t generation;
-    std::function<bool()> waits_until;
-    Begun begun;
     bool done;
 };
 
@@ -57,7 +54,7 @@ struct Block {
     unsigned index;
     int rank;
     int running;  // threads
-    std::unique_ptr<unsigned char[], decltype(&std::free)> shared{nullptr, std::free};
+    std::unique_ptr<unsigned char[]> shared;
     std::vector<Warp> warps;
     Barrier barrier;
 };
@@ -65,7 +62,6 @@ struct Block {
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept for the next launch
 std::vector<Block> blocks;                   // of the running cluster
 Barrier cluster_barrier;
-std::vector<std::function<void()>> under_way;  // what no thread does
 Fiber* running = nullptr;
 ucontext_t scheduler;
 void* scheduler_shadow = nullptr;
@@ -113,8 +109,6 @@ void prepare(Fiber* fiber, Block* its_block, unsigned index) {
     fiber->index = index;
     fiber->shuffles = 0;
     fiber->waits_for = nullptr;
-    fiber->waits_until = nullptr;
-    fiber->begun = {};
     fiber->done = false;
     getcontext(&fiber->context);
     fiber->context.uc_stack.ss_sp = fiber->stack.get();
@@ -124,26 +118,10 @@ void prepare(Fiber* fiber, Block* its_block, unsigned index) {
 }
 
 bool can_run(const Fiber& fiber) {
-    return !fiber.done && (!fiber.waits_for || fiber.waits_for->generation != fiber.generation) &&
-           (!fiber.waits_until || fiber.waits_until());
+    return !fiber.done && (!fiber.waits_for || fiber.waits_for->generation != fiber.generation);
 }
 
 uint64_t next_random() { return (order = order * 0x5851F42D4C957F2D + 0x14057B7EF767814F) >> 33; }
-
-// One of the things under way comes to its end, whichever was begun first.
-bool finish_one() {
-    if (under_way.empty()) return false;
-    std::swap(under_way[next_random() % under_way.size()], under_way.back());
-    const std::function<void()> work = std::move(under_way.back());
-    under_way.pop_back();
-    work();
-    return true;
-}
-
-void fail(const char* what) {
-    std::fprintf(stderr, "emulated GPU: %s\n", what);
-    std::abort();
-}
 
 // Some warps that follow one another, which run only when no others can.
 struct Slow {
@@ -163,9 +141,7 @@ bool turn(size_t count, const Slow& slow, bool slow_ones, size_t* left) {
         Fiber& fiber = *fibers[at];
         if (slow.has(at) != slow_ones || !can_run(fiber)) continue;
         fiber.waits_for = nullptr;
-        fiber.waits_until = nullptr;
         enter(&fiber);
-        if (next_random() % 16 == 0) finish_one();
         moved = true;
         if (!fiber.done) continue;
         --*left;
@@ -180,10 +156,10 @@ void run_cluster(size_t count) {
         const Slow slow(count / kWarp);
         bool moved = false;
         while (turn(count, slow, false, &left)) moved = true;
-        if (turn(count, slow, true, &left) || moved || finish_one()) continue;
-        fail("threads wait for others that never come");
+        if (turn(count, slow, true, &left) || moved) continue;
+        std::fprintf(stderr, "emulated GPU: threads wait for others that never come\n");
+        std::abort();
     }
-    if (!under_way.empty()) fail("a block ended before its copies did");
 }
 
 }  // namespace
@@ -201,20 +177,6 @@ int cluster_size() { return static_cast<int>(blocks.size()); }
 void sync_threads() { wait(&running->block->barrier); }
 
 void sync_cluster() { wait(&cluster_barrier); }
-
-void sync_warp() { wait(&running->block->warps[running->index / kWarp].barrier); }
-
-void wait_until(std::function<bool()> holds) {
-    if (holds()) return;
-    running->waits_until = std::move(holds);
-    leave(false);
-}
-
-void later(std::function<void()> work) { under_way.push_back(std::move(work)); }
-
-bool some_times() { return next_random() % 4 == 0; }
-
-Begun& begun() { return running->begun; }
 
 uint64_t shuffle(uint64_t value, int from_lane) {
     Warp& warp = running->block->warps[running->index / kWarp];
@@ -238,10 +200,7 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
             b.index = static_cast<unsigned>(first) + static_cast<unsigned>(rank);
             b.rank = static_cast<int>(rank);
             b.running = grid.threads;
-            void* shared = nullptr;
-            if (posix_memalign(&shared, kSharedAlignment, static_cast<size_t>(grid.shared_bytes)))
-                fail("there is no memory left");
-            b.shared.reset(static_cast<unsigned char*>(shared));
+            b.shared.reset(new unsigned char[static_cast<size_t>(grid.shared_bytes)]);
             std::memset(b.shared.get(), 0xFF, static_cast<size_t>(grid.shared_bytes));
             b.barrier.expected = grid.threads;
             b.warps.resize(threads / kWarp);

@@ -5,14 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <functional>
-#include <vector>
 
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#define __grid_constant__
 
 namespace pmc::cuda {
 
@@ -26,8 +23,7 @@ struct alignas(16) uint4 {
 
 namespace emulated {
 
-extern Device device;  // what kernels are launched for
-extern int multiprocessors;
+extern Device device;        // what kernels are launched for
 extern uint64_t order;       // seeds the order in which threads take turns
 extern Index thread, block;  // of the running thread
 extern Index block_size;
@@ -38,19 +34,7 @@ int cluster_rank();
 int cluster_size();
 void sync_threads();
 void sync_cluster();
-void sync_warp();
 uint64_t shuffle(uint64_t value, int from_lane);  // every lane of the warp must come
-void wait_until(std::function<bool()> holds);
-void later(std::function<void()> work);  // that no thread does
-bool some_times();                       // by chance
-
-// Products that a thread has begun, and groups of them.
-struct Begun {
-    std::vector<std::function<void()>> open;
-    std::deque<std::vector<std::function<void()>>> groups;
-};
-Begun& begun();  // by this thread
-
 void run(const Grid& grid, const std::function<void()>& kernel);
 
 }  // namespace emulated
@@ -60,18 +44,12 @@ using emulated::cluster_size;
 using emulated::shared_memory;
 using emulated::sync_cluster;
 
-inline uint64_t each_time(uint64_t value) { return value; }
-
 template <class T>
 T* peer(T* mine, int rank) {
     return static_cast<T*>(emulated::peer(mine, rank));
 }
 
 inline void __syncthreads() { emulated::sync_threads(); }
-inline void __syncwarp() { emulated::sync_warp(); }
-
-inline float __expf(float x) { return expf(x); }
-inline float __log2f(float x) { return log2f(x); }
 
 template <class T>
 T shuffled(T value, int from_lane) {
@@ -123,11 +101,6 @@ Device current_device(const char*, void (*)(Args)) {
 template <class Args>
 void launch(const char*, void (*kernel)(Args), const Grid& grid, void*, const Args& args) {
     emulated::run(grid, [&] { kernel(args); });
-}
-
-template <class Args>
-int resident_clusters(const char*, void (*)(Args), const Grid& grid) {
-    return emulated::multiprocessors / grid.cluster;
 }
 
 }  // namespace pmc::cuda

@@ -1,4 +1,4 @@
-// The CUDA kernels' launches: addresses on the GPU, sizes, a device and its stream in. It returns when the work is
+// The CUDA kernel's launch: addresses on the GPU, sizes, a device and its stream in. It returns when the work is
 // queued; errors of CUDA are thrown with the kernel's name.
 #pragma once
 
@@ -38,20 +38,5 @@ struct SampleArgs {
 constexpr int64_t kMostVocab = (int64_t{1} << 24) - 1;
 
 void sample(SampleArgs args, Dtype dtype, const Queue& queue);
-
-// Hopper's alone: `hidden` and `weight` at multiples of 16 bytes, and so their rows.
-struct LinearSampleArgs {
-    const void* hidden;  // bfloat16 [rows, size], hidden_stride elements apart
-    const void* weight;  // bfloat16 [vocab, size], weight_stride elements apart
-    int64_t size, hidden_stride, weight_stride;
-    float* logits;    // [rows, vocab], draw.row_stride elements apart: where products are left for `sample`; or null
-    void* parts;      // without it: linear_sample_scratch bytes, at a multiple of 16
-    SampleArgs draw;  // without logits_row; what it truncates is looked at only where there is room for logits
-};
-
-constexpr int64_t kMostLinearSampleRows = 256;
-
-int64_t linear_sample_scratch(int64_t rows, int64_t vocab, const Queue& queue);
-void linear_sample(const LinearSampleArgs& args, const Queue& queue);
 
 }  // namespace pmc::cuda

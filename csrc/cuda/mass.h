@@ -8,8 +8,6 @@
 
 namespace pmc::cuda {
 
-PMC_HD bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
-
 // sum of exp(x - top), top being the largest x so far. Starts from the lowest float, which unlike -inf can be
 // subtracted from -inf.
 struct SoftmaxSum {

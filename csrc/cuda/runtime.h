@@ -9,14 +9,8 @@
 namespace pmc::cuda {
 
 inline __device__ unsigned char* shared_memory() {
-    extern __shared__ __align__(kSharedAlignment) unsigned char dynamic_shared[];
+    extern __shared__ __align__(16) unsigned char dynamic_shared[];
     return dynamic_shared;
-}
-
-// The value, but what follows from it is worked out anew in each round of a loop instead of being held in registers.
-inline __device__ uint64_t each_time(uint64_t value) {
-    asm volatile("" : "+l"(value));
-    return value;
 }
 
 // Before sm_90 a block is a cluster by itself.
@@ -93,44 +87,24 @@ Device current_device(const char* name, void (*kernel)(Args)) {
             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), code.ptxVersion >= 90};
 }
 
-// A grid as the runtime takes it.
-struct Config {
-    template <class Args>
-    Config(const char* name, void (*kernel)(Args), const Grid& grid, void* stream) {
-        if (grid.shared_bytes > 48 * 1024)
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(grid.shared_bytes)),
-                  name);
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-        config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-        config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-        config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
-        config.stream = static_cast<cudaStream_t>(stream);
-        config.attrs = &cluster;
-        config.numAttrs = grid.cluster > 1 ? 1 : 0;
-    }
-    Config(const Config&) = delete;
-    Config& operator=(const Config&) = delete;
-
-    cudaLaunchAttribute cluster;
-    cudaLaunchConfig_t config{};
-};
-
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Grid& grid, void* stream, const Args& args) {
     if (grid.blocks == 0) return;
-    const Config config(name, kernel, grid, stream);
-    check(cudaLaunchKernelEx(&config.config, kernel, args), name);
-}
-
-// How many clusters of a grid the current device runs at once.
-template <class Args>
-int resident_clusters(const char* name, void (*kernel)(Args), const Grid& grid) {
-    const Config config(name, kernel, grid, nullptr);
-    int clusters = 0;
-    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.config), name);
-    return clusters;
+    if (grid.shared_bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(grid.shared_bytes)),
+              name);
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = grid.cluster > 1 ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, args), name);
 }
 
 }  // namespace pmc::cuda

@@ -3,10 +3,12 @@
 // A cluster of blocks makes a draw. One visit of its row finds the maximum, the masses and, if nothing is truncated,
 // the winner. Else a value is found that nothing kept lies below; what reaches it, hardly ever more than fits into a
 // list, is all that the radix selects and the draw look at. Where the list is too short they visit the row again.
+#include <cfloat>
+
 #include "common/order.h"
+#include "common/philox.h"
 #include "cuda/kernels.h"
 #include "cuda/mass.h"
-#include "cuda/noise.h"
 #include "cuda/radix_select.h"
 #include "cuda/row.h"
 #include "cuda/team.h"
@@ -40,7 +42,7 @@ class Race {
     __device__ void offer(float scaled, int32_t token) {
         if (!in_reach(scaled + kMaxGumbel)) return;
         uint32_t w0, w1, w2, w3;
-        noise_words(draw_, token / 4, &w0, &w1, &w2, &w3);
+        words(token / 4, &w0, &w1, &w2, &w3);
         const int which = token % 4;
         offer(scaled, token, which < 2 ? which == 0 ? w0 : w1 : which == 2 ? w2 : w3);
     }
@@ -49,7 +51,7 @@ class Race {
     __device__ void offer(float s0, float s1, float s2, float s3, int32_t token) {
         if (!in_reach(fmaxf(fmaxf(s0, s1), fmaxf(s2, s3)) + kMaxGumbel)) return;
         uint32_t w0, w1, w2, w3;
-        noise_words(draw_, token / 4, &w0, &w1, &w2, &w3);
+        words(token / 4, &w0, &w1, &w2, &w3);
         offer(s0, token, w0);
         offer(s1, token + 1, w1);
         offer(s2, token + 2, w2);
@@ -59,6 +61,15 @@ class Race {
   private:
     __device__ bool in_reach(float bound) const {
         return bound >= from_order_key(*static_cast<volatile uint32_t*>(best_score_));
+    }
+
+    __device__ void words(int32_t block, uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) const {
+        *w0 = static_cast<uint32_t>(block), *w1 = draw_.position, *w2 = draw_.sequence, *w3 = Draw::stream;
+        philox_rounds(draw_.seed, *w0, *w1, *w2, *w3, [](uint32_t a, uint32_t b, uint32_t* high, uint32_t* low) {
+            const uint64_t product = static_cast<uint64_t>(a) * b;
+            *high = static_cast<uint32_t>(product >> 32);
+            *low = static_cast<uint32_t>(product);
+        });
     }
 
     __device__ void offer(float scaled, int32_t token, uint32_t word) {
@@ -74,6 +85,8 @@ class Race {
     uint32_t* best_score_;
     uint64_t winner_ = 0;
 };
+
+__device__ bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
 
 // Whatever lies below it is no part of the nucleus: all such tokens hold less than (1 - top_p) of the mass together.
 __device__ float nucleus_floor(const SampleArgs& args, float shift, double mass) {

@@ -41,7 +41,6 @@ Fuzzer fuzzers[] = {
     {"gumbel", pmc::fuzz::fuzz_gumbel},
     {"rouge_l_recall", pmc::fuzz::fuzz_rouge_l_recall},
     {"cuda_sample", pmc::fuzz::fuzz_cuda_sample},
-    {"cuda_linear_sample", pmc::fuzz::fuzz_cuda_linear_sample},
 };
 constexpr int64_t kFuzzers = sizeof fuzzers / sizeof *fuzzers;
 

@@ -122,6 +122,5 @@ void fuzz_packed_linear(Case& c);
 void fuzz_elementwise(Case& c);
 void fuzz_rouge_l_recall(Case& c);
 void fuzz_cuda_sample(Case& c);
-void fuzz_cuda_linear_sample(Case& c);
 
 }  // namespace pmc::fuzz

@@ -60,25 +60,6 @@ def queue(tensor: Tensor) -> tuple[int, int]:
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def hopper_queue(tensor: Tensor) -> tuple[int, int]:
-    """`queue` for kernels that are compiled for Hopper alone.
-
-    Raises:
-        BackendUnavailable: the tensor is on no such GPU, or the module was built without sm_90a.
-    """
-    where = queue(tensor)
-    if (capability := torch.cuda.get_device_capability(tensor.device)) != (9, 0):
-        got = ".".join(map(str, capability))
-        raise BackendUnavailable(
-            f"this CUDA kernel is for GPUs of compute capability 9.0 alone, {torch.cuda.get_device_name(tensor.device)} has {got}"
-        )
-    if "sm_90a" not in library().TARGETS.split(", "):
-        raise BackendUnavailable(
-            f"the CUDA kernels were built for {library().TARGETS}, this one needs sm_90a (nvcc 12.0)"
-        )
-    return where
-
-
 def dtype_code(dtype: torch.dtype) -> int:
     """The compiled module's number for a torch dtype."""
     return {torch.float32: library().FLOAT32, torch.bfloat16: library().BFLOAT16}[dtype]
