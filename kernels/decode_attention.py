@@ -176,10 +176,15 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def tiles_for(group: int, dim: int, element_bytes: int) -> Tiles:
-    """16 KiB of keys at a time, so that several programs fit, and no more than a warp group multiplies at once."""
+def tiles_for(group: int, dim: int, element_bytes: int, aligned: bool = True) -> Tiles:
+    """16 KiB of keys at a time, so that several programs fit, and no more than a warp group multiplies at once.
+
+    Half a warp group's where keys are not `aligned`: of 64 positions, which Hopper multiplies from shared memory, the keys are
+    then stored there by hand and the weights where they were, and to weights that lie so ptxas 12.8, which comes with Triton 3.6 and
+    3.7, loses the address.
+    """
     depth = max(16, triton.next_power_of_2(dim))
-    positions = max(16, min(64, (1 << 14) // (depth * element_bytes)))
+    positions = max(16, min(64 if aligned else 32, (1 << 14) // (depth * element_bytes)))
     return Tiles(positions, max(16, triton.next_power_of_2(group)), depth, 8 if depth * element_bytes >= 1024 else 4, 2)
 
 
@@ -247,7 +252,7 @@ def decode_attention(
             masses,
         )
         prefix_key = prefix_value = prefix_row = None
-    tiles = tiles_for(heads // kv_heads, dim, query.element_size())
+    tiles = tiles_for(heads // kv_heads, dim, query.element_size(), _aligned(key, value, prefix_key, prefix_value))
     attend_kernel[(rows * kv_heads * splits,)](
         query,
         *query.stride()[:2],
@@ -291,6 +296,12 @@ def decode_attention(
             num_warps=4,
         )
     return out
+
+
+def _aligned(*caches: Tensor | None) -> bool:
+    """Whether a kernel that Triton compiles for their strides and addresses copies whole vectors of them."""
+    strided = (x for x in caches if x is not None)
+    return all(n % 16 == 0 for x in strided for n in (*x.stride()[:3], x.shape[3], x.data_ptr()))
 
 
 def _within_heads(x: Tensor) -> Tensor:

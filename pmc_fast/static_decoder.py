@@ -169,7 +169,8 @@ class StaticDecoder:
         self.layers.begin(filled)
         self._rows.begin(filled, sequence, limit)
         self._draw(filled.hidden)
-        counts = self._rows.counts()
+        rows_for = partial(_graph_rows, self.sizes.rows)
+        counts = self._rows.counts(rows_for)
         for step in range(1, int(limit.max())):  # so many tokens are drawn
             if prune is not None and step % prune.interval == 0:
                 with phase("prune"):
@@ -179,7 +180,7 @@ class StaticDecoder:
             if running == 0:
                 break
             with phase("decode"):
-                self._advance(_graph_rows(self.sizes.rows, texts))
+                self._advance(rows_for(texts))
             counts.note()
             if progress:
                 progress(running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -148,8 +149,9 @@ class StaticRows:
             self.pruned[gone], self.running[gone] = True, False
             self._regroup(self.token[self.row])
 
-    def counts(self) -> Counts:
-        return Counts(self._counts[:2])
+    def counts(self, rows_for: Callable[[int], int]) -> Counts:
+        """rows_for: how many rows the step has that is to hold so many texts; with more texts no fewer."""
+        return Counts(self._counts[:2], rows_for)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
         """tokens [answers, T], lengths, logprobs [answers, T], finished, pruned; how many tokens were decoded."""
@@ -159,13 +161,14 @@ class StaticRows:
 
 
 class Counts:
-    """Reads how many texts and running answers there are, waiting for the step under way only if texts may become more.
+    """Reads how many texts and running answers there are, waiting for the step under way only if that may save it rows.
 
-    Once each running answer has a text of its own, texts can only become fewer: the numbers lag by up to STEPS_AHEAD steps.
+    There are never more texts than running answers, and of these never more than before. Once a step has as many rows as a text
+    for each of them would take, the numbers lag by up to STEPS_AHEAD steps.
     """
 
-    def __init__(self, counts: Tensor) -> None:
-        self._counts = counts
+    def __init__(self, counts: Tensor, rows_for: Callable[[int], int]) -> None:
+        self._counts, self._rows_for = counts, rows_for
         self._noted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._latest: list[int] | None = None
 
@@ -185,12 +188,16 @@ class Counts:
         self._noted.append((copy, event))
 
     def latest(self) -> tuple[int, int]:
-        """Texts, at least as many as there are, and the answers that ran when there were so many."""
+        """Texts, of which there may be more now if rows_for both numbers is the same, and the answers that ran when there were so
+        many."""
         if self._latest is None:
             self._latest = self._counts.tolist()
-        while self._noted and (self._latest[0] < self._latest[1] or len(self._noted) > STEPS_AHEAD):
+        while self._noted and (len(self._noted) > STEPS_AHEAD or self._may_save_rows(*self._latest)):
             copy, event = self._noted.popleft()
             if event is not None:
                 event.synchronize()
             self._latest = copy.tolist()
         return self._latest[0], self._latest[1]
+
+    def _may_save_rows(self, texts: int, running: int) -> bool:
+        return self._rows_for(texts) < self._rows_for(running)
