@@ -35,7 +35,7 @@ class Settings:
     def preferred(self, device_type: str) -> str | None:
         from pmc_fast.ops.sample import preferred
 
-        return preferred(device_type, self.temperature, self.top_k, self.top_p)
+        return preferred(device_type, self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 def real_looking_logits(rows: int, vocab: int, generator: torch.Generator) -> torch.Tensor:

@@ -94,7 +94,7 @@ def _cuda_kernels() -> str:
         return f"none: {error}"
     if reason := cuda.too_old():
         return f"{built}; no: {reason}"
-    return f"{built}; sample and linear_sample use them for top-p without top-k, or with impl='cuda'"
+    return f"{built}; sample and linear_sample use them for top-p alone, or with impl='cuda'"
 
 
 def _version(name: str) -> str | None:

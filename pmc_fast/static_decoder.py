@@ -60,7 +60,7 @@ def static_decoder(
         return None
     if not filled.suits_decode_attention or backend.choose("decode_attention", None, device, dtype) != "triton":
         return None
-    prefer = preferred(device, draw["temperature"], draw["top_k"], draw["top_p"])
+    prefer = preferred(device, draw["temperature"], draw["top_k"], draw["top_p"], draw["min_p"])
     if (impl := backend.choose("linear_sample", draw["impl"], device, dtype, prefer)) not in ("triton", "cuda"):
         return None
     try:

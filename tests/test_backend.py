@@ -124,7 +124,8 @@ def test_what_is_preferred_must_be_able_to_run(op, cuda_module):
     ("options", "expected"),
     [
         ({"top_p": 0.95}, "cuda"),
-        ({"top_p": 0.95, "min_p": 0.1, "temperature": 0.7}, "cuda"),
+        ({"top_p": 0.95, "temperature": 0.7}, "cuda"),
+        ({"top_p": 0.95, "min_p": 0.1}, None),
         ({}, None),
         ({"min_p": 0.1}, None),
         ({"top_p": 0.95, "top_k": 50}, None),

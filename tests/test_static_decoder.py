@@ -130,7 +130,7 @@ def test_the_draw_is_chosen_by_its_options(built, monkeypatch):
     monkeypatch.setattr(static_decoder, "preferred", lambda *options: options)
     monkeypatch.setattr(static_decoder.backend, "choose", lambda *args: asked.append(args) or "triton")
     sample(make_model("llama").to(DEVICE), 0, top_k=7)
-    assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95))
+    assert asked[-1] == ("linear_sample", None, DEVICE, torch.float32, (DEVICE, 0.9, 7, 0.95, 0.0))
 
 
 def test_a_draw_that_no_graph_can_hold_is_left_to_the_modules(built, monkeypatch):

@@ -83,7 +83,9 @@ def _linear_sample(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device = hidden.device.type
-    name = backend.choose("linear_sample", impl, device, hidden.dtype, preferred(device, temperature, top_k, top_p))
+    name = backend.choose(
+        "linear_sample", impl, device, hidden.dtype, preferred(device, temperature, top_k, top_p, min_p)
+    )
     sequence, position = coordinates(hidden if hidden_row is None else hidden_row, sequence, position)
     shared = {}
     if hidden_row is not None:

@@ -85,6 +85,41 @@ def test_heads_and_dimensions_that_need_padding(group, dim, prefix_positions, dt
     assert_right(make(group, 2, dim, prefix_positions=prefix_positions, dtype=dtype))
 
 
+def test_fewer_positions_at_a_time_of_keys_that_no_vector_fits(monkeypatch):
+    """On a GPU: of 64, a compiler reads weights elsewhere."""
+    asked, whole = [], kernels.tiles_for
+    monkeypatch.setattr(kernels, "tiles_for", lambda *shape: asked.append(whole(*shape)) or asked[-1])
+    cache = torch.randn(2, 4, 2, 70, 129 * 8).bfloat16()  # rows, heads, positions
+    whole_keys = torch.zeros(2, 4, 2, 70, 128).bfloat16()
+    query, first = torch.randn(4, 6, 128).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    for keys, positions in (
+        (whole_keys, 64),
+        (cache[..., :128], 32),  # positions 1032 elements apart
+        (cache[..., 1:129], 32),
+        (whole_keys[..., 1:, :], 64),
+        (whole_keys[..., :120], 32),
+        (whole_keys.flatten()[: 2 * 4 * 2 * 69 * 128].view(2, 4, 2, 69, 128), 64),
+        (torch.zeros(2, 4, 2, 70 * 128 + 8)[..., 8:].unflatten(-1, (70, 128)).bfloat16(), 64),
+    ):
+        kernels.decode_attention(query[..., : keys.shape[4]], *keys, first, scale=1.0, softcap=None)
+        assert positions == asked[-1].POSITIONS
+    prefix = {"prefix_key": cache[0, :2, ..., :128], "prefix_value": whole_keys[1, :2], "prefix_row": first}
+    kernels.decode_attention(query, *whole_keys, first, scale=1.0, softcap=None, **prefix)
+    assert asked[-1].POSITIONS == 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prefix_positions", [0, 30])
+@pytest.mark.parametrize("dim, apart", [(40, 0), (88, 0), (128, 3)])
+def test_keys_that_no_vector_fits(dim, apart, prefix_positions, dtype, rng_seed):
+    """More of a row than 16 are multiplied by one instruction."""
+    case = make(dim=dim, positions=70, prefix_positions=prefix_positions, dtype=dtype)
+    for name in ("key", "value"):
+        its = torch.full((*case[name].shape[:3], dim + apart), math.nan).to(dtype)[..., apart:]
+        case[name] = its.copy_(case[name])
+    assert_right(case)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prefix_positions", [0, 16, 21])
 @pytest.mark.parametrize("softcap", [None, 1.5])
