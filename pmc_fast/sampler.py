@@ -80,7 +80,8 @@ class Sampler:
     Args:
         model: the model, or a ``LanguageModel`` around it.
         keep_graphs: on a GPU, whether the memory and the CUDA graphs of a call stay for the next one: of the same rows,
-            options and weights' addresses, and of about the same lengths. Otherwise nothing stays allocated.
+            options (the seed is one, ``sequence_ids`` are not) and weights' addresses, and of about the same lengths.
+            Otherwise nothing stays allocated.
         compile_modules: whether the model's own modules are compiled by torch where they decode: see ``decoder``; this library's
             kernels are what they are. Takes from ten seconds to a minute or more at the first token, again where the first
             single row comes up, and whenever the model has changed in more than its weights' values.
