@@ -161,6 +161,7 @@ def made(paths: Sequence[Path], folder: Path) -> tuple[str, dict[str, Callable[[
     for about in dict.fromkeys(duel.about for duel in duels):
         blocks += _duels(about, sorted((duel for duel in duels if duel.about == about), key=lambda duel: duel.heading))
     figures = dict(duel.picture for duel in duels if duel.picture)
+    ops = [part for part in ops if part.benches]
     if benches := _merged(ops):
         blocks += _ops(ops, benches)
         figures[OPS_PICTURE] = partial(_draw_ops, benches)

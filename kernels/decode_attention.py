@@ -179,9 +179,9 @@ class Tiles(NamedTuple):
 def tiles_for(group: int, dim: int, element_bytes: int, aligned: bool = True) -> Tiles:
     """16 KiB of keys at a time, so that several programs fit, and no more than a warp group multiplies at once.
 
-    Half a warp group's where keys are not `aligned`: of 64 positions, which Hopper multiplies from shared memory, the keys are
-    then stored there by hand and the weights where they were, and to weights that lie so ptxas 12.8, which comes with Triton 3.6 and
-    3.7, loses the address.
+    Keys that are not `aligned` are stored to shared memory by hand, and the weights later in their place. Of 64 positions Hopper's
+    second product would read them there, but ptxas 12.8 (in Triton 3.6 and 3.7) loses the address that both have. Half as many
+    positions are multiplied from registers first.
     """
     depth = max(16, triton.next_power_of_2(dim))
     positions = max(16, min(64 if aligned else 32, (1 << 14) // (depth * element_bytes)))
@@ -310,19 +310,23 @@ def _within_heads(x: Tensor) -> Tensor:
 
 
 def variants(capability: int) -> list[Variant]:
-    """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two; of the
+    """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two; of keys that
+    no vector fits; of the
     rows' own positions alone, where the prefix is read at once."""
     llama = ATTENTIONS[-1]
     listed = [_attend_variant(shape, "bf16") for shape in ATTENTIONS]
     listed += [_attend_variant(llama, "fp16"), _attend_variant(llama, "fp32"), _attend_variant(llama, "bf16", splits=8)]
     listed.append(_attend_variant(llama, "bf16", plain=True))
+    listed.append(_attend_variant(llama, "bf16", aligned=False))
     listed.append(_attend_variant(llama, "bf16", alone=True))
     listed.append(_join_variant(llama, "bf16", splits=8))
     return listed
 
 
-def _attend_variant(shape: Attention, dtype: str, splits: int = 1, plain: bool = False, alone: bool = False) -> Variant:
-    tiles = tiles_for(shape.heads // shape.kv_heads, shape.dim, 4 if dtype == "fp32" else 2)
+def _attend_variant(
+    shape: Attention, dtype: str, splits: int = 1, plain: bool = False, alone: bool = False, aligned: bool = True
+) -> Variant:
+    tiles = tiles_for(shape.heads // shape.kv_heads, shape.dim, 4 if dtype == "fp32" else 2, aligned)
     tensors = ("query", "key", "value", "prefix_key", "prefix_value")
     strides = ["query_row_stride", "query_head_stride"]
     strides += [f"{name}_{of}stride" for name in tensors[1:] for of in ("row_", "head_", "")]
@@ -340,7 +344,7 @@ def _attend_variant(shape: Attention, dtype: str, splits: int = 1, plain: bool =
     if plain:
         optional |= {"length": None}
     name = f"{shape.model}, {dtype}" + (f", {splits} splits" if splits > 1 else "")
-    name += ", soft-capped" * plain + ", beside a prefix" * alone
+    name += ", soft-capped" * plain + ", beside a prefix" * alone + ", keys that no vector fits" * (not aligned)
     return Variant(
         name=name,
         kernel=attend_kernel,
@@ -349,7 +353,7 @@ def _attend_variant(shape: Attention, dtype: str, splits: int = 1, plain: bool =
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         matmul=True,
-        aligned=tuple(argument for argument in (*tensors, *strides, "out") if argument not in optional),
+        aligned=tuple(name for name in (*tensors, *strides, "out") if name not in optional) if aligned else ("out",),
     )
 
 

@@ -33,14 +33,21 @@ PROGRAMS_AT_ONCE = 2  # of a multiprocessor
 
 def sharers_if_faster(prefix_row: Tensor, prefix_key: Tensor, heads: int) -> Tensor | None:
     """`sharers_of` where `decode_attention` with that is faster than without, as far as shapes tell; else None."""
+    if not faster_at_once(len(prefix_row), prefix_key, heads):
+        return None
+    return sharers_of(prefix_row, len(prefix_key), heads // prefix_key.shape[1])
+
+
+def faster_at_once(rows: int, prefix_key: Tensor, heads: int, window: int | None = None) -> bool:
+    """Whether prefixes are to be read once for so many rows.
+
+    window: positions that a row sees at most.
+    """
     prefixes, kv_heads, positions, dim = prefix_key.shape
-    group = heads // kv_heads
-    read_again = (len(prefix_row) - prefixes) * 2 * kv_heads * positions * dim * prefix_key.element_size()
-    if read_again < LEAST_SAVED_BYTES:
-        return None
-    if 2 * group > QUERIES or dim * prefix_key.element_size() > MOST_BYTES:
-        return None
-    return sharers_of(prefix_row, prefixes, group)
+    positions = positions if window is None else min(positions, window)
+    read_again = (rows - prefixes) * 2 * kv_heads * positions * dim * prefix_key.element_size()
+    fits = 2 * (heads // kv_heads) <= QUERIES and dim * prefix_key.element_size() <= MOST_BYTES
+    return read_again >= LEAST_SAVED_BYTES and fits
 
 
 def sharers_of(prefix_row: Tensor, prefixes: int, group: int) -> Tensor:

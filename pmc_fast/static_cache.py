@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pmc_fast import gpu
+from pmc_fast.joint_linear import JointLinear
 from pmc_fast.prefill import Prefill
 from pmc_fast.static_rows import Sizes, StaticRows
 
@@ -37,7 +38,13 @@ class StaticCache:
         self.own = positions(sizes.rows, sizes.steps)
 
     @property
+    def joints(self) -> Sequence[JointLinear]:
+        """Whose copies of weights it holds, perhaps beside others."""
+        return ()
+
+    @property
     def held_bytes(self) -> int:
+        """Of keys and values."""
         return self.own.nbytes + (0 if self._kept_prefix is None else self._kept_prefix.nbytes)
 
     def begin(self, filled: Prefill) -> None:
@@ -61,7 +68,7 @@ class StepAttention:
         self._own, self._prefix, self._width = own, prefix, width
         self._length, self._prefix_row = of.step[:rows], of.prefix_row[:rows]
         self._first: dict[int | None, Tensor] = {None: of.first[:rows]}  # that a row sees, by window
-        self._sharers: dict[int, Tensor | None] = {}  # rows that share a prompt, by heads; found once for all layers
+        self._sharers: dict[int, Tensor] = {}  # rows that share a prompt, by heads; found once for all layers
         self._kernel = gpu.kernels("decode_attention").decode_attention
 
     def __call__(
@@ -71,9 +78,11 @@ class StepAttention:
         if window not in self._first:
             self._first[window] = torch.maximum(self._first[None], self._length + (self._width - window))
         (keys, values), (prefix_keys, prefix_values) = self._own[layer], self._prefix[layer]
-        if (heads := query.shape[1]) not in self._sharers:
-            choose = gpu.kernels("prefix_attention").sharers_if_faster
-            self._sharers[heads] = choose(self._prefix_row, prefix_keys, heads)
+        kernels, (rows, heads, _) = gpu.kernels("prefix_attention"), query.shape
+        at_once = kernels.faster_at_once(rows, prefix_keys, heads, window)
+        if at_once and heads not in self._sharers:
+            group = heads // prefix_keys.shape[1]
+            self._sharers[heads] = kernels.sharers_of(self._prefix_row, len(prefix_keys), group)
         return self._kernel(
             query,
             keys,
@@ -85,5 +94,5 @@ class StepAttention:
             prefix_value=prefix_values,
             prefix_row=self._prefix_row,
             length=self._length,
-            sharers=self._sharers[heads],
+            sharers=self._sharers[heads] if at_once else None,
         )

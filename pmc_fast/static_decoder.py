@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.decoder_layers import Unknown
+from pmc_fast.joint_linear import LEAST_STEPS
 from pmc_fast.models import LanguageModel
 from pmc_fast.modules import Modules
 from pmc_fast.ops.sample import preferred
@@ -63,8 +64,9 @@ def static_decoder(
     prefer = preferred(device, draw["temperature"], draw["top_k"], draw["top_p"], draw["min_p"])
     if (impl := backend.choose("linear_sample", draw["impl"], device, dtype, prefer)) not in ("triton", "cuda"):
         return None
+    copies = sizes.steps >= LEAST_STEPS
     try:
-        reads, layers = _read(lm, filled, modules)
+        reads, layers = _read(lm, filled, modules, copies)
     except Unknown:
         return None
     draw, keeps = {**draw, "impl": impl}, kept is not None
@@ -83,11 +85,11 @@ def static_decoder(
     bias = None if lm.head.bias is None else lm.head.bias.data_ptr()
     head = (lm.head.weight.data_ptr(), bias, lm.head.softcap, lm.head.logit_scale)
     precision = torch.backends.cuda.matmul.fp32_precision  # with which products were captured
-    return kept.get((sizes, tuple(ends.tolist()), *draw.items(), precision, *head, *reads), make)
+    return kept.get((sizes, copies, tuple(ends.tolist()), *draw.items(), precision, *head, *reads), make)
 
 
 def _read(
-    lm: LanguageModel, filled: Prefill, modules: Modules
+    lm: LanguageModel, filled: Prefill, modules: Modules, copies: bool
 ) -> tuple[Iterator[Hashable], Callable[..., StaticLayers | StaticModules]]:
     """What a step reads, and what makes the layers that do it, of filled, sizes and keeps. May raise Unknown."""
     try:
@@ -95,7 +97,7 @@ def _read(
     except Unknown:
         check_modules(lm, filled)
         return read_by_modules(lm, filled), partial(StaticModules, lm, modules)
-    return read_in_place(layers), partial(StaticLayers, layers)
+    return read_in_place(layers), partial(StaticLayers, layers, copies)
 
 
 class KeptDecoders:
@@ -107,8 +109,10 @@ class KeptDecoders:
 
     @property
     def held_bytes(self) -> int:
-        """Keys and values of the decoders that are kept."""
-        return sum(decoder.layers.held_bytes for decoder in self._used.values() if decoder is not None)
+        """Keys and values of the decoders that are kept, and copies of weights, which some share."""
+        layers = [decoder.layers for decoder in self._used.values() if decoder is not None]
+        joints = {joint for held in layers for joint in held.joints}
+        return sum(held.held_bytes for held in layers) + sum(joint.copied_bytes for joint in joints)
 
     @contextmanager
     def call(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pmc_fast import gpu
 from pmc_fast.decoder_layers import Unknown, read_layers
 from pmc_fast.gpu.gemm import write_logits
-from pmc_fast.joint_linear import COPY_SHARE, LEAST_STEPS, JointLinear, joint_linear
+from pmc_fast.joint_linear import COPY_SHARE, JointLinear, JointLinears
 from pmc_fast.layer_parts import Layer, Layers, LinearParts, NormParts
 from pmc_fast.memory import free_bytes
 from pmc_fast.models import LanguageModel
@@ -72,7 +72,9 @@ class _Products:
         """[N, O] each; their rows may lie apart."""
         if self.joint is None:
             return side_by_side(x, self.linears)
-        states = _product(x, self.joint.weight, self.joint.bias).split([len(x.parts.weight) for x in self.linears], 1)
+        states = _product(x, self.joint.weight, self.joint.bias).split(
+            [len(linear.parts.weight) for linear in self.linears], 1
+        )
         return [linear.adapted(its, x) for linear, its in zip(self.linears, states, strict=True)]
 
 
@@ -116,14 +118,20 @@ def _has_norms_of_heads(layer: Layer[_Norm, _Linear]) -> bool:
 
 
 class StaticLayers(StaticCache):
-    """The layers, and memory for keys and values. See `StaticCache`."""
+    """The layers, and memory for keys and values. See `StaticCache`.
+
+    Args:
+        copies: whether weights may be copied, for one product in place of several.
+    """
 
     name = "cuda graph"
 
-    def __init__(self, layers: Layers[_Norm, _Linear], filled: Prefill, sizes: Sizes, keeps: bool) -> None:
+    def __init__(
+        self, layers: Layers[_Norm, _Linear], copies: bool, filled: Prefill, sizes: Sizes, keeps: bool
+    ) -> None:
         super().__init__(filled, sizes, keeps)
         self.layers = layers
-        room = free_bytes(filled.hidden.device) * COPY_SHARE if sizes.steps >= LEAST_STEPS else 0
+        joints = JointLinears(int(free_bytes(filled.hidden.device) * COPY_SHARE) if copies else 0)
         self._attention, self._mlp = [], []
         for layer in layers.layers:
             for products, linears, joins in (
@@ -132,17 +140,19 @@ class StaticLayers(StaticCache):
                 (self._mlp, (layer.gate, layer.up), True),
             ):
                 linears = tuple(linear for linear in linears if linear is not None)
-                joint = joint_linear([linear.parts for linear in linears], int(room)) if joins else None
-                room -= 0 if joint is None else joint.copied_bytes
+                joint = joints.of([linear.parts for linear in linears]) if joins else None
                 products.append(_Products(linears, joint))
         position = torch.arange(sizes.width + sizes.steps, device=filled.hidden.device)
         self._cosine, self._sine = layers.angles(position, layers.embed.weight.dtype)  # float32 [K, positions, R]
 
+    @property
+    def joints(self) -> list[JointLinear]:
+        return [products.joint for products in (*self._attention, *self._mlp) if products.joint is not None]
+
     def begin(self, filled: Prefill) -> None:
         super().begin(filled)
-        for products in (*self._attention, *self._mlp):
-            if products.joint is not None:
-                products.joint.refresh()
+        for joint in self.joints:
+            joint.refresh()
 
     def hidden(self, of: StaticRows, rows: int) -> Tensor:
         """The last hidden states [rows, D] of one more token for each of the first rows."""

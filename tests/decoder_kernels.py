@@ -22,10 +22,10 @@ __all__ = [
     "append_token",
     "copy_rows",
     "decode_attention",
+    "faster_at_once",
     "normalize",
     "regroup",
     "rotate_and_append",
-    "sharers_if_faster",
 ]
 
 
@@ -57,8 +57,8 @@ def rotate_and_append(query, key, value, cosine, sine, position, length, keys, v
     return turned(query)
 
 
-def sharers_if_faster(prefix_row, prefix_key, heads):
-    return None
+def faster_at_once(rows, prefix_key, heads, window):
+    return False
 
 
 def decode_attention(query, key, value, first, *, prefix_row, length, sharers, **options):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import VOCAB
 
-from pmc_fast import backend, gpu, static_decoder, static_layers
+from pmc_fast import backend, gpu, static_decoder
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
@@ -23,7 +23,7 @@ def watch(monkeypatch, drawing="triton" if DEVICE == "cuda" else "native"):
     if DEVICE == "cpu":
         monkeypatch.setattr(gpu, "kernels", lambda name: decoder_kernels)
     monkeypatch.setattr(static_decoder, "LEAST_ROWS", 2)  # so that rows are brought together often
-    monkeypatch.setattr(static_layers, "LEAST_STEPS", 2)  # so that weights are copied for few tokens, too
+    monkeypatch.setattr(static_decoder, "LEAST_STEPS", 2)  # so that weights are copied for few tokens, too
 
     def watched(*args):
         made.append(static_decoder.static_decoder(*args))

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from pmc_fast.joint_linear import joint_linear
+from pmc_fast.joint_linear import JointLinears
 from pmc_fast.layer_parts import LinearParts
 
 ROOM = 1 << 20
+
+
+def joint_linear(parts, room):
+    return JointLinears(room).of(parts)
 
 
 def parts_of(*rows, bias=False, dtype=torch.float32):
@@ -50,7 +54,29 @@ def test_others_are_copied_and_follow(bias, rng_seed):
         if bias:
             parts[2].bias.neg_()
     assert joint.weight.data_ptr() == address
-    assert joint_linear(parts, joint.copied_bytes) is not None and joint_linear(parts, joint.copied_bytes - 1) is None
+
+
+def test_copies_take_the_room_that_there_is_and_are_shared(rng_seed):
+    first, second = parts_of(4, 2), parts_of(3, 3)
+    assert joint_linear(first, 4 * 6 * 6 - 1) is None
+    joints = JointLinears(4 * 6 * 6)
+    joint = joints.of(first)
+    assert joints.of(second) is None  # there is no room left
+    assert joints.of(first) is joint and joint_linear(first, 0) is joint  # which needs none
+    del joint
+    assert joint_linear(first, 0) is None  # nobody uses it any more
+
+
+def test_biases_may_be_copied_where_weights_are_not(rng_seed):
+    weight = torch.randn(5, 6)
+    parts = [
+        LinearParts(weight[:3], torch.randn(3), (), weight),
+        LinearParts(weight[3:], torch.randn(2), (), weight, 3),
+    ]
+    joint = joint_linear(parts, 20)
+    joint.refresh()
+    assert joint.copied_bytes == 20 and joint.weight.data_ptr() == weight.data_ptr()
+    assert_joins(joint, parts)
 
 
 def test_weights_in_another_order_or_with_others_between_them_are_copied(rng_seed):

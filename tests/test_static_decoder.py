@@ -90,13 +90,18 @@ def _joints(decoder):
 def test_same_answers_where_each_weight_is_multiplied_by_itself(family, apart, built, monkeypatch, rng_seed):
     model = make(family, rng_seed)
     together = sample(model, rng_seed)
-    monkeypatch.setattr(static_layers, *{"few tokens": ("LEAST_STEPS", 8), "no room": ("COPY_SHARE", 0.0)}[apart])
+    if apart == "few tokens":
+        monkeypatch.setattr(static_decoder, "LEAST_STEPS", 8)
+    else:
+        monkeypatch.setattr(static_layers, "COPY_SHARE", 0.0)
+    built[0].joined = _joints(built[0])
+    built[0].layers._attention = built[0].layers._mlp = []  # whose copies others would share
     assert_same(sample(model, rng_seed), together)
     has_one = family in ("phi3", "gpt_neox", "gpt2")  # weight for queries, keys and values
     norms_of_heads = family in ("qwen3", "gemma3_text")
     gated = family not in ("phi", "gpt_neox", "gpt2", "opt", "starcoder2")
     joined = (not norms_of_heads and family != "gpt_neox", gated)
-    assert _joints(built[0]) == [joined] * len(_joints(built[0]))
+    assert built[0].joined == [joined] * len(_joints(built[1]))
     assert _joints(built[1]) == [(has_one and joined[0], family == "phi3")] * len(_joints(built[1]))
 
 
@@ -112,6 +117,16 @@ def test_copies_of_weights_follow_them(built, monkeypatch, rng_seed):
         assert differ(before, got)
         before = got
     assert built[0] is built[-1] and all(map(all, _joints(built[0])))
+
+
+def test_kept_graphs_know_whether_weights_are_copied_for_as_many_tokens_as_were_asked_for(built, monkeypatch, rng_seed):
+    """Not as there is memory for: both have 32 positions of their own."""
+    monkeypatch.setattr(static_decoder, "LEAST_STEPS", 5)
+    sampler = Sampler(make_model("llama", seed=rng_seed).to(DEVICE), keep_graphs=True)
+    for tokens in (4, 5, 7):
+        sample(sampler, rng_seed, max_new_tokens=tokens)
+    assert [_joints(decoder)[0] for decoder in built] == [(False, False), (True, True), (True, True)]
+    assert built[1] is built[2]
 
 
 def test_copies_take_no_more_than_there_is_room_for(built, monkeypatch, rng_seed):
@@ -545,6 +560,7 @@ def test_what_a_call_had_no_use_for_is_gone():
 
 
 def test_kept_memory_fits_the_budget(built, monkeypatch, rng_seed):
+    monkeypatch.setattr(static_layers, "COPY_SHARE", 0.0)  # keys and values alone
     sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
     want = by_modules(sampler, rng_seed, monkeypatch)
     one = sampler.cache_bytes(4, 32 + 32) + sampler.cache_bytes(1, 7)
@@ -559,12 +575,23 @@ def test_kept_memory_fits_the_budget(built, monkeypatch, rng_seed):
 
 
 def test_what_a_call_keeps_is_free_for_the_next(built, monkeypatch, rng_seed):
+    """Copies of weights, too, of which two decoders have the same."""
     sampler = Sampler(make_model(seed=rng_seed).to(DEVICE), keep_graphs=True)
     total = 2 * 4 * (sampler.cache_bytes(4, 32 + 32) + sampler.cache_bytes(1, 7))
-    monkeypatch.setattr("pmc_fast.sampler.free_bytes", lambda device: total - sampler._kept.held_bytes)
+
+    def free(device):
+        layers = [decoder.layers for decoder in set(built)]
+        copies = {copy.data_ptr(): copy for held in layers for joint in held.joints for copy, _ in joint._copies}
+        own = [x for held in layers for x in (held.own, held._kept_prefix)]
+        return total - sum(x.nbytes for x in (*own, *copies.values()))
+
+    monkeypatch.setattr("pmc_fast.sampler.free_bytes", free)
     for _ in range(3):
         sample(sampler, rng_seed)
-    assert len(built) == 3 and built[0] is built[1] is built[2]
+    assert len(built) == 3 and built[0] is built[1] is built[2] and built[0].layers.joints
+    one = built[0]
+    sample(sampler, rng_seed, num_samples=5, prompts=PROMPTS[:1])
+    assert built[-1] is not one and {*built[-1].layers.joints} == {*one.layers.joints}
 
 
 def test_what_is_kept_for_other_calls_is_freed_before_memory_is_made(built, monkeypatch, rng_seed):

@@ -89,21 +89,21 @@ def test_fewer_positions_at_a_time_of_keys_that_no_vector_fits(monkeypatch):
     """On a GPU: of 64, a compiler reads weights elsewhere."""
     asked, whole = [], kernels.tiles_for
     monkeypatch.setattr(kernels, "tiles_for", lambda *shape: asked.append(whole(*shape)) or asked[-1])
-    cache = torch.randn(2, 4, 2, 70, 129 * 8).bfloat16()  # rows, heads, positions
-    whole_keys = torch.zeros(2, 4, 2, 70, 128).bfloat16()
+    whole_keys, wide = torch.zeros(2, 4, 2, 70, 128).bfloat16(), torch.zeros(2, 4, 2, 70, 144).bfloat16()
     query, first = torch.randn(4, 6, 128).bfloat16(), torch.zeros(4, dtype=torch.int64)
     for keys, positions in (
         (whole_keys, 64),
-        (cache[..., :128], 32),  # positions 1032 elements apart
-        (cache[..., 1:129], 32),
         (whole_keys[..., 1:, :], 64),
         (whole_keys[..., :120], 32),
-        (whole_keys.flatten()[: 2 * 4 * 2 * 69 * 128].view(2, 4, 2, 69, 128), 64),
-        (torch.zeros(2, 4, 2, 70 * 128 + 8)[..., 8:].unflatten(-1, (70, 128)).bfloat16(), 64),
+        (wide[..., :128], 64),
+        (wide[..., 8:136], 64),
+        (wide[..., 1:129], 32),  # by its address alone
+        (torch.zeros(2, 4, 2, 70, 136).bfloat16()[..., :128], 32),  # by its positions' alone
+        (torch.zeros(2, 4, 2, 70 * 128 + 8).bfloat16()[..., :-8].unflatten(-1, (70, 128)), 32),  # its heads'
     ):
         kernels.decode_attention(query[..., : keys.shape[4]], *keys, first, scale=1.0, softcap=None)
         assert positions == asked[-1].POSITIONS
-    prefix = {"prefix_key": cache[0, :2, ..., :128], "prefix_value": whole_keys[1, :2], "prefix_row": first}
+    prefix = {"prefix_key": wide[0, :2, ..., 1:129], "prefix_value": whole_keys[1, :2], "prefix_row": first}
     kernels.decode_attention(query, *whole_keys, first, scale=1.0, softcap=None, **prefix)
     assert asked[-1].POSITIONS == 32
 

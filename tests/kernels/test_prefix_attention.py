@@ -12,7 +12,7 @@ from benchmarks.bench_decode_attention_by_prefix import DecodeAttentionByPrefixB
 from benchmarks.shapes import AttentionHeads
 from pmc_fast.gpu.checks import no_bad_row
 from pmc_fast.kernels import decode_attention, prefix_attention
-from pmc_fast.kernels.prefix_attention import sharers_if_faster, sharers_of
+from pmc_fast.kernels.prefix_attention import faster_at_once, sharers_if_faster, sharers_of
 from pmc_fast.ops.decode_attention import decode_attention as op
 from pmc_fast.reference.decode_attention import decode_attention as reference
 
@@ -218,16 +218,19 @@ def test_a_graph_is_replayed_while_rows_move(splits, rng_seed):
 
 
 def test_long_prefixes_of_many_rows_are_read_at_once():
-    def chosen(rows, positions, heads=24, repeat=1, dtype=torch.bfloat16):
+    def chosen(rows, positions, heads=24, window=None, repeat=1, dtype=torch.bfloat16):
         prefix_key = torch.empty(8, 8, positions, 128 * repeat, dtype=dtype, device="meta")
-        return sharers_if_faster(torch.arange(rows) * 8 // rows, prefix_key, heads)
+        return faster_at_once(rows, prefix_key, heads, window)
 
-    assert chosen(160, 256).shape == (7 + 8, 21)
-    assert chosen(160, 64) is None and chosen(160, 240) is None  # too short
-    assert chosen(48, 256) is None and chosen(48, 1024) is not None and chosen(8, 1 << 20) is None  # too few rows
-    assert chosen(160, 4096, heads=8 * 33) is None  # a row to a tile
-    assert chosen(160, 4096, repeat=2, dtype=torch.float32) is None  # no room for a position
-    assert chosen(7, 4096) is None  # not one for each prefix
+    assert chosen(160, 256) and not chosen(160, 64) and not chosen(160, 240)  # too short
+    assert chosen(160, 4096, window=256) and not chosen(160, 4096, window=240)
+    assert chosen(48, 1024) and not chosen(48, 256) and not chosen(8, 1 << 20)  # too few rows
+    assert not chosen(160, 4096, heads=8 * 33)  # a row to a tile
+    assert not chosen(160, 4096, repeat=2, dtype=torch.float32)  # no room for a position
+    assert not chosen(7, 4096)  # not one for each prefix
+    prefix_key, prefix_row = torch.empty(8, 8, 256, 128, dtype=torch.bfloat16, device="meta"), torch.arange(160) // 20
+    assert sharers_if_faster(prefix_row, prefix_key, 24).shape == (7 + 8, 21)
+    assert sharers_if_faster(prefix_row, prefix_key[:, :, 16:], 24) is None
 
 
 @pytest.mark.parametrize("impl", ["triton"])
