@@ -311,8 +311,7 @@ def _within_heads(x: Tensor) -> Tensor:
 
 def variants(capability: int) -> list[Variant]:
     """With a shared prefix and lengths that are read on the device, as sampling wants them, and with none of the two; of keys that
-    no vector fits; of the
-    rows' own positions alone, where the prefix is read at once."""
+    no vector fits; of the rows' own positions alone, where the prefix is read at once."""
     llama = ATTENTIONS[-1]
     listed = [_attend_variant(shape, "bf16") for shape in ATTENTIONS]
     listed += [_attend_variant(llama, "fp16"), _attend_variant(llama, "fp32"), _attend_variant(llama, "bf16", splits=8)]
