@@ -615,7 +615,7 @@ def test_temperatures_are_those_that_the_ops_take(temperature):
         ([[0.5] * 3], r"gave shape \[1, 3\], expected one score for each of the 3 candidates"),
         (None, "gave None, expected one score for each of the 3 candidates"),
         (["a", "b", "c"], "gave a value of type list, expected one score for each of the 3 candidates"),
-        ([0.5, math.nan, 0.1], "gave nan for candidate 1, '.*', expected a number"),
+        ([0.5, math.nan, 0.1], "gave nan for candidate 1, (['\"]).*\\1, expected a number"),
     ],
 )
 def test_scores_that_are_none_are_refused_and_change_nothing(scores, message, rng_seed):
