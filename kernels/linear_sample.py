@@ -22,8 +22,8 @@ from pmc_fast.phases import phase
 
 SCRATCH_BYTES = 1 << 29  # of logits held at once
 # Up to so many rows the fused kernel is the faster one. On an H200 it takes 220 and 244 us for 16 and 32 rows of Llama-3.2-3B's head,
-# 52 and 74 of SmolLM2-135M's, and torch's product and `draw_from_all` 277 and 60 for 64 rows: with 32 they lose little to it at the
-# larger head, or nothing, and gain a fifth at the smaller.
+# and torch's product and `draw_from_all` 277 for 64; 52 and 74 of SmolLM2-135M's, and these 60 for 64. With 32 rows they have not been
+# timed.
 FUSED_ROWS = 16
 PIECE = tl.constexpr(16)  # rows that a program draws for together
 

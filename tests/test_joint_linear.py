@@ -2,11 +2,23 @@
 
 import pytest
 import torch
+from draws import assert_same, differ
+from tiny import KNOWN, make_model
 
+pytest.importorskip("triton")
+from static_decoding import DEVICE, by_modules, sample, watch
+
+from pmc_fast import static_decoder, static_layers
 from pmc_fast.joint_linear import JointLinears
 from pmc_fast.layer_parts import LinearParts
+from pmc_fast.sampler import Sampler
 
 ROOM = 1 << 20
+
+
+@pytest.fixture
+def built(monkeypatch):
+    return watch(monkeypatch)
 
 
 def joint_linear(parts, room):
@@ -96,3 +108,68 @@ def test_what_is_not_alike_stays_apart(rng_seed):
     for parts in ([one], [one, wide], [one, biased], [biased, one]):
         assert joint_linear(parts, ROOM) is None
     assert joint_linear([one, other], ROOM) is not None
+
+
+def joints_of(decoder):
+    """Of each layer, whether one product makes queries, keys and values, and whether one makes the gate and what it gates."""
+    layers = decoder.layers
+    return [
+        tuple(products.joint is not None for products in both)
+        for both in zip(layers._attention, layers._mlp, strict=True)
+    ]
+
+
+# biases, norms of heads and of all of them, clipped states; weights that are one already, in rows, columns or heads; no gate
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2", "olmo", "phi3", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("apart", ["few tokens", "no room"])
+def test_same_answers_where_each_weight_is_multiplied_by_itself(family, apart, built, monkeypatch, rng_seed):
+    model = make_model(family, seed=rng_seed, **KNOWN[family]).to(DEVICE)
+    together = sample(model, rng_seed)
+    if apart == "few tokens":
+        monkeypatch.setattr(static_decoder, "LEAST_STEPS", 8)
+    else:
+        monkeypatch.setattr(static_layers, "COPY_SHARE", 0.0)
+    built[0].joined = joints_of(built[0])
+    built[0].layers._attention = built[0].layers._mlp = []  # whose copies others would share
+    assert_same(sample(model, rng_seed), together)
+    has_one = family in ("phi3", "gpt_neox", "gpt2")  # weight for queries, keys and values
+    norms_of_heads = family == "qwen3"
+    gated = family not in ("gpt_neox", "gpt2", "opt")
+    joined = (not norms_of_heads and family != "gpt_neox", gated)
+    assert built[0].joined == [joined] * len(joints_of(built[1]))
+    assert joints_of(built[1]) == [(has_one and joined[0], family == "phi3")] * len(joints_of(built[1]))
+
+
+def test_copies_of_weights_follow_them(built, monkeypatch, rng_seed):
+    model = make_model("qwen2", seed=rng_seed).to(DEVICE)
+    sampler, layer = Sampler(model, keep_graphs=True), model.model.layers[0]
+    before = sample(sampler, rng_seed)
+    for changed in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.bias, layer.mlp.up_proj.weight):
+        with torch.no_grad():
+            changed.mul_(-3.0)
+        got = sample(sampler, rng_seed)
+        assert_same(got, by_modules(model, rng_seed, monkeypatch))
+        assert differ(before, got)
+        before = got
+    assert built[0] is built[-1] and all(map(all, joints_of(built[0])))
+
+
+def test_kept_graphs_know_whether_weights_are_copied_for_as_many_tokens_as_were_asked_for(built, monkeypatch, rng_seed):
+    """Not as there is memory for: both have 32 positions of their own."""
+    monkeypatch.setattr(static_decoder, "LEAST_STEPS", 5)
+    sampler = Sampler(make_model("llama", seed=rng_seed).to(DEVICE), keep_graphs=True)
+    for tokens in (4, 5, 7):
+        sample(sampler, rng_seed, max_new_tokens=tokens)
+    assert [joints_of(decoder)[0] for decoder in built] == [(False, False), (True, True), (True, True)]
+    assert built[1] is built[2]
+
+
+def test_copies_take_no_more_than_there_is_room_for(built, monkeypatch, rng_seed):
+    """For the first layer's, in the order in which they are multiplied."""
+    model = make_model("llama", seed=rng_seed).to(DEVICE)
+    attention = model.model.layers[0].self_attn
+    needed = sum(x.weight.nbytes for x in (attention.q_proj, attention.k_proj, attention.v_proj))
+    monkeypatch.setattr(static_layers, "free_bytes", lambda device: needed / static_layers.COPY_SHARE)
+    got = sample(model, rng_seed)
+    assert joints_of(built[0]) == [(True, False)] + [(False, False)] * (len(model.model.layers) - 1)
+    assert_same(got, by_modules(model, rng_seed, monkeypatch))
