@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pmc_fast.kernels.logits import INFINITY, Head, head_logit, is_distribution, mass_below
 from pmc_fast.kernels.philox import gumbel, gumbel_bound, tile_words, token_word
-from pmc_fast.kernels.sampling import DRAWS, NOISE, Draws, Sampling, logits_variants
+from pmc_fast.kernels.sampling import DRAWS, Draws, Sampling, logits_variants
 from pmc_fast.kernels.variant import Variant, absent, present
 
 TILE = 4096  # tokens that a program of a first pass reads
@@ -269,7 +269,7 @@ def variants(capability: int) -> list[Variant]:
                 Variant(
                     name=f"{'greedy' if greedy else 'draw'}, {logits.name}",
                     kernel=draw_kernel,
-                    signature=logits.signature | present(logits.logits_row) | temper | NOISE | PARTS,
+                    signature=logits.signature | present(logits.logits_row) | temper | logits.noise | PARTS,
                     constants=logits.constants
                     | absent(logits.logits_row)
                     | {"GREEDY": greedy, "TEMPERED": not greedy, "TILE": tile},
@@ -283,7 +283,7 @@ def variants(capability: int) -> list[Variant]:
             Variant(
                 name=f"finish the draw, {logits.name}",
                 kernel=finish_draw_kernel,
-                signature=PARTS | {"temperature": "fp32"} | NOISE | DRAWS,
+                signature=PARTS | {"temperature": "fp32"} | logits.noise | DRAWS,
                 constants={"GREEDY": False, "TEMPERED": True, "TILES": tiles},
                 num_warps=4,
                 num_stages=3,

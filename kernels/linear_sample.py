@@ -15,7 +15,7 @@ from pmc_fast.kernels.draw import PARTS, Parts, draw_from_all, draw_from_tile, f
 from pmc_fast.kernels.interpreted import dot
 from pmc_fast.kernels.logits import Head, head_logit
 from pmc_fast.kernels.philox import block_words
-from pmc_fast.kernels.sampling import NOISE, Draws, Sampling
+from pmc_fast.kernels.sampling import NOISE_OF_A_GRAPH, Draws, Sampling
 from pmc_fast.kernels.truncate import draw_truncated
 from pmc_fast.kernels.variant import MODELS, Model, Variant, absent, present
 from pmc_fast.phases import phase
@@ -39,12 +39,15 @@ def linear_sample(
     top_k: int | None,
     top_p: float,
     min_p: float,
-    seed: int,
+    seed: int | Tensor,
     sequence: Tensor,
     position: Tensor,
     hidden_row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits that several draws are from are multiplied once, and with truncation their groups are measured once."""
+    """Logits that several draws are from are multiplied once, and with truncation their groups are measured once.
+
+    A seed that is an int64 [1] is read by the kernels, so that a CUDA graph of them draws by the seed of the time.
+    """
     head = Head(None if bias is None else bias.contiguous(), None if logit_scale == 1 else logit_scale, softcap)
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, sequence, position)
     rows, vocab = len(sequence), len(weight)
@@ -280,7 +283,7 @@ def _variant(name: str, model: Model, dtype: str, greedy: bool) -> Variant:
     return Variant(
         name=name,
         kernel=head_draw_kernel,
-        signature=signature | present(head) | NOISE | PARTS,
+        signature=signature | present(head) | NOISE_OF_A_GRAPH | PARTS,
         constants=absent(head)
         | {"GREEDY": greedy, "TEMPERED": not greedy, "PRECISION": "ieee", "WHOLE": model.size % tiles.dim == 0}
         | {"VOCAB_TILE": tiles.vocab, "ROW_TILE": tiles.rows, "DIM_TILE": tiles.dim},

@@ -8,26 +8,39 @@ from __future__ import annotations
 
 import struct
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from pmc_fast.philox import SAMPLE_STREAM
 
 STREAM = tl.constexpr(SAMPLE_STREAM)
 
 
-def halves(bits: int) -> tuple[int, int]:
-    """The low and the high half of a 64-bit integer, as kernels take it: int32 arguments whatever the value."""
+def halves(bits: int | Tensor) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """The low and the high half of a 64-bit integer, as kernels take it: int32 arguments whatever the value.
+
+    Of a tensor int64 [1] where they lie: a kernel in a CUDA graph then reads the value of the time.
+    """
+    if isinstance(bits, Tensor):
+        return bits.view(torch.int32).split(1)
     return struct.unpack("<2i", struct.pack("<Q", bits))
+
+
+@triton.jit
+def half(argument):
+    """uint32, of what `halves` gave."""
+    if argument.dtype.is_ptr():
+        argument = tl.load(argument)
+    return argument.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def block_words(seed_low, seed_high, sequence, position, block):
     """The words of tokens 4 * block + 0, 1, 2, 3; sequence, position and block are uint32 and broadcast."""
     stream = tl.zeros_like(block) + STREAM
-    key_low = seed_low.to(tl.uint32, bitcast=True)
-    key_high = seed_high.to(tl.uint32, bitcast=True)
-    return tl.philox_impl(block, position, sequence, stream, key_low, key_high)
+    return tl.philox_impl(block, position, sequence, stream, half(seed_low), half(seed_high))
 
 
 @triton.jit

@@ -14,19 +14,20 @@ from pmc_fast.kernels.variant import MODELS, absent, present
 
 # The kinds of the arguments, for variants.
 NOISE = {"seed_low": "i32", "seed_high": "i32", "sequence": "*i64", "position": "*i64"}
+NOISE_OF_A_GRAPH = NOISE | dict.fromkeys(("seed_low", "seed_high"), "*i32")
 DRAWS = {"out_token": "*i64"}
 DRAWS |= dict.fromkeys(("out_logprob", "out_sampling_logprob", "out_kept_mass"), "*fp32")
 DRAWS |= {"bad": "*i32", "first_row": "i32"}
 
 
 class Sampling(NamedTuple):
-    """The options of a draw, as `pmc_fast.sample` takes them, and its rows' coordinates."""
+    """The options of a draw, as `pmc_fast.sample` takes them, and its rows' coordinates; a seed may also be an int64 [1]."""
 
     temperature: float
     top_k: int | None
     top_p: float
     min_p: float
-    seed: int
+    seed: int | Tensor
     sequence: Tensor
     position: Tensor
     logits_row: Tensor | None = None  # int64, contiguous: whose logits each draw is from; None: its own
@@ -52,7 +53,7 @@ class Sampling(NamedTuple):
     def inverse_temperature(self) -> float:
         return 1.0 if self.greedy else 1 / self.temperature
 
-    def noise(self) -> tuple[int, int, Tensor, Tensor]:
+    def noise(self) -> tuple[int, int, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
         return *halves(self.seed), self.sequence.contiguous(), self.position.contiguous()
 
 
@@ -89,6 +90,7 @@ class LogitsVariant(NamedTuple):
     constants: dict[str, None]
     aligned: tuple[str, ...]
     logits_row: dict[str, str | None]  # an argument of kernels that draw
+    noise: dict[str, str]  # and more of them
 
 
 def logits_variants() -> Iterator[LogitsVariant]:
@@ -104,5 +106,7 @@ def logits_variants() -> Iterator[LogitsVariant]:
 def _logits_variant(name: str, vocab: int, dtype: str, head: dict[str, str | None]) -> LogitsVariant:
     signature = {"logits": "*" + dtype, "stride": "i32", "vocab": "i32"} | present(head)
     aligned = ("logits", "stride", "vocab", *(("bias",) if head["bias"] else ()))
-    logits_row = {"logits_row": "*i64" if dtype == "fp32" else None}
-    return LogitsVariant(name, vocab, signature, absent(head), aligned, logits_row)
+    decodes = dtype == "fp32"  # products with a head, in a graph
+    logits_row = {"logits_row": "*i64" if decodes else None}
+    noise = NOISE_OF_A_GRAPH if decodes else NOISE
+    return LogitsVariant(name, vocab, signature, absent(head), aligned, logits_row, noise)

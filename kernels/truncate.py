@@ -26,7 +26,7 @@ from pmc_fast.kernels.cut import (
 from pmc_fast.kernels.draw import NO_TOKEN, tile_for, warps_for
 from pmc_fast.kernels.logits import INFINITY, Head, head_logit, is_distribution, mass_below
 from pmc_fast.kernels.philox import gumbel, gumbel_bound, halves, token_word
-from pmc_fast.kernels.sampling import DRAWS, NOISE, Draws, Sampling, logits_variants
+from pmc_fast.kernels.sampling import DRAWS, Draws, Sampling, logits_variants
 from pmc_fast.kernels.variant import Variant, absent, present
 
 GROUP = 128  # tokens whose maximum and masses the truncation starts from
@@ -292,7 +292,7 @@ def variants(capability: int) -> list[Variant]:
                     | present(logits.logits_row)
                     | {"temperature": "fp32"}
                     | cuts
-                    | NOISE
+                    | logits.noise
                     | GROUPS
                     | {"scratch": "*i32"}
                     | DRAWS,

@@ -80,8 +80,8 @@ class Sampler:
     Args:
         model: the model, or a ``LanguageModel`` around it.
         keep_graphs: on a GPU, whether the memory and the CUDA graphs of a call stay for the next one: of the same rows,
-            options (the seed is one, ``sequence_ids`` are not) and weights' addresses, and of about the same lengths.
-            Otherwise nothing stays allocated.
+            options (but for ``seed`` and ``sequence_ids``) and weights' addresses, and of about the same lengths. Otherwise
+            nothing stays allocated.
         compile_modules: whether the model's own modules are compiled by torch where they decode: see ``decoder``; this library's
             kernels are what they are. Takes from ten seconds to a minute or more at the first token, again where the first
             single row comes up, and whenever the model has changed in more than its weights' values.
@@ -230,7 +230,7 @@ class Sampler:
         decoder = static_decoder(self.lm, filled, sizes, ends, draw, self._kept, self._modules)
         if decoder is not None:
             with torch.cuda.device_of(limit):  # where its kernels are launched
-                wave = decoder.sample(filled, sequence, limit, prune, progress)
+                wave = decoder.sample(filled, sequence, limit, draw["seed"], prune, progress)
             self.decoder = decoder.name
             return wave
         rows = RunningRows(self.lm, filled, num_samples, steps, self._modules)

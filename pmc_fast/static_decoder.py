@@ -52,7 +52,7 @@ def static_decoder(
     Args:
         filled: a pass over some prompts, which shows how the model attends.
         ends: int64 [E], the tokens that end an answer.
-        draw: the options of `linear_sample` but for sequence and position.
+        draw: the options of `linear_sample` but for sequence and position; the seed serves no decoder, but its `sample`.
         kept: holds decoders of an earlier call, of which one that fits serves again; None: this call has its own.
         modules: run a step of layers that are of no known kind.
     """
@@ -69,7 +69,7 @@ def static_decoder(
         reads, layers = _read(lm, filled, modules, copies)
     except Unknown:
         return None
-    draw, keeps = {**draw, "impl": impl}, kept is not None
+    draw, keeps = {name: draw[name] for name in draw if name != "seed"} | {"impl": impl}, kept is not None
     sizes = sizes.rounded() if keeps else sizes
 
     def make() -> StaticDecoder | None:
@@ -160,6 +160,7 @@ class StaticDecoder:
         filled: Prefill,
         sequence: Tensor,
         limit: Tensor,
+        seed: int,
         prune: Pruner | None,
         progress: Callable[[int], object] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
@@ -171,7 +172,7 @@ class StaticDecoder:
             sequence, limit: int64 [answers].
         """
         self.layers.begin(filled)
-        self._rows.begin(filled, sequence, limit)
+        self._rows.begin(filled, sequence, limit, seed)
         self._draw(filled.hidden)
         rows_for = partial(_graph_rows, self.sizes.rows)
         counts = self._rows.counts(rows_for)
@@ -231,7 +232,8 @@ class StaticDecoder:
 
     def _draw(self, hidden: Tensor) -> None:
         """Draw the next token of each answer from its row's hidden state, and write down what became of them."""
-        draws = {"sequence": self._rows.sequence, "position": self._rows.step, "hidden_row": self._rows.row}
+        rows = self._rows
+        draws = {"seed": rows.seed, "sequence": rows.sequence, "position": rows.step, "hidden_row": rows.row}
         token, logprob, *_ = self._linear_sample(hidden, self._lm.head.weight, **draws, **self._draw_options)
         self._rows.record(token, logprob)
 

@@ -63,7 +63,7 @@ class StaticRows:
         token: int64 [rows], a row's last token; position: its place, for the rotary embedding.
         prefix_row: int64 [rows], its prompt; first: the first position it sees.
         step: int64 [answers or rows], how many tokens have been drawn.
-        texts: int64 [1], how many rows have a text.
+        texts: int64 [1], how many rows have a text; seed: int64 [1], that of the noise.
     """
 
     def __init__(self, sizes: Sizes, ends: Tensor, own: Tensor) -> None:
@@ -87,14 +87,15 @@ class StaticRows:
         self._source, self._destination = counts(2, rows)
         self._counts = counts(3)  # texts, running answers, rows that are to be copied
         self.texts = self._counts[:1]
-        self._decoded = counts(1)
+        self._decoded, self.seed = counts(1), counts(1)
 
-    def begin(self, filled: Prefill, sequence: Tensor, limit: Tensor) -> None:
+    def begin(self, filled: Prefill, sequence: Tensor, limit: Tensor, seed: int) -> None:
         """Everything as it is before the first draw: a row for each prompt. Prompts end where the prefix ends."""
         prompts = self._sizes.prompts
         prompt = torch.arange(prompts, device=self.row.device)
         self.sequence.copy_(sequence)
         self._limit.copy_(limit)
+        self.seed.fill_(seed)
         self.row.copy_(prompt.repeat_interleave(self._sizes.rows // prompts))
         self.running.fill_(True)
         by_answer = self._length, self._finished, self.pruned, self._logprobs

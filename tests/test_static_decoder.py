@@ -328,7 +328,7 @@ def test_the_second_step_of_so_many_rows_is_captured(captured, built, monkeypatc
         assert mine == ["run", "capture", *["replay"] * (len(mine) - 2)][: len(mine)]
     assert len([what for what, _ in captured if what == "replay"]) > 7
     captured.clear()
-    assert_same(sample(sampler, rng_seed, **options), want)
+    assert_same(sample(sampler, rng_seed + 1, **options), by_modules(sampler.lm, rng_seed + 1, monkeypatch, **options))
     assert ("capture", 80) not in captured and captured.count(("replay", 80)) > 1  # kept from the call before
 
 
@@ -374,12 +374,15 @@ def test_pruning_stops_the_same_answers(family, num_samples, top_k, built, steps
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", BOTH)
-def test_kept_graphs_serve_calls_of_about_the_same_sizes_and_weights_that_change(family, built, monkeypatch, rng_seed):
+def test_kept_graphs_serve_other_seeds_about_the_same_sizes_and_weights_that_change(
+    family, built, monkeypatch, rng_seed
+):
     model = make_model(family, seed=rng_seed).to(DEVICE)
     sampler = Sampler(model, keep_graphs=True)
-    for prompts, steps in ((PROMPTS, 7), (PROMPTS, 5), ([[9, 8], [7], [6, 5, 4], [3]], 9)):
+    others = [[9, 8], [7], [6, 5, 4], [3]]
+    for seed, prompts, steps in ((rng_seed, PROMPTS, 7), (0, PROMPTS, 5), (2**63 - 1, others, 9)):
         options = {"prompts": prompts, "max_new_tokens": steps}
-        assert_same(sample(sampler, rng_seed, **options), by_modules(model, rng_seed, monkeypatch, **options))
+        assert_same(sample(sampler, seed, **options), by_modules(model, seed, monkeypatch, **options))
         assert sampler.decoder == BOTH[family]
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -431,7 +434,6 @@ def test_nothing_is_left_of_a_call_that_was_broken_off(built, rng_seed):
     "change",
     [
         lambda model, options: options.update(temperature=0.8),
-        lambda model, options: options.update(seed=options["seed"] + 1),
         lambda model, options: options.update(eos_token_id=[5, 6]),
         lambda model, options: options.update(num_samples=5),
         lambda model, options: options.update(max_new_tokens=40),

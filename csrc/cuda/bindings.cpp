@@ -26,8 +26,8 @@ PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
         "sample",
         [](int device, uintptr_t stream, uintptr_t logits, int dtype, uintptr_t logits_row, int64_t rows, int64_t vocab,
            int64_t row_stride, uintptr_t bias, float logit_scale, float softcap, float temperature, int64_t top_k,
-           double top_p, float log_min_p, uint64_t seed, uintptr_t sequence, uintptr_t position, uintptr_t token,
-           uintptr_t logprob, uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t bad) {
+           double top_p, float log_min_p, uint64_t seed, uintptr_t seed_at, uintptr_t sequence, uintptr_t position,
+           uintptr_t token, uintptr_t logprob, uintptr_t sampling_logprob, uintptr_t kept_mass, uintptr_t bad) {
             pmc::cuda::sample({pointer<const void>(logits),
                                pointer<const int64_t>(logits_row),
                                rows,
@@ -40,6 +40,7 @@ PYBIND11_MODULE(PMC_CUDA_MODULE, m) {
                                top_p,
                                log_min_p,
                                seed,
+                               pointer<const uint64_t>(seed_at),
                                pointer<const int64_t>(sequence),
                                pointer<const int64_t>(position),
                                pointer<int64_t>(token),

@@ -24,6 +24,7 @@ struct SampleArgs {
     double top_p;       // 1 is off
     float log_min_p;    // -inf is off
     uint64_t seed;
+    const uint64_t* seed_at;  // where the seed lies when the kernel runs; null: it is `seed`
     const int64_t* sequence;  // [rows]
     const int64_t* position;  // [rows]
     int64_t* token;           // [rows]

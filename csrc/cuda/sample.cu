@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) sample_kernel(SampleArgs args
     }
     shared.histogram.clear(team);
     __syncthreads();
-    Race race({args.seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r])},
+    const uint64_t seed = args.seed_at ? *args.seed_at : args.seed;
+    Race race({seed, static_cast<uint32_t>(args.sequence[r]), static_cast<uint32_t>(args.position[r])},
               &shared.best_score);
 
     const auto logit = [&](float z, int token) { return transformed(args.bias ? z + args.bias[token] : z, args.head); };

@@ -33,7 +33,7 @@ void fuzz_cuda_sample(Case& c) {
             logits.bias.push_back(random.one_in(9) ? -INFINITY : random.normal());
     const Options options = Options::random(random, logits.vocab);
     // From each row once, or from rows in any order.
-    const bool grouped = random.one_in(3);
+    const bool grouped = random.one_in(3), seed_in_memory = random.one_in(2);
     const auto rows = static_cast<size_t>(grouped ? random.between(0, 3 * logits.rows) : logits.rows);
     std::vector<int64_t> logits_row(grouped ? rows : 0), sequence(rows), position(rows), token(rows, -1);
     std::vector<float> logprob(rows, kNaN), sampling_logprob(rows, kNaN), kept_mass(rows, kNaN);
@@ -58,7 +58,8 @@ void fuzz_cuda_sample(Case& c) {
                   options.top_k,
                   options.top_p,
                   options.log_min_p,
-                  options.seed,
+                  seed_in_memory ? 0 : options.seed,
+                  seed_in_memory ? &options.seed : nullptr,
                   sequence.data(),
                   position.data(),
                   token.data(),

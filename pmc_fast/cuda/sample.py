@@ -19,7 +19,7 @@ def sample(
     top_k: int | None,
     top_p: float,
     min_p: float,
-    seed: int,
+    seed: int | Tensor,
     sequence: Tensor,
     position: Tensor,
     bias: Tensor | None = None,
@@ -29,7 +29,8 @@ def sample(
     op: str = "sample",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What follows position is for `linear_sample`: bias, softcap and logit_scale, what is still to be done to the logits;
-    logits_row, int64 [N], the row of logits that each draw is from, by default its own; op, what an error calls it."""
+    logits_row, int64 [N], the row of logits that each draw is from, by default its own; op, what an error calls it; and a seed may
+    be an int64 [1], which the kernel reads, so that a CUDA graph of it draws by the seed of the time."""
     rows, vocab, device = len(sequence), logits.shape[1], logits.device
     if vocab > (most := library().MOST_VOCAB):
         raise ValueError(f"logits: got {vocab} tokens, expected at most {most}, as far as the CUDA kernel counts")
@@ -56,7 +57,7 @@ def sample(
         top_k or 0,
         top_p,
         math.log(min_p) if min_p > 0 else -math.inf,
-        seed,
+        *((0, seed.data_ptr()) if isinstance(seed, Tensor) else (seed, 0)),
         *(t.data_ptr() for t in (sequence, position, token, *columns, bad)),
     )
     report(op, bad, rows)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import PeakMemory
-from pmc_fast import BackendUnavailable, collapse_loss, linear_logprob, linear_sample, sample
+from pmc_fast import BackendUnavailable, backend, collapse_loss, linear_logprob, linear_sample, sample
 from pmc_fast.fast_linear import fast_linear, scratch
 from pmc_fast.native import gemm, library
 from pmc_fast.native.packed_linear import packed_linear
@@ -574,6 +574,21 @@ def test_many_draws_from_one_hidden_state(impl, options, monkeypatch, rng_seed):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     none = linear_sample(hidden, weight, bias=b, impl=impl, hidden_row=row[:0])
     assert none.token.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(3, {}), (17, {}), (3, {"top_k": 9, "top_p": 0.9})], ids=["few rows", "more", "truncated"]
+)
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_a_seed_in_memory_is_read_by_the_kernels(impl, rows, options, rng_seed):
+    """So that the CUDA graphs of a decoding step draw by another one in each call."""
+    hidden, weight = (t.detach() for t in make(rows)[:2])
+    given = {"bias": None, "softcap": None, "logit_scale": 1.0, "temperature": 0.9, "min_p": 0.0, "top_k": None}
+    given |= {"top_p": 1.0, "sequence": torch.arange(rows), "position": torch.arange(rows), **options}
+    run, seed = backend.load("linear_sample", impl), 2**62 + rng_seed
+    memory = torch.tensor([0, seed, 0])
+    drawn, want = run(hidden, weight, seed=memory[1:2], **given), run(hidden, weight, seed=seed, **given)
+    assert all(torch.equal(*pair) for pair in zip(drawn, want, strict=True))
 
 
 def test_bad_hidden_rows():
