@@ -1,7 +1,8 @@
 """Decodes a model on a GPU from fixed memory: a step of so many rows is one CUDA graph.
 
 A graph holds everything from the embedding of the last tokens to the record of the next ones, so a step costs the host one
-launch. A row is a text that some answers say so far: the graph of the fewest rows that hold all texts is the one that runs.
+launch. A row is a text that some answers say so far: of the graphs whose rows hold all texts the one of the fewest runs, and one of
+fewer is made once it would have spared as much as it costs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pmc_fast import backend
 from pmc_fast.decoder_layers import Unknown
+from pmc_fast.graph_rows import GraphRows
 from pmc_fast.joint_linear import LEAST_STEPS
 from pmc_fast.models import LanguageModel
 from pmc_fast.modules import Modules
@@ -30,8 +32,6 @@ from pmc_fast.warning import warn
 
 if TYPE_CHECKING:
     from pmc_fast.pruning import Pruner
-
-LEAST_ROWS = 16  # of a graph
 
 _capturing = Lock()  # of threads that decode different models one captures at a time: they have the same streams for it
 
@@ -153,7 +153,7 @@ class StaticDecoder:
         self._draw_options = options
         self.captures, self.name = head.weight.is_cuda, layers.name
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by rows; None: a step ran, which was not captured
-        self._pool = None
+        self._graph_rows, self._pool = GraphRows(sizes.rows), None
 
     def sample(
         self,
@@ -174,8 +174,7 @@ class StaticDecoder:
         self.layers.begin(filled)
         self._rows.begin(filled, sequence, limit, seed)
         self._draw(filled.hidden)
-        rows_for = partial(_graph_rows, self.sizes.rows)
-        counts = self._rows.counts(rows_for)
+        counts = self._rows.counts(self._rows_for)
         for step in range(1, int(limit.max())):  # so many tokens are drawn
             if prune is not None and step % prune.interval == 0:
                 with phase("prune"):
@@ -185,17 +184,19 @@ class StaticDecoder:
             if running == 0:
                 break
             with phase("decode"):
-                self._advance(rows_for(texts))
+                self._advance(self._rows_for(texts))
+            self._graph_rows.note(texts)
             counts.note()
             if progress:
                 progress(running)
         return self._rows.results()
 
-    def _advance(self, rows: int) -> None:
-        """One step: the first of so many rows compiles what has to be, a second one is captured, and then replayed.
+    def _rows_for(self, texts: int) -> int:
+        """How many rows a step of so many texts has."""
+        return self._graph_rows.of_graph(texts) if self.captures else self._graph_rows.fewest(texts)
 
-        So a number of rows that texts soon outgrow costs no capture.
-        """
+    def _advance(self, rows: int) -> None:
+        """One step: the first of so many rows compiles what has to be, a second one is captured, and then replayed."""
         if self.captures and rows in self._graphs:
             self._graphs[rows] = self._graphs[rows] or self._capture(rows)
         if (graph := self._graphs.setdefault(rows)) is not None:
@@ -241,10 +242,3 @@ class StaticDecoder:
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _graph_rows(rows: int, texts: int) -> int:
-    """How many rows the next step has: all, halved as often as the texts allow."""
-    while rows > LEAST_ROWS and texts <= (half := -(-rows // (2 * LEAST_ROWS)) * LEAST_ROWS) < rows:
-        rows = half
-    return rows

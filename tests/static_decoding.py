@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import VOCAB
 
-from pmc_fast import backend, gpu, static_decoder
+from pmc_fast import backend, gpu, graph_rows, static_decoder
+from pmc_fast.graph_rows import GraphRows
 from pmc_fast.packing import pad_left
 from pmc_fast.sampler import Sampler
 
@@ -22,7 +23,9 @@ def watch(monkeypatch, drawing="triton" if DEVICE == "cuda" else "native"):
     monkeypatch.setattr(static_decoder, "backend", stand_in)
     if DEVICE == "cpu":
         monkeypatch.setattr(gpu, "kernels", lambda name: decoder_kernels)
-    monkeypatch.setattr(static_decoder, "LEAST_ROWS", 2)  # so that rows are brought together often
+    monkeypatch.setattr(graph_rows, "LEAST_ROWS", 2)  # so that rows are brought together often
+    if DEVICE == "cuda":
+        monkeypatch.setattr(GraphRows, "of_graph", GraphRows.fewest)  # as without graphs
     monkeypatch.setattr(static_decoder, "LEAST_STEPS", 2)  # so that weights are copied for few tokens, too
 
     def watched(*args):

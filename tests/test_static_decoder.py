@@ -20,7 +20,7 @@ from transformers.activations import NewGELUActivation
 pytest.importorskip("triton")
 from static_decoding import DEVICE, PROMPTS, adapt, by_modules, sample, watch
 
-from pmc_fast import attention, gpu, static_decoder, static_layers
+from pmc_fast import attention, gpu, graph_rows, static_decoder, static_layers
 from pmc_fast.prompts import Prompts
 from pmc_fast.pruning import Pruner
 from pmc_fast.rewards import RougeRecall
@@ -106,7 +106,7 @@ def test_kernels_get_numbers_of_the_types_that_they_are_compiled_for(built, rng_
     options = {"temperature": 1.0, "top_k": 9, "top_p": 0.5, "min_p": 0.0}
     assert_same(got, sample(model, rng_seed, **options))
     given, usual = (decoder._draw_options for decoder in built)
-    assert all(given[name] == usual[name] and type(given[name]) is type(usual[name]) for name in (*options, "seed"))
+    assert all(given[name] == usual[name] and type(given[name]) is type(usual[name]) for name in options)
     assert {type(given[name]) for name in options} == {float, int}
 
 
@@ -308,6 +308,7 @@ def captured(monkeypatch):
         init(decoder, *args)
         decoder.captures = True
 
+    monkeypatch.setattr(graph_rows, "SPARED_ROWS", 40)
     monkeypatch.setattr(static_decoder.StaticDecoder, "__init__", make)
     monkeypatch.setattr(static_decoder.StaticDecoder, "_step", step)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
