@@ -61,6 +61,16 @@ def test_nothing_wrong_is_timed(name, case, monkeypatch):
     assert all(row.right and row.seconds for other, row in rows.items() if other != name)
 
 
+def test_on_a_gpu_calls_are_timed_too_that_find_the_graphs_of_the_one_before(case):
+    assert sampling.KEPT not in case.contestants()
+    object.__setattr__(case, "task", replace(case.task, device=torch.device("cuda")))
+    found = case.contestants()
+    assert [*found][-1] == sampling.KEPT  # other peaks of memory do not count what it keeps
+    ours = found[OURS]()
+    for _ in range(2):
+        assert sampling.agreement(case, sampling.KEPT, found[sampling.KEPT](), ours, torch.float32).startswith(", 100%")
+
+
 def test_in_16_bits_only_first_tokens_must_agree(case):
     ours = case.contestants()[OURS]()
     later, first = (sampling.Drawn(ours.tokens.clone(), ours.lengths, "", 0) for _ in range(2))
