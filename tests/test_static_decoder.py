@@ -141,7 +141,7 @@ def test_lora_adapters(family, built, monkeypatch, rng_seed):
 @pytest.mark.parametrize("family", ["qwen3", "phi", "gemma3_text", "gpt_neox", "opt"])
 def test_the_kernels_themselves(family, built, the_kernels, steps, monkeypatch, rng_seed):
     model = make(family, rng_seed)
-    options = {"prompts": PROMPTS[:2], "num_samples": 5, "max_new_tokens": 5, "top_k": 2, "eos_token_id": 257}
+    options = {"prompts": PROMPTS[:2], "num_samples": 3, "max_new_tokens": 4, "top_k": 2, "eos_token_id": 257}
     got = sample(model, rng_seed, **options)
     assert built[0] is not None
     assert_same(got, by_modules(model, rng_seed, monkeypatch, **options))
@@ -174,7 +174,7 @@ def test_prompts_that_are_read_at_once(family, built, the_kernels, steps, monkey
         ),
     )
     model = make_model(family, seed=rng_seed).to(DEVICE)
-    options = {"prompts": PROMPTS[:3], "num_samples": 4, "max_new_tokens": 5, "top_k": 2, "eos_token_id": 257}
+    options = {"prompts": PROMPTS[:3], "num_samples": 3, "max_new_tokens": 4, "top_k": 2, "eos_token_id": 257}
     got = sample(Sampler(model, keep_graphs=True), rng_seed, **options)
     assert (
         built[0] is not None and 0 < len(asked) <= len(steps) + 1
