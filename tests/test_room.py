@@ -10,7 +10,8 @@ from pmc_fast.prompts import Prompts
 from pmc_fast.room import check_evaluation, check_sampling, check_training
 
 PROMPTS = Prompts(make_tokenizer(), style="plain")  # a token for each byte
-ROWS = [QA("Who?", "He."), QA("Who was it then?", "Them."), QA("And?", "A long answer it is.")]
+# The two long questions have as many tokens, and the second comes later in the alphabet.
+ROWS = [QA("Who?", "He."), QA("Who was it then?", "Them."), QA("Why was it them?", "A long answer it is.")]
 TOKENS = 129  # of a question and its answer: the model has 128 positions, and the last token needs none
 
 
@@ -37,9 +38,22 @@ def test_max_length_is_that_of_the_longest_prompt(model):
 
 
 def test_long_questions_are_cut_in_messages(model):
-    with pytest.raises(UserError) as caught:
-        check_sampling(model, PROMPTS, [QA("Who? " * 99, "He.")], PMCConfig(max_length=9))
-    assert len(str(caught.value)) < 250 and "Who? Who?" in str(caught.value)
+    for question, named in (("?" * 80, "?" * 80), ("?" * 81, "?" * 77 + "...")):
+        message = outcome(check_sampling, model, PROMPTS, [QA(question, "He.")], PMCConfig(max_length=9))
+        assert f"that ask {named!r}; " in message
+
+
+def test_a_row_with_tokens_that_the_model_has_not_is_named(model):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zzz"])
+    prompts, rows = Prompts(tokenizer, style="plain"), [*ROWS, QA("Who zzz?", "He.", "rows.jsonl:4")]
+    refused = {
+        "--forget": outcome(check_sampling, model, prompts, rows, PMCConfig()),
+        "question": outcome(check_evaluation, model, prompts, rows, 1),
+        "--retain": outcome(check_training, model, prompts, rows, "--retain"),
+    }
+    for what, message in refused.items():
+        assert message.startswith(f"{what}: 'Who zzz?' (rows.jsonl:4): the tokenizer makes token 259 of it")
 
 
 def test_answers_need_positions_where_there_is_a_table_of_them(model):
