@@ -54,13 +54,13 @@ class Positions:
     def check_answers(self, prompts: Tensor, limits: Tensor, max_length: int | None, more: int = 0) -> None:
         """That prompts have room for their answers, whose last token the model is not asked to go on from.
 
+        For models that say how many positions they have.
+
         Args:
             prompts, limits: int64 [B] on the CPU, tokens of each prompt and of its answer at most; B at least 1.
             max_length: what the limits come from, if it is that.
             more: tokens that come behind an answer.
         """
-        if self.most is None:
-            return
         row = int((prompts + limits).argmax())
         prompt, limit = int(prompts[row]), int(limits[row])
         excess = prompt + limit - 1 + more - self.most

@@ -12,7 +12,7 @@ from pmc_fast import PMC, PMCConfig, Prompts, Sampler, UserError
 from pmc_fast.data import QA
 from pmc_fast.integrations.samplers import GenerateSampler
 from pmc_fast.models import LanguageModel
-from pmc_fast.packing import pack
+from pmc_fast.packing import pack, pad_left
 from pmc_fast.positions import Positions
 
 MOST = 61
@@ -31,17 +31,19 @@ TABLES = {
     "ctrl": {**_N, "dff": 48},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": MOST},
 }  # fmt: skip
+ENDLESS = {"bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}}
 
 
 def make_tabled(kind):
     sizes = {"vocab_size": VOCAB, "pad_token_id": 256, "bos_token_id": 258, "eos_token_id": 257}
-    config = CONFIG_MAPPING[kind](**sizes, **TABLES[kind])
+    config = CONFIG_MAPPING[kind](**sizes, **{**TABLES, **ENDLESS}[kind])
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_is_found_where_the_model_has_one(kind, rng_seed):
     model = make_tabled(kind)
+    model.register_buffer("other", torch.ones(3))
     assert Positions.of(model) == Positions(MOST, True)
     ids = torch.randint(0, 250, (1, MOST + 1))
     position = {} if kind == "mpt" else {"position_ids": torch.arange(MOST + 1)[None]}
@@ -49,6 +51,28 @@ def test_a_table_is_found_where_the_model_has_one(kind, rng_seed):
         model(input_ids=ids[:, :MOST], **{name: value[:, :MOST] for name, value in position.items()})
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=ids, **position)
+
+
+def test_what_only_resembles_a_table_is_none():
+    """As many words as positions, and embeddings and buffers of other lengths or under another name."""
+    model = make_model(max_position_embeddings=VOCAB)
+    model.register_buffer("pos_encoding", torch.ones(VOCAB - 1))
+    model.register_buffer("other", torch.ones(VOCAB))
+    model.shorter, model.longer = torch.nn.Embedding(VOCAB - 1, 2), torch.nn.Embedding(VOCAB + 3, 2)
+    assert Positions.of(model) == Positions(VOCAB, False)
+    endless = make_tabled("bloom")
+    endless.other = torch.nn.Embedding(MOST, 2)
+    assert Positions.of(endless) == Positions(None, False)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_padding_takes_no_position_where_attention_is_biased_by_distance(kind, rng_seed):
+    model = make_tabled(kind)
+    prompts = [torch.randint(0, 250, (length,)).tolist() for length in (5, 3)]
+    options = {"max_new_tokens": 6, "temperature": 0.0, "eos_token_id": 300}
+    together = Sampler(model).sample(*pad_left(prompts, 256), **options)
+    for prompt, tokens in zip(prompts, together.tokens, strict=True):
+        assert torch.equal(Sampler(model).sample(torch.tensor([prompt]), **options).tokens[0], tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,6 +115,7 @@ def test_the_warning_names_the_line_of_the_caller(name, rng_seed):
 LIMITS = [
     ({"max_new_tokens": 300}, "max_new_tokens: got 300, expected at most 124: the model has positions for 128 tokens"),
     ({"max_new_tokens": torch.tensor([126, 125])}, "max_new_tokens: got 125, expected at most 124"),
+    ({"max_new_tokens": torch.tensor([127, 100])}, "max_new_tokens: got 127, expected at most 126"),
     ({"max_length": 130}, "max_length: got 130, expected at most 129"),
 ]
 
@@ -149,7 +174,7 @@ def test_which_of_prompt_and_limit_is_too_long():
         positions.check_answers(torch.tensor([9]), limits, None)
     with pytest.raises(UserError, match="^max_new_tokens: got 3, expected at most 1: "):
         positions.check_answers(torch.tensor([10]), limits, None)
-    with pytest.raises(UserError, match="^max_length: got 12, expected at most 10: "):
+    with pytest.raises(UserError, match="^max_length: got 12, expected at most 10: .* for 10 tokens$"):
         positions.check_answers(torch.tensor([9]), limits, 12, more=1)
     for prompt, more in ((11, 0), (10, 1)):
         with pytest.raises(
