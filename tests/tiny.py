@@ -54,6 +54,16 @@ FAMILIES = {
 }
 # For single tests.
 MORE = {
+    "deepseek_v3": {  # whose cache holds one shape of keys and another of values
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 2,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "sliding_window": 6},
     "nemotron": {},  # whose layers hand no keywords on, like stablelm's
