@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 from transformers.masking_utils import create_causal_mask
 
 from pmc_fast import attention, decode_attention, prefill
+from pmc_fast.cache import SampleCache, argument_of, layers_of
 from pmc_fast.integrations.samplers import GenerateSampler
 from pmc_fast.packing import pad_left
 from pmc_fast.running_rows import placed
@@ -259,13 +260,24 @@ def test_defaults(rng_seed):
 @pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("qwen3", {"head_dim": 16})])
 @torch.no_grad()
 def test_the_cache_takes_the_bytes_that_were_stated(family, changes):
-    from pmc_fast.cache import SampleCache, argument_of, layers_of
-
     model = make_model(family, **changes)
     cache = SampleCache(layers_of(model.config), 11)
     model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), use_cache=True, **{argument_of(model): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == Sampler(model).cache_bytes(2, 11)
+
+
+@pytest.mark.parametrize(("goes_on", "own"), [("grow", 5), ("share", 2)])
+def test_rows_of_packed_texts_have_no_more_room_than_they_need(goes_on, own, rng_seed):
+    cache, packed = SampleCache(1, 7), torch.randn(2, 1, 3, 7, 4)
+    layer = cache.layers[0]
+    layer.update(*packed)
+    cache.spread(torch.tensor([[0, 1, 2], [0, 5, 6]]))
+    for held, had in zip(layer.filled(), packed, strict=True):
+        assert torch.equal(held, torch.stack([had[0, :, [0, 1, 2]], had[0, :, [0, 5, 6]]]))
+    getattr(cache, goes_on)(6, 2)
+    assert layer.keys.shape == layer.values.shape == (6, 3, own, 4)
+    assert cache.get_seq_length() == 3 and layer.get_max_length() == 5
 
 
 def test_training_mode_is_restored_and_dropout_is_off(rng_seed):
