@@ -135,10 +135,11 @@ def test_linear_layers_multiply_as_those_that_are_not_compiled(packs, unknown, m
     assert len(calls) - before == (passes * 2 * 4 if packs else 0)  # two layers of four products
 
 
-def test_attention_without_a_kernel_of_ours(monkeypatch, rng_seed):
+def test_attention_without_a_kernel_of_ours(unknown, monkeypatch, rng_seed):
     model = make("gpt_neox", rng_seed)
     monkeypatch.setattr(RunningRows, "_attends_natively", lambda self: False)
     assert_same(sample(Sampler(model, compile_modules=True), rng_seed), sample(model, rng_seed))
+    assert compilations()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])

@@ -161,3 +161,17 @@ def test_what_the_model_refuses_keeps_its_words(monkeypatch):
     monkeypatch.setattr(type(lm.backbone), "forward", refuse)
     with pytest.raises(UserError, match="^model: its attention has sinks$"):
         prefill(lm, torch.tensor([[1, 2, 3]]), None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [AttributeError, ValueError])
+def test_what_layers_with_states_of_their_own_raise_is_explained(error, monkeypatch):
+    lm = LanguageModel(make_model())
+
+    def fail(*_, **__):
+        raise error("no states")
+
+    monkeypatch.setattr(type(lm.backbone), "forward", fail)
+    message = rf"^model: LlamaForCausalLM does not run over a cache .* alone \({error.__name__}: no states\)"
+    with pytest.raises(UserError, match=message):
+        prefill(lm, torch.tensor([[1, 2, 3]]), None)

@@ -150,6 +150,17 @@ def test_decode_attention_takes_the_place_of_torchs(family, prompts, monkeypatch
     assert_same(fast, slow)
 
 
+def test_where_no_kernel_attends_torchs_attention_goes_on(monkeypatch, rng_seed):
+    model = make_model(seed=rng_seed).double()
+    monkeypatch.setattr(attention, "decode_attention", lambda *_, **__: pytest.fail("of this library"))
+    ids, mask = pad_left(PROMPTS, 256)
+    samples = Sampler(model).sample(ids, mask, max_new_tokens=5, temperature=0.0, eos_token_id=300)
+    expected = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=300, pad_token_id=256
+    )
+    assert torch.equal(samples.tokens[:, 0], expected[:, ids.shape[1] :])
+
+
 def test_lengths_finished_and_logprobs(rng_seed):
     model = make_model("llama", seed=rng_seed)
     ends = list(range(0, VOCAB, 7))
