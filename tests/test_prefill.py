@@ -1,14 +1,18 @@
 """Prompts that begin alike or are of other lengths, packed, leave what each would leave by itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from draws import assert_same
 from tiny import FAMILIES, make_model
+from torch import nn
 
 from pmc_fast import Sampler, UserError, attention, packed_layers
+from pmc_fast.attention import Watched
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pad_left
-from pmc_fast.prefill import prefill
+from pmc_fast.prefill import _suits_decode_attention, prefill
 
 TEMPLATE = [258, *range(40, 50)]
 QUESTIONS = [[1, 2, 3], [4], [1, 2, 9, 10, 11, 12, 13, 14], [4]]  # one asked twice, two alike for longer than all are
@@ -97,7 +101,9 @@ def test_other_attention_is_given_each_prompt_by_itself(rng_seed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("lengths", "packs"), [((30, 29, 30), False), ((30, 20, 30), True), ((30,), False)])
+@pytest.mark.parametrize(
+    ("lengths", "packs"), [((20, 19), False), ((20, 18), True), ((30,), False)]
+)  # 0.95 of 40 are 38
 def test_prompts_of_about_one_length_are_not_packed(lengths, packs, rng_seed):
     lm = LanguageModel(make_model(seed=rng_seed))
     ids, mask = pad_left([[number, *range(1, length)] for number, length in enumerate(lengths, 100)], 256)
@@ -121,23 +127,27 @@ def test_a_mask_with_holes_is_not_packed(rng_seed):
         torch.testing.assert_close(mine.keys[1:], its.keys, rtol=1e-3, atol=1e-5)
 
 
+def lose_lengths(monkeypatch, begin):
+    """As keywords and as masks, from this layer on."""
+    inner = attention._forward
+
+    def loses(module, query, key, value, mask, *, packed_lengths=None, **kwargs):
+        if module.layer_idx >= begin:
+            packed_lengths, mask = None, mask if mask is None or mask.dim() == 4 else None
+        return inner(module, query, key, value, mask, packed_lengths=packed_lengths, **kwargs)
+
+    monkeypatch.setattr(attention, "_forward", loses)
+
+
 @pytest.mark.parametrize("keeps", ["none", "some"])
 def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monkeypatch, rng_seed):
-    """As keywords and as masks."""
     model = make_model(seed=rng_seed)
     ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
     options = {"num_samples": 3, "max_new_tokens": 6, "eos_token_id": 257, "seed": rng_seed}
     with monkeypatch.context() as patch:
         patch.setattr("pmc_fast.prefill.MOST_TOKENS", 0)
         want = Sampler(model).sample(ids, mask, **options)
-    inner = attention._forward
-
-    def loses(module, query, key, value, mask, *, packed_lengths=None, **kwargs):
-        if keeps == "none" or module.layer_idx > 0:
-            packed_lengths, mask = None, mask if mask is None or mask.dim() == 4 else None
-        return inner(module, query, key, value, mask, packed_lengths=packed_lengths, **kwargs)
-
-    monkeypatch.setattr(attention, "_forward", loses)
+    lose_lengths(monkeypatch, 0 if keeps == "none" else 1)
     sampler, passes = Sampler(model), []
     model.model.register_forward_pre_hook(
         lambda _, args, given: passes.append(given["input_ids"].shape), with_kwargs=True
@@ -149,6 +159,41 @@ def test_models_that_lose_the_lengths_are_sampled_from_all_the_same(keeps, monke
         got = sampler.sample(ids, mask, **options)
         assert_same(got, want)
         assert [shape for shape in passes if shape[1] > 5] == tried + given_up  # those of 5 are trials
+
+
+@torch.no_grad()
+def test_layers_that_lose_the_lengths_are_seen_where_nothing_is_tried(monkeypatch, rng_seed):
+    lm = LanguageModel(make_model(seed=rng_seed), check=False)
+    ids, mask = pad_left([TEMPLATE + question for question in QUESTIONS], 256)
+    lose_lengths(monkeypatch, 1)
+    with attention.replacing_sdpa(lm.model):
+        filled = prefill(lm, ids, mask)
+        alone = prefill(lm, ids[1:2, -12:], None)
+    assert not any(call.packed for call in filled.calls)
+    torch.testing.assert_close(filled.hidden[1], alone.hidden[0], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("one", [{"layer": 0}, {"same_shape": False}, {"keys_at": 0}, {"window": 3}, {}])
+def test_one_call_is_enough_to_keep_decode_attention_away(one, rng_seed):
+    lm = LanguageModel(make_model(seed=rng_seed))
+    with attention.replacing_sdpa(lm.model):
+        filled = prefill(lm, torch.tensor([[1, 2, 3]]), None)
+    first, last = filled.calls
+    assert _suits_decode_attention(filled.cache, Watched([first, replace(last, **one)])) == (not one)
+    assert not _suits_decode_attention(filled.cache, Watched([first]))
+    assert not _suits_decode_attention(filled.cache, Watched([first, last], {3}))
+    assert not _suits_decode_attention(filled.cache, Watched([first, last], other_masks=True))
+
+
+@torch.no_grad()
+def test_padding_may_be_longer_than_all_prompts_together(rng_seed):
+    lm = LanguageModel(make_model(seed=rng_seed))
+    ids, mask = pad_left([[1, 2], [3]], 256)
+    with attention.replacing_sdpa(lm.model):
+        narrow, wide = (prefill(lm, *(nn.functional.pad(x, (more, 0)) for x in (ids, mask))) for more in (0, 9))
+    assert all(call.packed for call in wide.calls)
+    assert torch.equal(wide.hidden, narrow.hidden) and torch.equal(wide.padding, narrow.padding + 9)
 
 
 @torch.no_grad()
