@@ -1,5 +1,7 @@
 """One product in place of several: weights where the model has them, or copies that follow them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from draws import assert_same, differ
@@ -75,6 +77,7 @@ def test_copies_take_the_room_that_there_is_and_are_shared(rng_seed):
     joint = joints.of(first)
     assert joints.of(second) is None  # there is no room left
     assert joints.of(first) is joint and joint_linear(first, 0) is joint  # which needs none
+    assert joint_linear([replace(part, weight=part.weight.view(-1, 6)) for part in first], 0) is joint
     del joint
     assert joint_linear(first, 0) is None  # nobody uses it any more
 
@@ -95,6 +98,18 @@ def test_weights_in_another_order_or_with_others_between_them_are_copied(rng_see
     weight = torch.randn(9, 6)
     first, second, third = LinearParts(weight, None, (), weight).split(4, 2, 3)
     for parts in ([second, first], [first, third], [third, second, first]):
+        assert joint_linear(parts, 0) is None
+        joint = joint_linear(parts, ROOM)
+        joint.refresh()
+        assert_joins(joint, parts)
+
+
+def test_neighbours_that_are_transposed_or_of_another_owner_are_copied(rng_seed):
+    weight, memory = torch.randn(12, 6), bytearray(4 * 6 * 5)
+    places = [{"offset": 0, "count": 2 * 6}, {"offset": 4 * 2 * 6, "count": 3 * 6}]
+    owners = [torch.frombuffer(memory, dtype=torch.float32, **place) for place in places]
+    for weights in ((weight[:6], weight[6:].T), [owner.normal_().view(-1, 6) for owner in owners]):
+        parts = [LinearParts(weight, None, (), weight) for weight in weights]
         assert joint_linear(parts, 0) is None
         joint = joint_linear(parts, ROOM)
         joint.refresh()
