@@ -183,6 +183,34 @@ def test_an_end_token_that_a_tokenizer_puts_behind_every_text_is_no_part_of_a_qu
     assert prompts.answer_ids("Siwi.") == want.answer_ids("Siwi.")
 
 
+@pytest.mark.parametrize("style", ["chat", "tags", "plain"])
+def test_a_text_begins_with_one_start_token(style):
+    """The tokenizer's, or that which the template has written."""
+    tokenizer = wrap(byte_level(), TRIMMING)
+    start = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
+    prompts = Prompts(tokenizer, style)
+    ids = prompts.prompt_ids("Who?") + prompts.answer_ids("Siwi.")
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_an_answer_whose_beginning_would_join_the_question_is_encoded_alone():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "?Ġ"])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("?", "Ġ")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = wrap(inner)
+    assert tokenizer("? Siwi.")["input_ids"][0] == vocabulary["?Ġ"]
+    answer = [*tokenizer(" Siwi.")["input_ids"], tokenizer.eos_token_id]
+    assert Prompts(tokenizer, "plain").answer_ids("Siwi.") == answer
+
+
+def test_special_tokens_are_no_part_of_an_answers_text(rng_seed):
+    prompts, answer = Prompts(wrap(byte_level(), CHATML)), sentence(rng_seed)
+    header = prompts.tokenizer.convert_tokens_to_ids("<|header|>")
+    assert prompts.decode([header, *prompts.answer_ids(answer)]) == answer
+
+
 def test_texts_are_decoded_as_they_were_drawn():
     """Not tidied up: what an answer begins with would change as it goes on."""
     tidying = (
@@ -242,8 +270,12 @@ def test_surrounding_space_is_dropped():
 
 @pytest.mark.parametrize("style", ["chat", "tags", "plain"])
 def test_empty_answer_is_the_end_token_alone(style):
-    prompts = Prompts(wrap(byte_level(), INSTRUCT), style)
+    prompts = Prompts(wrap(byte_level(), CHATML), style)
     assert prompts.answer_ids("") == [prompts.end_ids[0]]
+
+
+def test_an_empty_question_has_no_tokens_of_its_own():
+    assert Prompts(wrap(byte_level()), "plain").prompt_ids("") == []
 
 
 def test_tokens_are_the_callers_to_change():
