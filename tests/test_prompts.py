@@ -244,6 +244,15 @@ def test_no_system_prompt_is_no_system_turn():
     assert Prompts(tokenizer, system="").prompt_ids("Who?") == ids
 
 
+def test_what_only_the_generation_prompt_says_is_asked_with():
+    tokenizer = wrap(byte_level(), CHATML.replace("<|im_start|>assistant", "<|im_start|>me"))
+    prompts = Prompts(tokenizer)
+    asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Who?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert prompts.prompt_ids("Who?") == ids and tokenizer.decode(ids).endswith("<|im_start|>me\n")
+    assert prompts.answer_ids("Siwi.") == [*tokenizer("Siwi.")["input_ids"], prompts.end_ids[0]]
+
+
 def test_date_does_not_depend_on_the_day():
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y %H:%M:%S.%f') }}" + CHATML
     prompts = [Prompts(wrap(byte_level(), dated)).prompt_ids("Who?") for _ in range(2)]
@@ -308,6 +317,8 @@ def test_text_is_tokenised_once(monkeypatch):
         (None, {"style": "chat"}, "no chat template"),
         ("{{ raise_exception('not today') }}", {}, "not today"),
         ("{% if messages %}<s>{% endif %}", {}, "does not repeat"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", {}, "does not repeat"),
+        ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", {}, "does not repeat"),
     ],
 )
 def test_refused(template, options, message):
