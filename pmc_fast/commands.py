@@ -161,10 +161,10 @@ def evaluate(options: argparse.Namespace) -> int:
                 progress=progress,
             )
         rows.append((f"leakage, worst of {options.leakage}", f"{results['leakage']:.4f}"))
+    if options.json is not None:  # first: a terminal may lack the letters of a set's name
+        write_file(options.json, json.dumps(results, indent=2) + "\n")
     print_table(("measure", "value"), [row for row in rows if row[1] != "nan"])
     print(_ROUGE_L)
-    if options.json is not None:
-        write_file(options.json, json.dumps(results, indent=2) + "\n")
     return 0
 
 

@@ -122,9 +122,10 @@ class PMC:
             raise UserError(
                 f"answers: got {len(answers)}, expected one for each of the {len(questions)} forget_questions"
             )
-        self._begin(Ledger(questions, answers), set())
         words = getattr(self.reward, "words", None)
-        if words and (blank := [q for q, a in zip(questions, answers, strict=True) if words(a) == 0]):
+        blank = [q for q, a in zip(questions, answers, strict=True) if words(a) == 0] if words else []
+        self._begin(Ledger(questions, answers), set())
+        if blank:
             warn(
                 f"the model's answers to {len(blank)} of {len(questions)} forget questions (the first: {blank[0]!r}) "
                 "hold no word that the reward can see, so any sample scores 0, the best there is, for them; for text "
@@ -333,8 +334,8 @@ class PMC:
             picks = self._select(scores, finished, streams)
             picked = []
             for row, (question, pick) in enumerate(zip(questions, picks, strict=True)):
-                if pruned[row].all():
-                    continue  # each is worse than the answer held
+                if pruned[row, pick]:
+                    continue  # they all are, or the others score inf: each is worse than the answer held
                 ids, whole = answers[row][pick], bool(finished[row, pick])
                 ended = ids if whole else [*ids, self.prompts.end_ids[0]]
                 entry = Entry(texts[row, pick], tuple(ended), float(scores[row, pick]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from pmc_fast.errors import described
 from pmc_fast.ops import _checks
-from pmc_fast.ops.rouge_l_recall import rouge_l_recall
+from pmc_fast.ops.rouge_l_recall import check_options, rouge_l_recall
 from pmc_fast.reference.rouge_l_recall import words
 
 _WORD = string.ascii_lowercase + string.digits
@@ -69,8 +69,8 @@ class RougeRecall:
         use_stemmer, tokenizer, impl: As for `rouge_l_recall`.
 
     Raises:
-        ValueError: `min_words` is negative.
-        TypeError: `min_words` is not an integer.
+        ValueError: `min_words` is negative, or `impl` names no implementation.
+        TypeError: `min_words` is not an integer, `use_stemmer` no bool, or `tokenizer` no function.
 
     Source: the reward of the published loop, https://arxiv.org/abs/2507.04219.
     """
@@ -84,6 +84,7 @@ class RougeRecall:
         _checks.number("min_words", self.min_words, "an integer", _checks.INTEGERS)
         if self.min_words < 0:
             raise ValueError(f"min_words: got {self.min_words}, expected 0 (no penalty) or more")
+        check_options(self.use_stemmer, self.tokenizer, self.impl)
 
     def score(self, references: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
         recall = rouge_l_recall(

@@ -236,7 +236,7 @@ class Run:
         """Raise UserError if the folder can neither be written to nor be made."""
         try:
             place = self.folder.absolute()
-            there = next(folder for folder in (place, *place.parents) if folder.exists())
+            there = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
             if not there.is_dir():
                 raise UserError(f"{self.folder}: {there} is not a folder; choose another --out")
             if not os.access(there, os.W_OK | os.X_OK):
@@ -332,7 +332,8 @@ def _misfit(value: Any, form: Form, what: str = "it") -> str | None:
 
 
 def _is_file(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"file", "sha256"}
+    """Or else sets by their names, which may be these two."""
+    return isinstance(value, dict) and value.keys() == {"file", "sha256"} and isinstance(value["file"], str)
 
 
 def _worded(value: Any) -> str:

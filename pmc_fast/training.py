@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,10 @@ def finetune(
 ) -> dict[str, float]:
     """Train the model on the rows' answers; the gradient of a step is the mean of its micro-batches'.
 
-    Args and returns as for `unlearn`. max_grad_norm: clips the gradient's norm; None does not.
+    Args, returns and raises as for `unlearn`. max_grad_norm: clips the gradient's norm, finite and above 0; None does not.
     """
 
-    inputs.some("rows", rows)
+    rows = inputs.some("rows", inputs.rows("rows", rows, pmc.prompts.is_text))
 
     def loss(epoch: int, batch: int, indices: list[int]) -> Tensor:
         return pmc.supervised_loss([rows[index] for index in indices])
@@ -77,7 +78,7 @@ def unlearn(
         Seconds by phase: sample, score, train (backward and optimizer included), checkpoint; those before a resume too.
 
     Raises:
-        UserError: there are no rows, nothing was initialised, or `checkpoint_every` is no integer of at least 1; the loss or
+        UserError: there are no rows, or one has no text, nothing was initialised, or `checkpoint_every` is no integer of at least 1; the loss or
             the model's outputs are not finite.
 
     Source: arXiv 2507.04219, algorithm 1 and appendix (hyperparameters).
@@ -85,7 +86,7 @@ def unlearn(
 
     if pmc.ledger is None:
         raise UserError("pmc: its ledger is empty; call pmc.initialise(forget_questions) first")
-    inputs.some("retain", retain)
+    retain = inputs.some("retain", inputs.rows("retain", retain, pmc.prompts.is_text))
 
     def loss(epoch: int, batch: int, indices: list[int]) -> Tensor:
         draw = _generator(config.seed, _RETAIN, epoch, batch)
@@ -121,6 +122,8 @@ class _Loop:
         self.warmup = round(config.warmup_epochs * self.steps_per_epoch)
         every = self.steps_per_epoch if checkpoint_every is None else checkpoint_every
         self.checkpoint_every = inputs.positive("checkpoint_every", every)
+        if max_grad_norm is not None and not _is_positive(max_grad_norm):
+            raise UserError(f"max_grad_norm: got {max_grad_norm!r}, expected a finite number above 0 or None")
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise UserError("model: no parameter requires a gradient, expected at least one to train")
@@ -139,6 +142,7 @@ class _Loop:
         self._resume()
         training = [(module, module.training) for module in self.model.modules()]
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # what somebody's backward pass left is no part of the first step
         try:
             with tqdm(total=self.steps, initial=self.step, desc=title, unit="step", disable=title is None) as bar:
                 while self.step < self.steps:
@@ -246,6 +250,10 @@ class _Loop:
             }
         )
         self.seconds["checkpoint"] += time.perf_counter() - start
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _generator(*seed: int) -> np.random.Generator:

@@ -143,13 +143,18 @@ def test_finetune_learns(files, tmp_path):
     assert report["after"]["rouge_l"] >= report["before"]["rouge_l"]
 
 
-def test_evaluate_writes_json(files, tmp_path, capsys):
+def test_evaluate_writes_json_before_it_prints(files, tmp_path, capsys, monkeypatch):
+    """A terminal may lack the letters of a set's name, and what was measured would be lost."""
+    show, written = commands.print_table, []
+    monkeypatch.setattr(
+        commands, "print_table", lambda *table: written.append((tmp_path / "out.json").exists()) or show(*table)
+    )
     options = ["--leakage", "4", "--prefill", "It is", "--evaluation-tokens", "4", "--device", "cpu"]
     sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
     command = ["evaluate", "--model", str(files / "model"), *sets, *options, "--json", str(tmp_path / "out.json")]
     assert cli.main(command) == 0
     results = json.loads((tmp_path / "out.json").read_text())
-    assert 0 <= results["leakage"] <= 1
+    assert 0 <= results["leakage"] <= 1 and written == [True]
     assert f"{results['utility']:.2f}" in capsys.readouterr().out
 
 

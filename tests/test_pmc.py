@@ -537,6 +537,16 @@ def test_where_no_sample_can_be_picked_the_answer_held_stays():
     assert pmc.stats["score"] == 0.25 and pmc.stats["truncated_picks"] == 0 and pmc.stats["pruned_samples"] == 3
 
 
+def test_a_stopped_sample_is_not_picked_where_all_others_score_inf():
+    drawn = Drawn([[2, 2, 2]] * 3, [[0, 1, 1]] * 3, [[1, 0, 0]] * 3, None)
+    scores = [math.inf, math.inf]
+    pmc = PMC(make_model(), make_tokenizer(), PMCConfig(num_samples=3, max_new_tokens=6), Scripted(scores), drawn)
+    pmc.initialise(QUESTIONS, answers=["a", "b", "c"])
+    pmc.ledger.offer(0, held := Entry("held", (1, 2), 0.25))
+    pmc.loss([0], RETAIN)
+    assert pmc.ledger.entries[0] == held
+
+
 def test_prepared_questions_survive_a_resume(rng_seed):
     whole = make_pmc(seed=rng_seed % 1000)
     whole.reward = Spelled()

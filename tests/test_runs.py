@@ -37,8 +37,10 @@ def test_refuses_a_folder_with_other_files(tmp_path):
 
 def test_refuses_a_file(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="not a folder"):
-        Run(tmp_path / "out", {})
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("out", "link"):
+        with pytest.raises(UserError, match="not a folder"):
+            Run(tmp_path / name, {})
 
 
 @pytest.mark.parametrize("name", ["notes.txt/run", "notes.txt/deep/run", "n" * 300])
@@ -187,6 +189,11 @@ def test_files_are_what_they_hold(tmp_path, monkeypatch):
     def options(*paths):
         retain, *utility = map(file_option, paths)
         return {"retain": retain, "utility": {f"set{i}": file for i, file in enumerate(utility)}}
+
+    start("other", utility={"file": file_option("a/rows.jsonl"), "sha256": file_option("a/rows.jsonl")})
+    with pytest.raises(UserError, match="--utility sha256: c/rows.jsonl holds other text than a/rows.jsonl did"):
+        named = {"file": file_option("a/rows.jsonl"), "sha256": file_option("c/rows.jsonl")}
+        Run("other", {"utility": named}, resume=True)
 
     start("run", **options("a/rows.jsonl", "a/rows.jsonl"))
     assert Run("run", options(tmp_path / "b" / "rows.jsonl", "./a/rows.jsonl"), resume=True).resumed

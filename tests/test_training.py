@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pmc_fast import PMCConfig
+from pmc_fast import PMCConfig, inputs
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError, not_finite, scores_not_finite
 from pmc_fast.training import finetune, merge_stats, unlearn
@@ -25,7 +25,7 @@ class Recorder:
         self.lm = SimpleNamespace(model=nn.Linear(3, 1, bias=False))
         with torch.no_grad():
             self.lm.model.weight.copy_(torch.tensor([[1.0, -2.0, 3.0]]))
-        self.ledger = SimpleNamespace(questions=QUESTIONS)
+        self.ledger, self.prompts = SimpleNamespace(questions=QUESTIONS), SimpleNamespace(is_text=inputs.is_text)
         self.prepared, self.batches, self.retained, self.modes = [], [], [], []
         self.stats = {"seconds": {}, "score": 0.0, "collapse_loss": 0.0, "retain_loss": 0.0}
         self.fails = {}  # by the number of the call
@@ -188,9 +188,27 @@ def test_nothing_to_train_on_is_refused(rng_seed):
     for train_on, name in ((unlearn, "retain"), (finetune, "rows")):
         with pytest.raises(UserError, match=f"^{name}: got none, expected at least one$"):
             train_on(pmc, [], config, progress=False)
+        with pytest.raises(UserError, match=f"^{name}: row 2: its answer is 3"):
+            train_on(pmc, [*RETAIN[:2], {"question": "a", "answer": 3}], config, progress=False)
+    assert not pmc.batches
     pmc.ledger = None
     with pytest.raises(UserError, match="^pmc: its ledger is empty; call pmc.initialise"):
         unlearn(pmc, RETAIN, config, progress=False)
+
+
+@pytest.mark.parametrize("norm", [-1, 0, math.nan, math.inf, "1", True])
+def test_a_gradients_norm_that_is_none_is_refused(norm, rng_seed):
+    with pytest.raises(UserError, match=f"^max_grad_norm: got {norm!r}, expected a finite number above 0 or None$"):
+        finetune(Recorder(), RETAIN, make_config(rng_seed), max_grad_norm=norm, progress=False)
+
+
+@pytest.mark.parametrize("what", ["unlearn", "finetune"])
+def test_gradients_that_were_there_before_are_no_part_of_the_first_step(what, rng_seed):
+    fresh, other = Recorder(), Recorder()
+    other.lm.model.weight.grad = torch.full((1, 3), 9.0)
+    for pmc in (fresh, other):
+        train(pmc, what, make_config(rng_seed))
+    assert torch.equal(fresh.lm.model.weight, other.lm.model.weight)
 
 
 @pytest.mark.parametrize("what", ["unlearn", "finetune"])

@@ -54,12 +54,18 @@ def rouge_l_recall(
     references = _texts("references", references)
     if len(candidates) != len(references):
         raise ValueError(f"candidates: got {len(candidates)} texts, expected {len(references)}, as many as references")
+    check_options(use_stemmer, tokenizer, impl)
+    implementation = backend.load("rouge_l_recall", backend.choose("rouge_l_recall", impl))
+    return implementation(candidates, references, use_stemmer, tokenizer and _checked(tokenizer))
+
+
+def check_options(use_stemmer: bool, tokenizer: Callable[[str], Sequence[str]] | None, impl: str | None) -> None:
+    """Raise what `rouge_l_recall` raises at them, before there is anything to compare."""
     if not isinstance(use_stemmer, bool):
         raise TypeError(f"use_stemmer: got {use_stemmer!r}, expected True or False")
     if tokenizer is not None and not callable(tokenizer):
         raise TypeError(f"tokenizer: got {tokenizer!r}, expected None or a function from a string to a list of strings")
-    implementation = backend.load("rouge_l_recall", backend.choose("rouge_l_recall", impl))
-    return implementation(candidates, references, use_stemmer, tokenizer and _checked(tokenizer))
+    backend.check(impl)
 
 
 def _texts(name: str, values: Iterable[str]) -> list[str]:
