@@ -135,11 +135,6 @@ class LanguageModel:
         self.model = model
         # Where weights are shared out among processes, the module that holds all of them: a wrapper may put itself here.
         self.root = model
-        if any(config.is_prompt_learning for config in (getattr(model, "peft_config", None) or {}).values()):
-            raise UserError(
-                "model: got adapters that learn prompts, which head(backbone(ids)) would leave out; expected adapters "
-                "on layers, such as LoRA"
-            )
         # PEFT puts its adapters into the layers of the model that it wraps.
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backbone = getattr(self._causal_lm, "base_model", None)
@@ -233,7 +228,8 @@ class LanguageModel:
 
     @property
     def head_module(self) -> nn.Linear:
-        """The head, looked up each time: an adapter put on it later must not go unnoticed."""
+        """The head, looked up each time: an adapter put on it later, or one of another kind, must not go unnoticed."""
+        self._refuse_adapters()
         found = getattr(self._causal_lm, "get_output_embeddings", lambda: None)()
         if self.backbone is None and type(found) is nn.Linear:
             raise UserError(
@@ -247,6 +243,20 @@ class LanguageModel:
                 "leave it out of target_modules and modules_to_save; nor is fully_shard of the head by itself)"
             )
         return found
+
+    def _refuse_adapters(self) -> None:
+        """A UserError if PEFT holds adapters that its own forward, which is not called, has a part in."""
+        for config in (getattr(self.model, "peft_config", None) or {}).values():
+            if config.is_prompt_learning:
+                kind_of = "that learn prompts"
+            elif getattr(config, "alora_invocation_tokens", None) is not None:
+                kind_of = "that tokens invoke (Activated LoRA)"
+            else:
+                continue
+            raise UserError(
+                f"model: got adapters {kind_of}, which head(backbone(ids)) would leave out; expected adapters on layers, "
+                "such as LoRA"
+            )
 
     @staticmethod
     def _autocast(values: Tensor) -> Tensor:

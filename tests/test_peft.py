@@ -171,3 +171,14 @@ def test_learned_prompts_are_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(UserError, match="model: got adapters that learn prompts"):
         Sampler(peft.get_peft_model(make_model(), config))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_adapters_that_tokens_invoke_are_refused(later):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    model = adapted()
+    sampler = Sampler(model)
+    model.add_adapter("invoked", config)
+    model.set_adapter("invoked")
+    with pytest.raises(UserError, match=r"model: got adapters that tokens invoke \(Activated LoRA\)"):
+        sampler.sample(torch.tensor([[1, 2]]), max_new_tokens=2, eos_token_id=257) if later else Sampler(model)
