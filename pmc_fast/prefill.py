@@ -88,7 +88,7 @@ def _packed(
 ) -> tuple[Tensor, SampleCache, list[attention.AttentionCall]] | None:
     """The last hidden states, cache and attention calls; None if that saves few tokens or the model cannot be packed."""
     model, device = lm.model, input_ids.device
-    if device.type != "cpu" or model.config._attn_implementation != attention.NAME or bool((mask.diff() < 0).any()):
+    if device.type != "cpu" or model.config._attn_implementation != attention.NAME:
         return None
     if lm.backbone in _padded_only:
         return None

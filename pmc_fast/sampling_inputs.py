@@ -14,7 +14,7 @@ from pmc_fast.positions import Positions
 
 
 def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """That they are tensors [B, T] of token ids, and of what is no padding, which ends no prompt."""
+    """That they are tensors [B, T] of token ids, and of what is no padding, which is on the left alone."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(
             f"input_ids: got {described(input_ids)}, expected an int64 tensor [B, T]; of what a tokenizer returns with "
@@ -37,6 +37,11 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     check_places(input_ids.device, "input_ids are", {"attention_mask": attention_mask})
     if (attention_mask[:, -1] == 0).any():
         raise ValueError("attention_mask: a prompt ends in padding; expected padding on the left")
+    kept = attention_mask != 0
+    if (holes := (kept[:, :-1] > kept[:, 1:]).any(1)).any():
+        raise ValueError(
+            f"attention_mask: got padding behind a token in row {int(holes.nonzero()[0])}, expected padding on the left alone"
+        )
 
 
 def check_places(device: torch.device, whose: str, tensors: dict[str, Tensor | None]) -> None:

@@ -112,21 +112,6 @@ def test_prompts_of_about_one_length_are_not_packed(lengths, packs, rng_seed):
     assert calls and all(call.packed == packs for call in calls)
 
 
-@torch.no_grad()
-def test_a_mask_with_holes_is_not_packed(rng_seed):
-    lm = LanguageModel(make_model(seed=rng_seed))
-    ids = torch.tensor([TEMPLATE + [1, 2, 3], TEMPLATE + [4, 5, 6]])
-    mask = torch.ones_like(ids)
-    mask[1, len(TEMPLATE) - 1] = 0  # what comes before it is still enough to be shared
-    with attention.replacing_sdpa(lm.model):
-        filled = prefill(lm, ids, mask)
-        alone = prefill(lm, ids[1:], mask[1:])
-    assert not any(call.packed for call in filled.calls)
-    torch.testing.assert_close(filled.hidden[1], alone.hidden[0], rtol=1e-3, atol=1e-5)
-    for mine, its in zip(filled.cache.layers, alone.cache.layers, strict=True):
-        torch.testing.assert_close(mine.keys[1:], its.keys, rtol=1e-3, atol=1e-5)
-
-
 def lose_lengths(monkeypatch, begin):
     """As keywords and as masks, from this layer on."""
     inner = attention._forward

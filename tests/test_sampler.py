@@ -389,6 +389,7 @@ def test_rows_that_go_on_stay_where_they_can(rng_seed):
             r"sequence_ids: got 1431655765, expected integers in \[0, 1431655765\), for num_samples=3",
         ),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask: a prompt ends in padding"),
+        ({"attention_mask": torch.tensor([[2, 0, 1]])}, "attention_mask: got padding behind a token in row 0"),
     ],
 )
 def test_bad_input(change, message):
