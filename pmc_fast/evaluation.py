@@ -84,13 +84,18 @@ def greedy_answers(
     prompts: Prompts,
     questions: Sequence[str],
     *,
-    max_new_tokens: int | None = 128,
+    max_new_tokens: int | None = None,
     max_length: int | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
     sampler: SampleSource | None = None,
 ) -> list[str]:
-    """The most probable answer to each question, token by token; raises as ``sampled_answers``."""
+    """The most probable answer to each question, token by token; raises as ``sampled_answers``.
+
+    It ends after ``max_new_tokens``, or else where it and its padded prompt have ``max_length``; 128 tokens if neither is given.
+    """
+    if max_length is None and max_new_tokens is None:
+        max_new_tokens = 128
     limit = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {"max_length": max_length}
     options = {"batch_size": batch_size, "progress": progress, "sampler": sampler}
     answers = sampled_answers(model, prompts, questions, temperature=0.0, **options, **limit)

@@ -63,7 +63,7 @@ def test_questions_are_asked_as_told(lm, prompts, monkeypatch):
 def test_a_length_limits_prompt_and_greedy_answer_together(lm, prompts):
     length = len(prompts.prompt_ids("Who?"))
     for tokens in (1, 9):
-        answers = greedy_answers(lm, prompts, ["Who?"], max_new_tokens=None, max_length=length + tokens)
+        answers = greedy_answers(lm, prompts, ["Who?"], max_length=length + tokens)
         assert answers == greedy_answers(lm, prompts, ["Who?"], max_new_tokens=tokens)
 
 
