@@ -20,7 +20,7 @@ from pmc_fast.cache import SampleCache, argument_of
 from pmc_fast.errors import BackendUnavailable, UserError, described
 from pmc_fast.ops._autograd import in_transform
 from pmc_fast.positions import Positions
-from pmc_fast.sharding import gathered, is_dtensor, is_tensor_parallel, kind, refuse_parts
+from pmc_fast.sharding import SHARDERS, gathered, is_dtensor, is_tensor_parallel, kind, refuse_parts
 
 if TYPE_CHECKING:
     from pmc_fast.parallel_head import VocabShards
@@ -141,6 +141,7 @@ class LanguageModel:
         if self.backbone is self._causal_lm:  # of Llama 4, say, whose prefix is none of its attributes
             self.backbone = getattr(self._causal_lm, "model", None)
         self.packed_by: str | None = None
+        self._hooks = _hooks(self._linear_head())  # if they change logits, the check refuses them
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()
@@ -228,8 +229,17 @@ class LanguageModel:
 
     @property
     def head_module(self) -> nn.Linear:
-        """The head, looked up each time: an adapter put on it later, or one of another kind, must not go unnoticed."""
+        """The head, looked up each time: adapters or hooks put there later must not go unnoticed."""
         self._refuse_adapters()
+        found = self._linear_head()
+        if any(hook not in self._hooks for hook in _hooks(found)):
+            raise UserError(
+                "model: got a hook or a forward put on its head after it was given to PMC, Sampler or LanguageModel, which do not "
+                "call the head; expected none there, or one on layers"
+            )
+        return found
+
+    def _linear_head(self) -> nn.Linear:
         found = getattr(self._causal_lm, "get_output_embeddings", lambda: None)()
         if self.backbone is None and type(found) is nn.Linear:
             raise UserError(
@@ -357,6 +367,12 @@ class LanguageModel:
         from pmc_fast.parallel_head.own_logits import own_logits
 
         return own_logits(self.model, self.backbone, ids, self.shards)
+
+
+def _hooks(module: nn.Module) -> list[Callable]:
+    """What may change what it computes, a forward in place of its own, too; but for what gathers its weights."""
+    put = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), vars(module).get("forward")]
+    return [hook for hook in put if hook and not getattr(hook, "__module__", "").startswith(SHARDERS)]
 
 
 class _FromEmbeddings(TorchFunctionMode):

@@ -71,6 +71,24 @@ def test_unknown_logits_are_refused():
         LanguageModel(model)
 
 
+@pytest.mark.parametrize("put", ["hook", "pre-hook", "forward"])
+def test_what_is_put_on_the_head_later_is_refused(put, rng_seed):
+    """What was there before, and only watches, stays."""
+    model = make_model(seed=rng_seed)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    lm, packed = LanguageModel(model), pack([[1, 2]], [[3]])
+    packed.hidden(lm)
+    if put == "forward":
+        model.lm_head.forward = lambda hidden, forward=model.lm_head.forward: 2 * forward(hidden)
+    elif put == "hook":
+        model.lm_head.register_forward_hook(lambda module, args, logits: 2 * logits)
+    else:
+        model.lm_head.register_forward_pre_hook(lambda module, args: 2 * args[0])
+    for call in (lambda: packed.hidden(lm), lambda: lm.head, lambda: lm.hidden(torch.tensor([[1]]))):
+        with pytest.raises(UserError, match="^model: got a hook or a forward put on its head after"):
+            call()
+
+
 def test_a_model_without_a_linear_head_is_refused():
     with pytest.raises(UserError, match="model: got Linear"):
         LanguageModel(nn.Linear(VOCAB, 3))
