@@ -15,8 +15,10 @@ from pmc_fast.models import LanguageModel
 from pmc_fast.ops import rouge_l_recall
 from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
+from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler, SampleSource
 from pmc_fast.sharding import gathered
+from pmc_fast.warning import warn
 
 Progress = Callable[[int], object]
 
@@ -117,7 +119,8 @@ def evaluate(
     """How well the forget set is forgotten and everything else remembered.
 
     With R the mean ROUGE-L recall of greedy answers against the true ones: unlearn_quality is
-    ``100 * (1 - mean of R_forget and R_paraphrased)``, utility ``100 * mean(R_retain, R of each utility set)``.
+    ``100 * (1 - mean of R_forget and R_paraphrased)``, utility ``100 * mean(R_retain, R of each utility set)``. Warns of
+    true answers without a word in a-z and 0-9, whose recall is 0.
 
     Args:
         model, prompts: the model and how it is asked.
@@ -229,4 +232,11 @@ def _check_prompts(prompts: Prompts) -> None:
 
 
 def _rows(name: str, rows: Iterable[QA], prompts: Prompts) -> list[QA]:
-    return inputs.some(name, inputs.rows(name, rows, prompts.is_text))
+    rows = inputs.some(name, inputs.rows(name, rows, prompts.is_text))
+    words = RougeRecall().words
+    if blank := [row.question for row in rows if not words(row.answer)]:
+        warn(
+            f"{name}: the answers to {len(blank)} of {len(rows)} questions (the first: {blank[0]!r}) hold no word that ROUGE-L can "
+            "see, none in a-z and 0-9, so the model's recall of them is 0 whatever it says"
+        )
+    return rows

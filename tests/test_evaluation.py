@@ -52,6 +52,17 @@ def test_the_formulas(lm, prompts, told):
     assert "paraphrased_rouge_l" not in alone
 
 
+def test_true_answers_that_rouge_cannot_see_are_warned_of(lm, prompts, told):
+    sets = {"forget": [QA("f1", "東京"), QA("f2", "six")], "retain": [QA("r", "red")]}
+    with pytest.warns(UserWarning) as warned:
+        evaluate(lm, prompts, **sets, utility={"world": [QA("w", "!")]})
+    first, second = (str(warning.message) for warning in warned)
+    assert first.startswith("forget: the answers to 1 of 2 questions (the first: 'f1') hold no word")
+    assert second.startswith("utility['world']: the answers to 1 of 1 questions (the first: 'w')")
+    with pytest.warns(UserWarning, match="^forget: the answers to 1 of 2"):
+        leakage(lm, prompts, sets["forget"], num_samples=1, max_new_tokens=1)
+
+
 def test_questions_are_asked_as_told(lm, prompts, monkeypatch):
     asked, given = [], {"max_new_tokens": 3, "batch_size": 5, "progress": print}
     monkeypatch.setattr(evaluation, "greedy_answers", lambda *_, **options: asked.append(options) or ["x"] * len(_[2]))
