@@ -135,8 +135,7 @@ class LanguageModel:
         self.model = model
         # Where weights are shared out among processes, the module that holds all of them: a wrapper may put itself here.
         self.root = model
-        # PEFT puts its adapters into the layers of the model that it wraps.
-        self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._causal_lm = _unwrapped(model)
         self.backbone = getattr(self._causal_lm, "base_model", None)
         if self.backbone is self._causal_lm:  # of Llama 4, say, whose prefix is none of its attributes
             self.backbone = getattr(self._causal_lm, "model", None)
@@ -367,6 +366,13 @@ class LanguageModel:
         from pmc_fast.parallel_head.own_logits import own_logits
 
         return own_logits(self.model, self.backbone, ids, self.shards)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that PEFT wraps, into whose layers it puts its adapters."""
+    if kind(model).__name__ == "PeftMixedModel":  # which has no get_base_model
+        return model.base_model.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _hooks(module: nn.Module) -> list[Callable]:

@@ -1,6 +1,7 @@
 """PEFT adapters on the backbone: sampled from, trained, and without them the reference; on the head: refused."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -128,6 +129,20 @@ def test_adapters_that_transformers_puts_in(rng_seed):
     pmc.initialise(QUESTIONS)
     pmc.loss([0], RETAIN).backward()
     assert all("lora_" in name for name in trained(model)) and trained(model)
+
+
+def test_adapters_of_several_kinds(rng_seed):
+    model = peft.get_peft_model(make_model(seed=rng_seed), peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(target_modules=["v_proj"], init_weights=False))
+    model.set_adapter(["default", "other"])
+    lm, ids = LanguageModel(model.eval()), torch.tensor([[1, 2, 3, 4]])
+    loss = losses.idk(lm, pack([[1, 2]], [[3, 4]]), 1)
+    want = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, 1:3], ids[0, 2:])
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
+    loss.backward()
+    assert {re.search("lora|hada", name)[0] for name in trained(model)} == {"lora", "hada"}
+    got = Sampler(lm).sample(ids, max_new_tokens=1, temperature=0.0, eos_token_id=-1)
+    assert got.tokens.item() == model(input_ids=ids).logits[0, -1].argmax()
 
 
 @torch.no_grad()
