@@ -117,6 +117,8 @@ def install(model: nn.Module) -> None:
     """
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(registered())
+    for config in _copies(model):
+        config._attn_implementation = model.config._attn_implementation
 
 
 def registered() -> str:
@@ -167,11 +169,24 @@ def replacing_sdpa(model: nn.Module) -> Iterator[None]:
 def implemented_by(name: str, model: nn.Module) -> Iterator[None]:
     """Within a with block, the attention registered by this name in place of the model's own and those of its parts."""
     theirs = _implementations(model.config)
+    copies = [(config, config._attn_implementation) for config in _copies(model)]
     model.set_attn_implementation(name)
+    for config, _ in copies:
+        config._attn_implementation = model.config._attn_implementation
     try:
         yield
     finally:
         model.set_attn_implementation(theirs)
+        for config, its in copies:
+            config._attn_implementation = its
+
+
+def _copies(model: nn.Module) -> list[PretrainedConfig]:
+    """The configurations that layers do not share with a model, as layers that were copied do not: it leaves them as they are."""
+    held = [(module, config) for module in model.modules() if (config := vars(module).get("config")) is not None]
+    models = {id(config) for module, config in held if hasattr(type(module), "set_attn_implementation")}
+    layers = {id(config): config for _, config in held if hasattr(config, "_attn_implementation")}
+    return [config for number, config in layers.items() if number not in models]
 
 
 def _implementations(config: PretrainedConfig) -> str | dict[str, Any]:

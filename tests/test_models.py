@@ -1,5 +1,6 @@
 """Backbone and head against the model's own loss, for many families."""
 
+import copy
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from threading import Event, Thread
 
 import pytest
 import torch
+from draws import assert_same
 from tiny import FAMILIES, MORE, VOCAB, make_model, make_tokenizer
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -343,6 +345,21 @@ def test_each_parts_own_attention_comes_back(fails):
         if fails:
             raise KeyError
     assert used() == ["sdpa", "sdpa", "eager"]
+
+
+@pytest.mark.parametrize("copied", ["before", "after"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_copied_layer_has_a_configuration_of_its_own(family, copied, rng_seed):
+    """Which the model does not tell of another attention."""
+    model, plain = (make_model(family, seed=rng_seed) for _ in range(2))
+    layers, lm = model.model.layers, LanguageModel(model) if copied == "after" else None
+    layers[1] = copy.deepcopy(layers[1])
+    lm, packed = lm or LanguageModel(model), pack([[1, 2], [3]], [[4], [5, 6]])
+    ids, options = torch.tensor([[1, 2, 3]]), {"num_samples": 3, "max_new_tokens": 4, "eos_token_id": 257}
+    assert_same(Sampler(lm).sample(ids, **options), Sampler(plain).sample(ids, **options))
+    assert layers[1].self_attn.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(packed.hidden(lm), packed.hidden(LanguageModel(plain)))
+    torch.testing.assert_close(lm.hidden(ids), LanguageModel(plain).hidden(ids))
 
 
 def test_evaluating_restores_each_modules_mode():
