@@ -46,6 +46,8 @@ class Packed:
     def hidden(self, lm: LanguageModel, cache: SampleCache | None = None) -> Tensor:
         """The hidden states that predict the labels, [N, D]; the same as each sequence would give on its own.
 
+        Unless the longest goes beyond what "dynamic" or "longrope" rotary embeddings were made for: they then turn all otherwise.
+
         Args:
             cache: an empty one of T positions, which then holds the keys and values of all tokens.
 

@@ -138,9 +138,10 @@ class Sampler:
         The draws are independent. What answers to a prompt begin with in common goes through the model once.
 
         Equivalent to ``model.generate(input_ids, do_sample=True, num_return_sequences=num_samples, ...)``, but an
-        answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch. torch.autocast is
-        off meanwhile: the weights' own dtype is the dtype of sampling. Calls on one model in several threads wait for one another,
-        whichever sampler they are of; nothing else may run the model meanwhile, since its modules are other ones.
+        answer depends only on its prompt, ``seed`` and its sequence id, not on what else is in the batch (but for "dynamic" and
+        "longrope" rotary embeddings, once a row goes beyond the positions they were made for). torch.autocast is off meanwhile:
+        the weights' own dtype is the dtype of sampling. Calls on one model in several threads wait for one another, whichever
+        sampler they are of; nothing else may run the model meanwhile, since its modules are other ones.
 
         Args:
             input_ids: int64 [B, T], prompts padded on the left.
