@@ -8,7 +8,7 @@ from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 
-from pmc_fast.errors import BackendUnavailable
+from pmc_fast.errors import BackendUnavailable, described
 from pmc_fast.warning import warn
 
 # Every implementation of an op is the function of the op's name in the module of the op's name in one of these.
@@ -41,7 +41,11 @@ ONLY_IF_NAMED = ("cuda",)
 
 
 def why_not(op: str, impl: str, device_type: str = "cpu", dtype: object = None) -> str | None:
-    """The reason why `impl` cannot run `op` on tensors of this device and dtype, or None if it can."""
+    """The reason why `impl` cannot run `op` on tensors of this device and dtype, or None if it can.
+
+    Raises ValueError for an `op` that is none, or a `device_type` that is no device's.
+    """
+    _check_call(op, device_type)
     if impl not in IMPLEMENTATIONS[op]:
         return f"this version has no {impl} implementation of {op}"
     if impl == "native":
@@ -82,10 +86,11 @@ def choose(op: str, impl: str | None, device_type: str = "cpu", dtype: object = 
     """The implementation to use: the one named, or the fastest that can run these inputs, `prefer` before all others.
 
     Raises:
-        ValueError: `impl` is not the name of an implementation.
+        ValueError: `impl` is not the name of an implementation, `op` of an op, or `device_type` of a type of device.
         BackendUnavailable: the one named cannot run; it never falls back to another.
     """
     check(impl)
+    _check_call(op, device_type)
     if impl is None:
         if prefer is not None and why_not(op, prefer, device_type, dtype) is None:
             return prefer
@@ -107,6 +112,13 @@ def check(impl: str | None) -> None:
     """That it is None or the name of an implementation, of whichever op."""
     if impl is not None and (not isinstance(impl, str) or impl not in PACKAGES):
         raise ValueError(f"impl: got {impl!r}, expected None or one of {', '.join(map(repr, PACKAGES))}")
+
+
+def _check_call(op: str, device_type: str) -> None:
+    if op not in IMPLEMENTATIONS:
+        raise ValueError(f"op: got {described(op)}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if not isinstance(device_type, str) or ":" in device_type:
+        raise ValueError(f"device_type: got {device_type!r}, expected a device's type, such as 'cpu' or 'cuda'")
 
 
 def load(op: str, impl: str, function: str | None = None) -> Callable:

@@ -77,6 +77,15 @@ def test_the_one_named_or_an_error(op):
         choose(op, "Native")
 
 
+def test_what_is_no_op_or_type_of_device():
+    for ask in (choose, why_not):
+        with pytest.raises(ValueError, match="^op: got 'rouge', expected one of 'collapse_loss', "):
+            ask("rouge", "native")
+        for device in (torch.device("cpu"), "cuda:0", None):
+            with pytest.raises(ValueError, match="^device_type: got .*, expected a device's type, such as 'cpu'"):
+                ask("sample", "reference", device)
+
+
 @pytest.fixture(params=["built with CUDA", "built without CUDA"])
 def cuda_module(request, monkeypatch):
     """The compiled module for GPUs, or what happens where there is none."""
