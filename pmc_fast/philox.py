@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
+
+from pmc_fast.errors import described
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -56,7 +60,21 @@ def gumbel(
 
     Returns:
         float32 [N, V].
+
+    Raises:
+        ValueError: an argument of another type, shape or range (``sequence`` and ``position`` out of theirs on a CPU alone: a GPU
+            would have to be waited for).
     """
+    for name, value, bits in (("seed", seed, 64), ("stream", stream, 32), ("vocab", vocab, 32), ("begin", begin, 32)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**bits:
+            raise ValueError(f"{name}: got {described(value)}, expected an integer in [0, 2^{bits})")
+    for name, values in (("sequence", sequence), ("position", position)):
+        is_tensor = isinstance(values, Tensor)
+        if not (is_tensor and values.dtype == torch.int64 and values.dim() == 1 and values.shape == sequence.shape):
+            got = f"{values.dtype} of shape {list(values.shape)}" if is_tensor else described(values)
+            raise ValueError(f"{name}: got {got}, expected int64 [N], sequence and position alike")
+        if values.device.type == "cpu" and (wrong := values[values >> 32 != 0]).numel():
+            raise ValueError(f"{name}: got {int(wrong[0])}, expected integers in [0, 2^32)")
     first, rows = begin // 4, sequence.numel()
     blocks = (begin + vocab + 3) // 4 - first
     block = torch.arange(first, first + blocks, device=sequence.device).expand(rows, blocks)

@@ -47,6 +47,28 @@ def test_noise_belongs_to_its_coordinates(rng_seed):
         assert torch.equal(gumbel_of(seed, sequence, position, some, stream), got.gather(1, some))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, r"seed: got -1, expected an integer in \[0, 2\^64\)"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616"),
+        ({"seed": 1.0}, "seed: got 1.0"),
+        ({"stream": 2**32}, "stream: got 4294967296"),
+        ({"vocab": -3}, r"vocab: got -3, expected an integer in \[0, 2\^32\)"),
+        ({"begin": -1}, "begin: got -1"),
+        ({"sequence": torch.tensor([0, 2**32])}, "sequence: got 4294967296, expected integers"),
+        ({"sequence": 3}, r"sequence: got 3, expected int64 \[N\]"),
+        ({"position": torch.tensor([-1, 0])}, "position: got -1, expected integers"),
+        ({"position": torch.tensor([0])}, r"position: got torch.int64 of shape \[1\]"),
+        ({"position": torch.zeros(2)}, "position: got torch.float32"),
+    ],
+)
+def test_what_is_no_coordinate(change, message):
+    given = {"seed": 0, "sequence": torch.tensor([0, 1]), "position": torch.tensor([2, 3]), "vocab": 5}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        gumbel(**{**given, **change})
+
+
 @pytest.mark.parametrize("isa", library().instruction_sets())
 @pytest.mark.parametrize("vocab", [1, 3, 4, 5, 31, 32, 33, 65, 1027])  # around multiples of every set's lanes
 def test_native_noise_is_the_same_to_the_bit(vocab, isa, rng_seed):
