@@ -110,6 +110,8 @@ class Sampler:
 
         Where rows share their prompts, a call holds less.
         """
+        _checks.integer("rows", rows, "an integer of at least 0", 0)
+        _checks.integer("positions", positions, "an integer of at least 0", 0)
         return rows * positions * cache_bytes_per_row(self.lm.model)
 
     @torch.no_grad()

@@ -399,6 +399,16 @@ def test_bad_input(change, message):
             sampler.sample(torch.tensor([[1, 2, 3]]), **options)
 
 
+@pytest.mark.parametrize(("wrong", "error"), [(-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)])
+def test_bytes_of_what_is_no_number(wrong, error):
+    sampler = Sampler(make_model())
+    for given in ({"rows": wrong, "positions": 2}, {"rows": 2, "positions": wrong}):
+        name = "rows" if given["rows"] is wrong else "positions"
+        with pytest.raises(error, match=f"^{name}: got {wrong!r}, expected an integer of at least 0"):
+            sampler.cache_bytes(**given)
+    assert sampler.cache_bytes(0, 2) == sampler.cache_bytes(2, 0) == 0
+
+
 def test_no_prompts():
     model = make_model()
     for sampler in (Sampler(model), GenerateSampler(model)):
