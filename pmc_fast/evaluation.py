@@ -94,11 +94,11 @@ def greedy_answers(
 ) -> list[str]:
     """The most probable answer to each question, token by token; raises as ``sampled_answers``.
 
-    It ends after ``max_new_tokens``, or else where it and its padded prompt have ``max_length``; 128 tokens if neither is given.
+    It ends after ``max_new_tokens``, or where it and its padded prompt have ``max_length``: at most one of both, by default 128 new tokens.
     """
     if max_length is None and max_new_tokens is None:
         max_new_tokens = 128
-    limit = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {"max_length": max_length}
+    limit = {"max_new_tokens": max_new_tokens, "max_length": max_length}
     options = {"batch_size": batch_size, "progress": progress, "sampler": sampler}
     answers = sampled_answers(model, prompts, questions, temperature=0.0, **options, **limit)
     return [answer for (answer,) in answers]

@@ -141,7 +141,7 @@ class PMC:
             self.prompts,
             questions,
             max_new_tokens=self.config.max_new_tokens,
-            max_length=self.config.max_length,
+            max_length=self.config.max_length if self.config.max_new_tokens is None else None,
             batch_size=self.config.batch_size,
             progress=progress,
             sampler=self.sampler,

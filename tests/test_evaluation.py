@@ -76,6 +76,8 @@ def test_a_length_limits_prompt_and_greedy_answer_together(lm, prompts):
     for tokens in (1, 9):
         answers = greedy_answers(lm, prompts, ["Who?"], max_length=length + tokens)
         assert answers == greedy_answers(lm, prompts, ["Who?"], max_new_tokens=tokens)
+    with pytest.raises(ValueError, match="max_new_tokens, max_length"):
+        greedy_answers(lm, prompts, ["Who?"], max_new_tokens=3, max_length=length + 3)
 
 
 def test_batches_change_no_answer_and_keep_the_order(lm, prompts):
