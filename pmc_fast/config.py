@@ -27,7 +27,7 @@ class PMCConfig:
     Loss: retain_weight is lambda. reencode trains on the decoded and re-encoded answer, as published; False trains on
     the sampled tokens themselves.
     Training loop (used by `pmc_fast.training`, not by `PMC`): epochs, batch_size, accumulation, learning_rate,
-    weight_decay, warmup_epochs.
+    weight_decay, warmup_epochs. The answers before training are asked for in batches of batch_size, too.
 
     Raises:
         UserError: a value is of another type or out of range.

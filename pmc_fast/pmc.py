@@ -150,7 +150,8 @@ class PMC:
     def prepare(self, batches: Iterable[Iterable[int]]) -> None:
         """Sample for the coming micro-batches of an optimizer step in one call: they share the weights.
 
-        The calls of ``loss`` for these batches, in this order, then give what they would have given without it.
+        The calls of ``loss`` for these batches, in this order, then give what they would have given without it, unless a
+        question is in two of them and ``max_length`` limits answers by what their batch is padded to.
 
         Args:
             batches: for each micro-batch, its indices into the questions given to ``initialise``.
