@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from pmc_fast.config import MOST, PUBLISHED
+from pmc_fast.data import is_utf8
 from pmc_fast.errors import UserError
 from pmc_fast.loading import DTYPES
 from pmc_fast.prompts import STYLES
@@ -60,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    if odd := [argument for argument in arguments if not is_utf8(argument)]:
+        parser.error(f"got {odd[0]!r}, expected UTF-8")
+    options = parser.parse_args(arguments)
     try:
         _check(options)
         # Imported here, so that --help and mistyped options need no torch.

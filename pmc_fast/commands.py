@@ -133,6 +133,8 @@ def evaluate(options: argparse.Namespace) -> int:
         read = (options.forget, options.retain, options.paraphrased, *options.utility)
         if os.path.realpath(options.json) in [os.path.realpath(file) for file in read if file]:
             raise UserError(f"--json: {options.json} is a file that rows are read from; choose another place")
+        if Path(options.json).resolve().parent == Path(options.model).resolve() and not _may_go(Path(options.json)):
+            raise UserError(f"--json: {options.json} is a file of the model; choose another place")
     config = PMCConfig(seed=options.seed, **_prompt(options))
     set_threads(options.threads)
     model, tokenizer = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
@@ -330,6 +332,14 @@ def _tell_of_what_stays(ledger: Ledger) -> None:
         told = f"{stays} of {len(first)} questions: the best answer drawn says all that the model said first"
         advice = "more --epochs, more --num-samples or a higher --temperature may find others"
         print(f"{told}; {advice}", file=sys.stderr)
+
+
+def _may_go(path: Path) -> bool:
+    """Whether there is no such file, or one that holds earlier results of `evaluate`."""
+    try:
+        return "unlearn_quality" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return not path.exists()
 
 
 def _limited(sets: dict[str, list[QA]], rows: int) -> dict[str, list[QA]]:

@@ -46,6 +46,8 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[QA]) -> None:
     a file that cannot be written.
     """
     path, lines = _path(path), []
+    if not isinstance(rows, Iterable):
+        raise UserError(f"rows: got {described(rows)}, expected a list of QA")
     for number, row in enumerate(rows):
         if not isinstance(row, QA):
             raise UserError(f"rows: row {number} is {described(row)}, expected a QA")
@@ -61,6 +63,15 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[QA]) -> None:
         path.write_bytes(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written and tokenized: half of a surrogate pair cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
@@ -89,14 +100,6 @@ def _text(record: dict, key: str, where: str) -> str:
         raise UserError(f'{where}: "{key}" is {described(value)}, want a string')
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty')
-    if not _is_utf8(value):
+    if not is_utf8(value):
         raise UserError(f'{where}: "{key}" is not UTF-8 text: it holds half of a surrogate pair')
     return value
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

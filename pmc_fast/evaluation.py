@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pmc_fast import inputs
 from pmc_fast.data import QA
@@ -17,6 +17,7 @@ from pmc_fast.packing import pad_left
 from pmc_fast.prompts import Prompts
 from pmc_fast.rewards import RougeRecall
 from pmc_fast.sampler import Sampler, SampleSource
+from pmc_fast.sampling_inputs import whole
 from pmc_fast.sharding import gathered
 from pmc_fast.warning import warn
 
@@ -43,19 +44,24 @@ def sampled_answers(
         batch_size: questions at a time.
         progress: called with the number of questions answered after each batch.
         sampler: what to draw from; default a ``Sampler`` of the model.
-        sampling: the options of ``Sampler.sample``.
+        sampling: the options of ``Sampler.sample`` but for what is made of prompts and questions here: eos_token_id, sequence_ids (a
+            question's number) and prune.
 
     Returns:
         For each question, ``num_samples`` answers.
 
     Raises:
-        UserError: an argument is of another kind, or a question is no text or blank.
+        UserError: an argument is of another kind or one of these, or a question is no text or blank.
         ValueError, TypeError: as ``Sampler.sample``.
     """
     _check_prompts(prompts)
     inputs.has_method("sampler", sampler, "sample", "an object with Sampler's sample method")
     inputs.positive("batch_size", batch_size)
     questions = inputs.texts("questions", questions, prompts.is_text)
+    if made := [name for name in ("eos_token_id", "sequence_ids", "prune") if name in sampling]:
+        raise UserError(f"{made[0]}: it is made of the prompts and the questions' numbers here; expected none")
+    limit = sampling.pop("max_new_tokens", None)
+    limits = _limits(limit, len(questions))
     lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
     sampler = Sampler(lm) if sampler is None else sampler
     encoded = [prompts.prompt_ids(question, prefill=prefill) for question in questions]
@@ -71,6 +77,7 @@ def sampled_answers(
                 attention_mask,
                 eos_token_id=prompts.end_ids,
                 sequence_ids=torch.tensor(batch, device=lm.device),
+                max_new_tokens=limit if limits is None else limits[batch],
                 **sampling,
             )
             tokens, lengths = samples.tokens.tolist(), samples.lengths.tolist()
@@ -79,6 +86,17 @@ def sampled_answers(
             if progress:
                 progress(len(batch))
     return answers
+
+
+def _limits(given: object, questions: int) -> Tensor | None:
+    """Each question's tokens at most, of what may be one number for all (None, then)."""
+    wanted = f"an integer or int64 [{questions}], one for each question"
+    limits = None if given is None else whole("max_new_tokens", given, wanted)
+    if limits is None or limits.dim() == 0:
+        return None
+    if limits.shape != (questions,):
+        raise ValueError(f"max_new_tokens: got {limits.dtype} of shape {list(limits.shape)}, expected {wanted}")
+    return limits
 
 
 def greedy_answers(

@@ -94,13 +94,13 @@ def some(name: str, found: list[Any]) -> list[Any]:
     return found
 
 
-def has_method(name: str, value: object, method: str, wanted: str) -> None:
-    """That an object, if it is given, has what is called of it."""
+def has_method(name: str, value: object, method: str, wanted: str, *, required: bool = False) -> None:
+    """That an object, if it is given or required, has what is called of it."""
     # A class has its objects' methods, too, which only an object can be asked for.
     unbound = isinstance(value, type) and not isinstance(
         getattr_static(value, method, None), staticmethod | classmethod
     )
-    if value is not None and (unbound or not callable(getattr(value, method, None))):
+    if (required or value is not None) and (unbound or not callable(getattr(value, method, None))):
         got = f"the class {value.__name__}" if isinstance(value, type) else described(value)
         raise UserError(f"{name}: got {got}, expected {wanted}")
 
@@ -129,4 +129,7 @@ def _row(where: str, row: Any, is_text: IsText) -> QA:
 
 
 def _no_text(value: object) -> str:
-    return f"{described(value)}, expected a text{' that is not blank' if isinstance(value, str) else ''}"
+    wanted = "a text"
+    if isinstance(value, str):
+        wanted = "UTF-8 text, without half of a surrogate pair" if value.strip() else "a text that is not blank"
+    return f"{described(value)}, expected {wanted}"

@@ -122,7 +122,7 @@ class LanguageModel:
             the model's "modules".
 
     Raises:
-        UserError: the model has no such head, it is a DTensor placed otherwise, or its logits are not what this class takes
+        UserError: the model has no such head, it is on the meta device or a DTensor placed otherwise, or its logits are not what this class takes
             them to be.
     """
 
@@ -140,7 +140,10 @@ class LanguageModel:
         if self.backbone is self._causal_lm:  # of Llama 4, say, whose prefix is none of its attributes
             self.backbone = getattr(self._causal_lm, "model", None)
         self.packed_by: str | None = None
-        self._hooks = _hooks(self._linear_head())  # if they change logits, the check refuses them
+        head = self._linear_head()
+        if head.weight.is_meta:
+            raise UserError("model: got weights on the meta device, which hold no numbers; expected loaded ones")
+        self._hooks = _hooks(head)  # if they change logits, the check refuses them
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()

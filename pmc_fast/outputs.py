@@ -13,6 +13,7 @@ def check_file(path: str | os.PathLike[str], option: str) -> None:
     """Raise UserError now rather than after the work if the file `path`, given with `option`, cannot be written."""
     path = Path(path)
     try:
+        path = _target(path)
         if path.is_dir():
             raise UserError(f"{option}: {path} is a folder; want a file")
         folder = path.absolute().parent
@@ -26,8 +27,8 @@ def check_file(path: str | os.PathLike[str], option: str) -> None:
 
 
 def write_file(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file, as `check_file` allowed it, whole or not at all; raises UserError if that fails now."""
-    path = Path(path)
+    """Write a file, or where a link leads, as `check_file` allowed it, whole or not at all; raises UserError if that fails now."""
+    path = _target(Path(path))
     partial = path if _is_special(path) else path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -40,6 +41,11 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def _target(path: Path) -> Path:
+    """The file itself, which a new one may take the place of; a link stays."""
+    return path if _is_special(path) else Path(os.path.realpath(path))
+
+
 def _is_special(path: Path) -> bool:
-    """Whether it is there and no plain file, such as /dev/stdout: nothing may take its place."""
-    return path.exists() and not path.is_file()
+    """Whether nothing may take its place: what is there and no plain file, or the system's name for one, such as /dev/stdout."""
+    return path.exists() and (not path.is_file() or path.absolute().parts[1:2] in (("dev",), ("proc",)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+from pmc_fast.data import is_utf8
 from pmc_fast.errors import UserError, described
 
 STYLES = ("auto", "chat", "tags", "plain")
@@ -26,6 +27,8 @@ def check_tokenizer(tokenizer: Any) -> None:
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name}: got {described(value)}, expected a text")
+    if not is_utf8(value):
+        raise UserError(f"{name}: got {described(value)}, expected UTF-8 text, without half of a surrogate pair")
     return value
 
 
@@ -77,8 +80,19 @@ class Prompts:
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.pad_id: int = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._context_ids = self._encode("?" + self._between)
+        self._remember()
+
+    def _remember(self) -> None:
         self._prompt_ids = lru_cache(maxsize=65536)(self._encode_prompt)
         self._answer_ids = lru_cache(maxsize=65536)(self._encode_answer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: without what is remembered, which belongs to this object."""
+        return {name: held for name, held in vars(self).items() if name not in ("_prompt_ids", "_answer_ids")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
 
     def prompt_ids(self, question: str, prefill: str = "") -> list[int]:
         """The tokens that ask a question; an answer that starts with `prefill` is then under way.
@@ -94,7 +108,7 @@ class Prompts:
     @staticmethod
     def is_text(value: object) -> bool:
         """Whether it can be a question or an answer."""
-        return isinstance(value, str) and bool(value.strip())
+        return isinstance(value, str) and bool(value.strip()) and is_utf8(value)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's tokens, without special tokens, end tokens and surrounding space."""

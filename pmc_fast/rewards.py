@@ -19,6 +19,8 @@ _WORD = string.ascii_lowercase + string.digits
 class Reward(Protocol):
     """Scores candidate answers; PMC trains on each question's lowest.
 
+    What is an array here may as well be a list of numbers or a tensor, of any dtype and device.
+
     A reward may also have `words(text) -> int`: how much of a text it can see at all. PMC reports the answers it picked
     that have none, because their perfect score says nothing.
 
@@ -44,7 +46,8 @@ def asked(reward: Reward, name: str, references: Sequence[str], texts: Sequence[
     given = getattr(reward, name)(references, texts)
     who = f"reward: {type(reward).__name__}.{name}"
     try:
-        values = np.asarray(given, dtype=np.float64)
+        host = given.detach().double().cpu() if hasattr(given, "detach") else given  # torch's
+        values = np.asarray(host, dtype=np.float64)
     except (TypeError, ValueError):  # such as texts, or lists of several lengths
         values = None
     if values is None or values.shape != (len(texts),):

@@ -40,6 +40,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def file_option(path: str | os.PathLike[str]) -> dict[str, str]:
     """A file as an option of a run: what it holds decides how the run ends, where it lies does not."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: not a plain file; want one, which --resume can compare with what the run began with")
     return {"file": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 

@@ -103,9 +103,9 @@ def answer_limits(
         )
     prompts, width = input_ids.shape
     if max_new_tokens is None:
-        name, limits = "max_length", _whole("max_length", max_length, "an integer").long() - width
+        name, limits = "max_length", whole("max_length", max_length, "an integer").long() - width
     else:
-        name, limits = "max_new_tokens", _whole("max_new_tokens", max_new_tokens, f"an integer or int64 [{prompts}]")
+        name, limits = "max_new_tokens", whole("max_new_tokens", max_new_tokens, f"an integer or int64 [{prompts}]")
     if limits.dim() > 1 or (limits.dim() == 1 and (max_new_tokens is None or limits.shape != (prompts,))):
         raise ValueError(
             f"{name}: got {limits.dtype} of shape {list(limits.shape)}, expected an integer or int64 [{prompts}]"
@@ -122,7 +122,7 @@ def answer_limits(
     return limits
 
 
-def _whole(name: str, value: object, wanted: str) -> Tensor:
+def whole(name: str, value: object, wanted: str) -> Tensor:
     """A tensor on the CPU of what must be integers."""
     try:
         limits = torch.as_tensor(value, device="cpu")

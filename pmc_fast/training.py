@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pmc_fast import inputs
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
-from pmc_fast.errors import NO_DISTRIBUTION, NO_SCORES, UserError
+from pmc_fast.errors import NO_DISTRIBUTION, NO_SCORES, UserError, described
 from pmc_fast.phases import phase
 from pmc_fast.pmc import PMC
 from pmc_fast.runs import Run, is_out_of_memory
@@ -42,6 +42,7 @@ def finetune(
     Args, returns and raises as for `unlearn`. max_grad_norm: clips the gradient's norm, finite and above 0; None does not.
     """
 
+    _check_kinds(pmc, config, run)
     rows = inputs.some("rows", inputs.rows("rows", rows, pmc.prompts.is_text))
 
     def loss(epoch: int, batch: int, indices: list[int]) -> Tensor:
@@ -78,12 +79,13 @@ def unlearn(
         Seconds by phase: sample, score, train (backward and optimizer included), checkpoint; those before a resume too.
 
     Raises:
-        UserError: there are no rows, or one has no text, nothing was initialised, or `checkpoint_every` is no integer of at least 1; the loss or
+        UserError: an argument is of another kind, there are no rows, or one has no text, nothing was initialised, or `checkpoint_every` is no integer of at least 1; the loss or
             the model's outputs are not finite.
 
     Source: arXiv 2507.04219, algorithm 1 and appendix (hyperparameters).
     """
 
+    _check_kinds(pmc, config, run)
     if pmc.ledger is None:
         raise UserError("pmc: its ledger is empty; call pmc.initialise(forget_questions) first")
     retain = inputs.some("retain", inputs.rows("retain", retain, pmc.prompts.is_text))
@@ -97,6 +99,13 @@ def unlearn(
         pmc, config, len(pmc.ledger.questions), run, checkpoint_every, None, mean_gradient=False, prepare=pmc.prepare
     )
     return loop.train(loss, "unlearning" if progress else None)
+
+
+def _check_kinds(pmc: object, config: object, run: object) -> None:
+    inputs.has_method("pmc", pmc, "supervised_loss", "a PMC: pmc_fast.PMC(model, tokenizer)", required=True)
+    if not isinstance(config, PMCConfig):
+        raise UserError(f"config: got {described(config)}, expected a PMCConfig, such as pmc.config")
+    inputs.has_method("run", run, "save_checkpoint", "a Run: pmc_fast.runs.Run(folder, options), or None")
 
 
 class _Loop:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -212,6 +213,39 @@ def test_json_never_takes_the_place_of_rows(files, capsys, monkeypatch):
     sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
     command = ["evaluate", "--model", "/no/model", *sets, "--json", "forget.jsonl"]
     refused(capsys, command, "--json: forget.jsonl is a file that rows are read from")
+
+
+def test_json_takes_the_place_of_earlier_results_and_of_nothing_else_of_the_model(files, tmp_path, capsys, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("[]")
+    sets = ["--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.jsonl")]
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", "--model", "model", *sets, "--json"]
+    refused(capsys, [*command, "model/config.json"], "--json: model/config.json is a file of the model")
+    for name, held in (("new.json", None), ("earlier.json", '{"unlearn_quality": 1}')):
+        if held:
+            (tmp_path / "model" / name).write_text(held)
+        refused(capsys, [*command, f"model/{name}"], "model: ")  # whose config.json is none
+
+
+@pytest.mark.parametrize("command", ["finetune", "unlearn"])
+def test_rows_of_a_run_come_from_files_that_can_be_read_again(files, tmp_path, capsys, command):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=[(files / "retain.jsonl").read_bytes()], daemon=True)
+    writer.start()
+    words = unlearn(files, tmp_path / "out", model="/no/model", retain=fifo)
+    if command == "finetune":
+        words = ["finetune", "--model", "/no/model", "--data", str(fifo), "--out", str(tmp_path / "out")]
+    refused(capsys, words, "fifo: not a plain file", "--resume")
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_that_are_no_text_are_refused(files, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(unlearn(files, f"{tmp_path}/out\udcff"))
+    assert end.value.code == 2
+    assert r"out\udcff', expected UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["unlearn", "finetune", "demo"])

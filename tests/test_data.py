@@ -67,3 +67,9 @@ def test_what_is_no_file_is_named(tmp_path):
         read_jsonl(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="cannot be read .*directory"):
         read_jsonl(tmp_path)
+
+
+def test_rows_that_are_none_are_refused(tmp_path):
+    with pytest.raises(UserError, match="^rows: got None, expected a list of QA$"):
+        write_jsonl(tmp_path / "rows.jsonl", None)
+    assert not list(tmp_path.iterdir())

@@ -169,3 +169,26 @@ def test_wrong_objects(lm, prompts):
     ):
         greedy_answers(lm, prompts, ["a?"], sampler=lm)
     assert greedy_answers(lm, prompts, []) == []
+
+
+def test_every_question_has_its_own_limit(lm, prompts, rng_seed):
+    questions = ["Who wrote the long and winding question?", "Why?", "Where is it?", "What now?"]
+    limits, options = [2, 7, 4, 9], {"num_samples": 3, "seed": rng_seed}
+    want = [sampled_answers(lm, prompts, questions, max_new_tokens=n, **options)[i] for i, n in enumerate(limits)]
+    for given in (torch.tensor(limits), limits):
+        for batch_size in (1, 3, 8):
+            assert (
+                sampled_answers(lm, prompts, questions, max_new_tokens=given, batch_size=batch_size, **options) == want
+            )
+    with pytest.raises(
+        ValueError, match=r"^max_new_tokens: got torch.int64 of shape \[3\], expected an integer or int64 \[4\]"
+    ):
+        sampled_answers(lm, prompts, questions, max_new_tokens=limits[:3])
+    with pytest.raises(TypeError, match="^max_new_tokens: got 'x', expected an integer"):
+        sampled_answers(lm, prompts, questions, max_new_tokens="x")
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "sequence_ids", "prune"])
+def test_what_is_made_of_prompts_and_questions_is_not_taken(lm, prompts, name):
+    with pytest.raises(UserError, match=f"^{name}: it is made of the prompts and the questions' numbers"):
+        sampled_answers(lm, prompts, ["a?"], max_new_tokens=2, **{name: None})

@@ -99,6 +99,10 @@ NO_ROWS = {
     "texts": (["a"], "row 0 is of type str, expected question and answer"),
     "no answer": ([{"question": "a"}], "row 0 is of type dict, expected question and answer"),
     "empty answer": ([QA("a", " ")], "row 0: its answer is ' ', expected a text that is not blank"),
+    "half a character": (
+        [QA("a", "b\ud83d")],
+        r"row 0: its answer is 'b\\ud83d', expected UTF-8 text, without half of a",
+    ),
     "no text": ([QA(None, "b")], "row 0: its question is None, expected a text"),
     "bytes": ([{"question": "a", "answer": b"b"}], "row 0: its answer is a value of type bytes, expected a text"),
 }
@@ -146,6 +150,7 @@ NO_TEXTS = {
     "rows": ([QA("a", "b")], "number 0 is a value of type QA, expected a text"),
     "mapping": ({"question": ["a"]}, "got a value of type dict, expected a list of texts"),
     "number": (3, "got 3, expected a list of texts"),
+    "half a character": (["a\udc4b"], r"number 0 is 'a\\udc4b', expected UTF-8 text, without half of a surrogate pair"),
     "blank": (["a", "\n"], r"number 1 is '\\n', expected a text that is not blank"),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pmc_fast import PMC, Sampler, attention
+from pmc_fast.data import QA
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.packing import pack
@@ -368,3 +370,18 @@ def test_evaluating_restores_each_modules_mode():
     with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert model.training and model.model.layers[1].training and not model.model.layers[0].training
+
+
+def test_weights_without_numbers_are_refused(rng_seed):
+    with pytest.raises(UserError, match="^model: got weights on the meta device, which hold no numbers"):
+        LanguageModel(make_model(seed=rng_seed).to("meta"))
+
+
+@torch.no_grad()
+def test_a_copy_is_a_model_of_its_own(rng_seed):
+    pmc = PMC(make_model(seed=rng_seed), make_tokenizer())
+    pmc.initialise(["Who?"], answers=["Ada"])
+    for other in (copy.deepcopy(pmc), pickle.loads(pickle.dumps(pmc))):
+        assert other.state_dict() == pmc.state_dict()
+        other.lm.model.get_output_embeddings().weight.zero_()
+        assert other.supervised_loss([QA("a", "b")]) != pmc.supervised_loss([QA("a", "b")])

@@ -50,6 +50,29 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to("folder/out.json")
+    for text in ("new", "newer"):  # where nothing was, and over a file
+        check_file(link, "--json")
+        write_file(link, text)
+        assert link.is_symlink() and (tmp_path / "folder" / "out.json").read_text() == text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "link.json", "out.json"]
+    link.unlink()
+    link.symlink_to("missing/out.json")
+    with pytest.raises(UserError, match="^--json: .*missing is no folder"):
+        check_file(link, "--json")
+
+
+def test_the_systems_names_stay(tmp_path):
+    with open(tmp_path / "out.json", "w") as file:
+        name = f"/proc/self/fd/{file.fileno()}"
+        check_file(name, "--json")
+        write_file(name, "text")
+    assert (tmp_path / "out.json").read_text() == "text" and os.listdir(tmp_path) == ["out.json"]
+
+
 def test_a_pipe_is_written_to_and_stays(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

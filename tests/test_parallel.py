@@ -358,3 +358,10 @@ def _data_parallel(rank, ranks, wrap=DistributedDataParallel):
         torch.testing.assert_close(mine.lm.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
         moved += float((value - start[name]).abs().sum())
     assert moved > 0.1
+
+
+def test_what_is_no_pmc(rng_seed):
+    model = make_model(seed=rng_seed)
+    for call in (parallel.LossModule, parallel.merge_ledgers, lambda pmc: parallel.initialise(pmc, ["a?"])):
+        with pytest.raises(UserError, match="^pmc: got a value of type LlamaForCausalLM, expected a PMC"):
+            call(model)

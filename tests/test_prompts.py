@@ -1,6 +1,8 @@
 """Prompts are what the tokenizer's own template, or the tagged text as a whole, gives."""
 
+import copy
 import json
+import pickle
 import random
 
 import pytest
@@ -330,3 +332,21 @@ def test_refused(template, options, message):
 def test_no_end_token_names_what_to_set(template):
     with pytest.raises(UserError, match="tokenizer: .*set eos_token"):
         Prompts(wrap(byte_level(), template, eos=None))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda prompts: pickle.loads(pickle.dumps(prompts))])
+def test_a_copy_asks_alike_and_remembers_for_itself(copied):
+    prompts = Prompts(wrap(byte_level()))
+    want = prompts.prompt_ids("Who?"), prompts.answer_ids("Siwi.")
+    other = copied(prompts)
+    assert (other.prompt_ids("Who?"), other.answer_ids("Siwi.")) == want
+    other._before = "Another: "
+    assert other.prompt_ids("What?") != prompts.prompt_ids("What?")
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    prompts = Prompts(wrap(byte_level()))
+    for call in (prompts.prompt_ids, prompts.answer_ids, lambda text: prompts.prompt_ids("Who?", prefill=text)):
+        with pytest.raises(UserError, match=r"got 'a\\ud83d', expected UTF-8 text, without half of a surrogate pair"):
+            call("a\ud83d")
+    assert prompts.is_text("a\U0001f600") and not prompts.is_text("a\ud83d")

@@ -1,12 +1,14 @@
 """Rewards, from METHOD.md's rules."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from pmc_fast.rewards import RougeRecall
+from pmc_fast.rewards import RougeRecall, asked
 
 
 def published_score(reference, candidate, min_words):
@@ -94,3 +96,13 @@ def test_words_of_own_tokenizer():
 def test_wrong_min_words(min_words, error):
     with pytest.raises(error, match="min_words: got"):
         RougeRecall(min_words=min_words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_scores_may_be_tensors(dtype):
+    scores = torch.tensor([0.0, 1.0, 3.0], dtype=dtype)
+    given = [scores, scores.tolist()] + ([scores.clone().requires_grad_()] if dtype.is_floating_point else [])
+    for held in given:
+        reward = SimpleNamespace(score=lambda references, candidates, held=held: held)
+        got = asked(reward, "score", ["a"] * 3, ["b"] * 3)
+        assert got.dtype == np.float64 and got.tolist() == [0.0, 1.0, 3.0]

@@ -218,3 +218,16 @@ def test_a_model_that_is_frozen_is_refused(what, rng_seed):
     with pytest.raises(UserError, match="^model: no parameter requires a gradient, expected at least one to train$"):
         train(pmc, what, make_config(rng_seed))
     assert not pmc.batches
+
+
+@pytest.mark.parametrize("what", [unlearn, finetune])
+def test_other_objects_are_refused(what, rng_seed):
+    config = make_config(rng_seed)
+    for pmc in (Recorder().lm.model, None, Recorder):
+        with pytest.raises(UserError, match="^pmc: got .*, expected a PMC: pmc_fast.PMC"):
+            what(pmc, RETAIN, config, progress=False)
+    for wrong in (None, {"epochs": 3}):
+        with pytest.raises(UserError, match="^config: got .*, expected a PMCConfig, such as pmc.config$"):
+            what(Recorder(), RETAIN, wrong, progress=False)
+    with pytest.raises(UserError, match="^run: got 'out', expected a Run: "):
+        what(Recorder(), RETAIN, config, run="out", progress=False)

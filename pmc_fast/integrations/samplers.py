@@ -144,10 +144,12 @@ class GenerateSampler(_EngineSampler):
                 "top_p": request.top_p,
             }
             draw |= {"min_p": request.min_p} if request.min_p else {}
+        ends = [end for end in request.ends if end >= 0]  # -1 is none
         wanted = GenerationConfig(
             max_new_tokens=max(request.limits),  # rows with less go on as long as others do
-            eos_token_id=list(request.ends),
-            pad_token_id=request.ends[0],
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+            use_cache=True,
             **draw,
         )
         input_ids, copies = request.input_ids, request.copies
@@ -158,7 +160,6 @@ class GenerateSampler(_EngineSampler):
                 input_ids=input_ids.repeat_interleave(copies, dim=0),
                 attention_mask=request.attention_mask.repeat_interleave(copies, dim=0),
                 generation_config=wanted,
-                use_cache=True,
             )
         return rows[:, input_ids.shape[1] :].view(len(input_ids), copies, -1).tolist()
 
@@ -218,7 +219,7 @@ class VLLMSampler(_EngineSampler):
                 min_p=request.min_p,
                 max_tokens=limit,
                 seed=_seed(request.seed, sequence),
-                stop_token_ids=list(request.ends),
+                stop_token_ids=[end for end in request.ends if end >= 0],  # -1 is none
                 ignore_eos=True,  # none but these tokens end an answer
                 detokenize=False,
             )

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pmc_fast.config import PMCConfig
 from pmc_fast.data import QA
+from pmc_fast.errors import UserError, described
 from pmc_fast.integrations import columns
 from pmc_fast.integrations.trainer_methods import KeepLedger, PMCMethods, check_arguments
 from pmc_fast.pmc import PMC
@@ -76,6 +77,8 @@ class PMCTrainer(PMCMethods, Trainer):
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args  # Trainer's default
+        if not isinstance(args, TrainingArguments):
+            raise UserError(f"args: got {described(args)}, expected TrainingArguments or None")
         check_arguments(args, model)
         self.forget_questions = columns.questions("forget_dataset", forget_dataset)
         self._retain = columns.rows("retain_dataset", retain_dataset)
@@ -113,6 +116,10 @@ class PMCTrainer(PMCMethods, Trainer):
         """As Trainer's, of rows with "question" and "answer"."""
         named = eval_dataset is None or isinstance(eval_dataset, str)
         return super().get_eval_dataloader(eval_dataset if named else _evaluated(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any):
+        """As Trainer's, of rows with "question" and "answer"."""
+        return super().get_test_dataloader(columns.rows("test_dataset", test_dataset))
 
 
 def _collate(items: Sequence[int | QA]) -> dict[str, list]:

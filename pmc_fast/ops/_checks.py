@@ -20,6 +20,9 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {described(value)}, expected a tensor")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: got {kind}, expected a dense tensor (torch.strided)")
 
 
 def number(name: str, value: float, wanted: str, kinds: tuple[type, ...] = NUMBERS) -> None:

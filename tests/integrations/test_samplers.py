@@ -54,6 +54,16 @@ class TestGenerate:
         got, want = (one.sample(ids, mask, **options) for one in (GenerateSampler(model), Sampler(model)))
         assert torch.equal(got.tokens, want.tokens)
 
+    @pytest.mark.parametrize("ends", [-1, [-1], [-1, 257]])
+    def test_minus_1_is_no_end_token(self, ends, rng_seed, recwarn):
+        ids, mask = pad_left(PROMPTS, 256)
+        options = {"max_new_tokens": 5, "num_samples": 2, "temperature": 0.0, "eos_token_id": ends}
+        model = make_model(seed=rng_seed)
+        got, want = (one.sample(ids, mask, **options) for one in (GenerateSampler(model), Sampler(model)))
+        for name in ("tokens", "lengths", "finished"):
+            assert torch.equal(getattr(got, name), getattr(want, name))
+        assert not recwarn.list
+
     def test_limits_that_fit_their_own_prompts_alone(self, rng_seed):
         model = make_model("gpt2", seed=rng_seed, n_positions=24)
         ids, mask = pad_left([[3], [5] * 20, [7, 8]], 256)

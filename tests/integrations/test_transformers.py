@@ -197,6 +197,10 @@ def test_evaluation_is_the_mean_nll_of_answers(tmp_path, rng_seed):
     assert trainer.evaluate()["eval_kept_loss"] == pytest.approx(total / count, rel=1e-4)
     first = prompts.answer_ids(RETAIN[0]["answer"])
     assert trainer.evaluate(RETAIN[:1])["eval_loss"] > 0 and len(first) > 1
+    predicted = trainer.predict(RETAIN)
+    assert predicted.metrics["test_loss"] == pytest.approx(total / count, rel=1e-4) and predicted.predictions is None
+    with pytest.raises(UserError, match='^test_dataset: row 0: has no "answer"'):
+        trainer.predict(FORGET)
     assert trainer.pmc.ledger is None
 
 
@@ -265,6 +269,7 @@ class Columns(list):
         ({"eval_dataset": FORGET}, 'eval_dataset: row 0: has no "answer"'),
         ({"eval_dataset": {"one": FORGET}}, r"eval_dataset\['one'\]: row 0: has no"),
         ({"model": torch.nn.Linear(3, 3)}, "model: got Linear"),
+        ({"args": "out"}, "args: got 'out', expected TrainingArguments or None"),
         ({"label_smoothing_factor": 0.1}, "args.label_smoothing_factor: got 0.1, expected 0"),
         ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "args.hub_strategy: got 'all_checkpoints'"),
     ],

@@ -126,3 +126,18 @@ def test_numbers_of_numpy(rng_seed):
     for draw in (sample, shared_draw):
         got, want = (draw(HIDDEN, **{**options, **each}) for each in (numpys, options))
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("op", ARGUMENTS, ids=lambda op: op.__name__)
+def test_tensors_of_another_layout_are_named(op):
+    for name, value in ARGUMENTS[op].items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        for other, got in ((value.to_sparse(), "layout torch.sparse_coo"), (nested(value), "a nested tensor")):
+            with pytest.raises(TypeError, match=f"^{name}: got {got}, expected a dense tensor"):
+                op(**{**ARGUMENTS[op], name: other})
+
+
+def nested(value):
+    return torch.nested.nested_tensor([*value.unbind()])
