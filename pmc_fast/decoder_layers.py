@@ -83,7 +83,12 @@ def _angles(rotary: nn.Module | None, attentions: Sequence[nn.Module]) -> Angles
 
 
 def _turns(attention: nn.Module) -> bool:
-    """Whether queries and keys are turned, where there are angles; SmolLM3 leaves every fourth layer's as they are."""
+    """Whether queries and keys are turned, where there are angles.
+
+    SmolLM3 leaves every fourth layer's as they are, EXAONE 4 those of its layers without a window beside ones that have it.
+    """
+    if kind(attention).__name__ == "Exaone4Attention":
+        return attention.sliding_window is None or attention.is_sliding
     return bool(getattr(attention, "use_rope", True))
 
 

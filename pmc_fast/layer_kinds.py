@@ -95,6 +95,8 @@ _OPT = Names(
 )
 _OLMO2 = Names(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"))
 KINDS = {
+    "CwmDecoderLayer": _LLAMA,
+    "Exaone4DecoderLayer": _OLMO2,
     "GemmaDecoderLayer": replace(_LLAMA, scaled=True),
     "Gemma2DecoderLayer": _GEMMA,
     "Gemma3DecoderLayer": _GEMMA,
@@ -102,6 +104,7 @@ KINDS = {
     "GPTNeoXLayer": _GPT_NEOX,
     "GraniteDecoderLayer": _LLAMA,
     "LlamaDecoderLayer": _LLAMA,
+    "MinistralDecoderLayer": _LLAMA,
     "MistralDecoderLayer": _LLAMA,
     "OlmoDecoderLayer": replace(_LLAMA, clips=True),
     "Olmo2DecoderLayer": _OLMO2,
@@ -113,6 +116,7 @@ KINDS = {
     ),
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
+    "SeedOssDecoderLayer": _LLAMA,
     "SmolLM3DecoderLayer": _LLAMA,
     "StableLmDecoderLayer": replace(_LLAMA, parallel="use_parallel_residual"),
     "Starcoder2DecoderLayer": replace(_LLAMA, up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act"),

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from draws import assert_same, differ
-from tiny import KNOWN, VOCAB, checkpoint_activations, make_model
+from tiny import ALIKE, KNOWN, VOCAB, checkpoint_activations, make_model
 
 from pmc_fast import attention, fast_linear, fused_decoder
 from pmc_fast.native.packed_linear import packed_bytes
@@ -86,9 +86,11 @@ VARIANTS = [
     ("llama", {"hidden_act": "relu"}),
     ("phi", {"hidden_act": "gelu"}),
     ("olmo", {"clip_qkv": None}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),  # which turns all layers
     ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6}),
     ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
     ("starcoder2", {"use_bias": False}),
+    *((family, {}) for family in ALIKE),
 ]
 
 

@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from tiny import FAMILIES, KNOWN, checkpoint_activations, make_model
+from tiny import ALIKE, FAMILIES, KNOWN, checkpoint_activations, make_model
 from torch.utils.checkpoint import checkpoint
 
 from pmc_fast import packed_layers
@@ -17,6 +17,7 @@ from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
 
 ALL = {family: (family, changes) for family, changes in KNOWN.items()}
+ALL |= {family: (family, {}) for family in ALIKE}
 ALL["mistral without windows"] = "mistral", {"sliding_window": None}
 ALL["gpt_neox, one after the other"] = "gpt_neox", {"use_parallel_residual": False}
 ALL["stablelm, side by side"] = "stablelm", {"use_parallel_residual": True}

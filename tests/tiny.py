@@ -64,12 +64,27 @@ MORE = {
         "v_head_dim": 6,
         "first_k_dense_replace": 2,
     },
+    "cwm": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "exaone4": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "ministral": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "sliding_window": 6},
     "nemotron": {},  # whose layers hand no keywords on, like stablelm's
     "olmo": {"clip_qkv": 0.5},
     "olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "opt": {},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5},
     "starcoder2": {"sliding_window": 6},
@@ -84,8 +99,10 @@ KNOWN = {
     "gpt_neox": {},
     "gpt2": {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0},
     "opt": {"dropout": 0},
-    **dict.fromkeys(("olmo", "olmo3", "smollm3", "stablelm", "starcoder2"), {}),
+    **dict.fromkeys(("exaone4", "olmo", "olmo3", "smollm3", "stablelm", "starcoder2"), {}),
 }
+# What they know, too, of the same parts as some of these.
+ALIKE = ("cwm", "ministral", "seed_oss")
 
 
 def make_model(family: str = "llama", seed: int = 0, **changes):
