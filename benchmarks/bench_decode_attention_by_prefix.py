@@ -33,13 +33,13 @@ class DecodeAttentionByPrefixBench(DecodeAttentionBench):
         group = self.heads.queries // self.heads.keys
         return inputs._replace(sharers=sharers_of(inputs.held["prefix_row"], self.prompts, group))
 
-    def _attend(self, x: CacheInputs, at_once: bool = False) -> torch.Tensor:
+    def _attend(self, x: CacheInputs, at_once: bool = False, **launch: Any) -> torch.Tensor:
         if reason := self._reason(x):
             raise CannotRun(reason)
         from pmc_fast.kernels.decode_attention import decode_attention
 
         options = {"scale": self.heads.dim**-0.5, "softcap": None, "sharers": x.sharers if at_once else None}
-        return decode_attention(x.query, first=x.first, **x.held, **options)
+        return decode_attention(x.query, first=x.first, **x.held, **options, **launch)
 
     def _reason(self, x: CacheInputs) -> str | None:
         """Why Triton does not run, if so."""

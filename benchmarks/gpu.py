@@ -98,6 +98,7 @@ _OPS = {
         "ops-sample-options": ["--op", "sample_by_options", "--dtype", "float32", "--graphs"],
         "ops-linear-sample": ["--op", "linear_sample_by_rows", "--dtype", "bfloat16", "--graphs"],
         "ops-decode-attention": ["--op", "decode_attention_by_prefix", "--dtype", "bfloat16", "--graphs"],
+        "ops-decode-tiles": ["--op", "decode_attention_by_tiles", "--dtype", "bfloat16", "--graphs"],
     },
     "cpu": {"ops": ["--op", "rouge_l_recall"]},
 }

@@ -33,7 +33,13 @@ OPS = (
     "rouge_l_recall",
 )
 # What is run only where it is asked for.
-NAMED_ONLY = ("sample_by_options", "linear_sample_by_rows", "linear_logprob_frozen", "decode_attention_by_prefix")
+NAMED_ONLY = (
+    "sample_by_options",
+    "linear_sample_by_rows",
+    "linear_logprob_frozen",
+    "decode_attention_by_prefix",
+    "decode_attention_by_tiles",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"pmc": (False,), "large": (True,), "all": (False, True)}
 

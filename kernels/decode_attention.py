@@ -208,11 +208,13 @@ def decode_attention(
     length: Tensor | None = None,
     sharers: Tensor | None = None,
     bad: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """One launch, two where positions are split, three with sharers, which depends on shapes alone: a CUDA graph can hold them.
 
     sharers: `prefix_attention.sharers_of` prefix_row: read each prefix once for its rows; None: each row reads it.
     bad: int32 [1], lowered to the number of a row whose scores are no numbers; None: nobody looks.
+    tiles: how the rows' own pass is launched; None: as `tiles_for` says.
     """
     query, key, value = (_within_heads(x) for x in (query, key, value))
     (rows, heads, dim), (kv_heads, positions) = query.shape, key.shape[1:3]
@@ -252,7 +254,8 @@ def decode_attention(
             masses,
         )
         prefix_key = prefix_value = prefix_row = None
-    tiles = tiles_for(heads // kv_heads, dim, query.element_size(), _aligned(key, value, prefix_key, prefix_value))
+    aligned = _aligned(key, value, prefix_key, prefix_value)
+    tiles = tiles or tiles_for(heads // kv_heads, dim, query.element_size(), aligned)
     attend_kernel[(rows * kv_heads * splits,)](
         query,
         *query.stride()[:2],

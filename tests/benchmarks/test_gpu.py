@@ -124,8 +124,9 @@ def test_the_plan_for_a_gpu_covers_both_models_and_every_op(tmp_path):
     assert "bfloat16" in parts["ops"].words and "sample" in parts["ops-sample"].words
     assert "linear_sample_by_rows" in parts["ops-linear-sample"].words
     assert {"decode_attention_by_prefix", "--graphs"} <= set(parts["ops-decode-attention"].words)
+    assert {"decode_attention_by_tiles", "--graphs"} <= set(parts["ops-decode-tiles"].words)
     assert {"sample_by_options", "--graphs"} <= set(parts["ops-sample-options"].words)
-    assert len(parts["report"].inputs) == 13
+    assert len(parts["report"].inputs) == 14
     from benchmarks.__main__ import _parse
 
     for part in parts.values():

@@ -16,6 +16,7 @@ from benchmarks.bench import Bench, CannotRun, Verdict
 from benchmarks.bench_collapse_loss import CollapseLossBench
 from benchmarks.bench_decode_attention import DecodeAttentionBench
 from benchmarks.bench_decode_attention_by_prefix import DecodeAttentionByPrefixBench
+from benchmarks.bench_decode_attention_by_tiles import DecodeAttentionByTilesBench
 from benchmarks.bench_linear_logprob import LinearLogprobBench
 from benchmarks.bench_linear_sample import LinearSampleBench
 from benchmarks.bench_packed_attention import PackedAttentionBench
@@ -204,6 +205,7 @@ BENCHES = [
     DecodeAttentionBench(5, AttentionHeads(6, 2, 40), 23, torch.bfloat16),
     DecodeAttentionBench(43, AttentionHeads(6, 2, 40), 23, prefix=9),
     DecodeAttentionByPrefixBench(43, AttentionHeads(6, 2, 40), 23, torch.bfloat16, prefix=9),
+    DecodeAttentionByTilesBench(5, AttentionHeads(6, 2, 40), 23, torch.bfloat16, prefix=9),
     PackedAttentionBench((5, 9, 3, 20), AttentionHeads(6, 2, 40)),
     PackedAttentionBench((0, 9, 9), AttentionHeads(6, 2, 40), torch.bfloat16),
     bench_rouge_l_recall.RougeLRecallBench(9),
@@ -362,6 +364,7 @@ def test_what_is_only_run_where_it_is_named():
     assert {bench.rows for bench in ops.benches_of("linear_sample_by_rows")} >= {16, 160, 256}
     assert all(bench.frozen for bench in ops.benches_of("linear_logprob_frozen"))
     assert {bench.prefix for bench in ops.benches_of("decode_attention_by_prefix")} == {64, 256, 1024, 4096}
+    assert {bench.rows for bench in ops.benches_of("decode_attention_by_tiles")} == {16, 48, 96, 160}
     titles = [bench.title for bench in ops.benches_of("sample_by_options")]
     for size in ("160 x 128256", "32 x 128256", "160 x 49152"):
         assert len({title for title in titles if title.startswith(size)}) == 7

@@ -7,6 +7,8 @@ import torch
 from attention_near import assert_near
 
 pytest.importorskip("triton")
+from benchmarks.bench_decode_attention_by_tiles import TILES, DecodeAttentionByTilesBench
+from benchmarks.shapes import AttentionHeads
 from pmc_fast.gpu.checks import no_bad_row
 from pmc_fast.kernels import decode_attention as kernels
 
@@ -215,3 +217,18 @@ def test_no_rows(rng_seed):
 )
 def test_splits_are_for_few_rows_and_many_positions(rows, kv_heads, positions, splits):
     assert kernels.splits_for(rows * kv_heads, positions, 132) == splits
+
+
+def test_the_benchmark_finds_all_tiles_right_and_takes_them(monkeypatch, rng_seed):
+    bench = DecodeAttentionByTilesBench(3, AttentionHeads(6, 2, 40), 43, torch.bfloat16, prefix=33)
+    inputs = bench.make_inputs(rng_seed, torch.get_default_device())
+    oracle_of_bench, asked = bench.oracle(inputs), []
+    whole = kernels.attend_kernel.run
+    monkeypatch.setattr(
+        kernels.attend_kernel, "run", lambda *args, **options: asked.append(options) or whole(*args, **options)
+    )
+    runs = {name: run for name, run in bench.contestants().items() if "positions" in name}
+    for run in runs.values():
+        assert bench.judge(run, run(inputs), inputs, oracle_of_bench, None).right
+    names = ("POSITIONS", "num_warps", "num_stages")
+    assert tuple(tuple(options[name] for name in names) for options in asked) == TILES and len(runs) == len(TILES)
