@@ -68,6 +68,7 @@ def attend_kernel(
     HEADS: tl.constexpr,  # GROUP and DIM, padded
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether 16 bytes divide the address of every key and value
 ):
     split = tl.program_id(0) % SPLITS
     kv_head = (tl.program_id(0) // SPLITS % heads).to(tl.int64)
@@ -107,6 +108,8 @@ def attend_kernel(
         if prefix_row is not None:
             keys = tl.where(own < 0, prefix_key + position.to(tl.int64) * prefix_key_stride, keys)
             values = tl.where(own < 0, prefix_value + position.to(tl.int64) * prefix_value_stride, values)
+            if ALIGNED:  # which Triton 3.8 does not see in a choice: it would load element by element
+                keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)
         k = tl.load(keys[:, None] + depth[None, :], mask=there, other=0)
         v = tl.load(values[:, None] + depth[None, :], mask=there, other=0)
         score = dot(k, tl.trans(queries), tl.zeros([POSITIONS, HEADS], tl.float32), PRECISION) * scale
@@ -282,6 +285,7 @@ def decode_attention(
         DIM=dim,
         SPLITS=splits,
         PRECISION=dot_precision(),
+        ALIGNED=aligned,
         **tiles._asdict(),
     )
     if parts > 1:
@@ -336,6 +340,7 @@ def _attend_variant(
     signature |= dict.fromkeys(("prefix_row", "first", "length"), "*i64")
     signature |= dict.fromkeys(("positions", "prefix_positions", "heads", "parts"), "i32") | {"scale": "fp32"}
     constants = {"GROUP": shape.heads // shape.kv_heads, "DIM": shape.dim, "SPLITS": splits, "PRECISION": "ieee"}
+    constants["ALIGNED"] = aligned
     constants |= {"POSITIONS": tiles.POSITIONS, "HEADS": tiles.HEADS, "DEPTH": tiles.DEPTH}
     in_parts = splits > 1 or alone
     signature["out"] = "*fp32" if in_parts else "*" + dtype

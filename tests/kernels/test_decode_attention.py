@@ -88,9 +88,11 @@ def test_heads_and_dimensions_that_need_padding(group, dim, prefix_positions, dt
 
 
 def test_fewer_positions_at_a_time_of_keys_that_no_vector_fits(monkeypatch):
-    """On a GPU: of 64, a compiler reads weights elsewhere."""
-    asked, whole = [], kernels.tiles_for
-    monkeypatch.setattr(kernels, "tiles_for", lambda *shape: asked.append(whole(*shape)) or asked[-1])
+    """On a GPU: of 64, a compiler reads weights elsewhere; nor is it told then that vectors fit."""
+    asked, whole = [], kernels.attend_kernel.run
+    monkeypatch.setattr(
+        kernels.attend_kernel, "run", lambda *args, **options: asked.append(options) or whole(*args, **options)
+    )
     whole_keys, wide = torch.zeros(2, 4, 2, 70, 128).bfloat16(), torch.zeros(2, 4, 2, 70, 144).bfloat16()
     query, first = torch.randn(4, 6, 128).bfloat16(), torch.zeros(4, dtype=torch.int64)
     for keys, positions in (
@@ -104,10 +106,10 @@ def test_fewer_positions_at_a_time_of_keys_that_no_vector_fits(monkeypatch):
         (torch.zeros(2, 4, 2, 70 * 128 + 8).bfloat16()[..., :-8].unflatten(-1, (70, 128)), 32),  # its heads'
     ):
         kernels.decode_attention(query[..., : keys.shape[4]], *keys, first, scale=1.0, softcap=None)
-        assert positions == asked[-1].POSITIONS
+        assert positions == asked[-1]["POSITIONS"] and asked[-1]["ALIGNED"] == (positions == 64)
     prefix = {"prefix_key": wide[0, :2, ..., 1:129], "prefix_value": whole_keys[1, :2], "prefix_row": first}
     kernels.decode_attention(query, *whole_keys, first, scale=1.0, softcap=None, **prefix)
-    assert asked[-1].POSITIONS == 32
+    assert asked[-1]["POSITIONS"] == 32 and not asked[-1]["ALIGNED"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
