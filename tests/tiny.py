@@ -119,7 +119,9 @@ def make_model(family: str = "llama", seed: int = 0, **changes):
         sizes.pop("num_key_value_heads"), sizes.pop("head_dim")
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes), dtype=torch.float32).eval()
+    # transformers 5.17 would give Gemma 2 torch's attention, which knows no soft cap; later versions choose this one themselves.
+    options = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes), dtype=torch.float32, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
