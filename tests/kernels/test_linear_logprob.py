@@ -91,10 +91,7 @@ def test_confident_rows_in_bfloat16(slices, rng_seed):
     hidden, weight, _, target = make(dtype=torch.bfloat16, bias=False, ignored=False)
     weight[target] = 5 * hidden
     upstream = torch.ones(len(target), device=DEVICE)
-    if DEVICE == "cpu":
-        assert_right(hidden, weight, None, target, upstream)
-        return
-    # A GPU's two products sum in other orders: p is off by some units of the logit in float32, and nothing else is.
+    # The two passes' products may sum in other orders: p is off by some units of the logit in float32, and nothing else is.
     case = dict(hidden=hidden, weight=weight, bias=None, target=target, upstream=upstream)
     case |= {"softcap": None, "logit_scale": 1.0}
     of_p = 4 * torch.finfo(torch.float32).eps * (hidden.double() @ weight.double().T).abs().max()
