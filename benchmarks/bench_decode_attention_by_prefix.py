@@ -33,13 +33,17 @@ class DecodeAttentionByPrefixBench(DecodeAttentionBench):
         group = self.heads.queries // self.heads.keys
         return inputs._replace(sharers=sharers_of(inputs.held["prefix_row"], self.prompts, group))
 
-    def _attend(self, x: CacheInputs, at_once: bool = False, **launch: Any) -> torch.Tensor:
+    def _attend(self, x: CacheInputs, at_once: bool = False, **tiles: int) -> torch.Tensor:
+        """tiles: what is other than usual of them."""
         if reason := self._reason(x):
             raise CannotRun(reason)
-        from pmc_fast.kernels.decode_attention import decode_attention
+        from pmc_fast.kernels.decode_attention import decode_attention, tiles_for
 
         options = {"scale": self.heads.dim**-0.5, "softcap": None, "sharers": x.sharers if at_once else None}
-        return decode_attention(x.query, first=x.first, **x.held, **options, **launch)
+        if tiles:
+            group = self.heads.queries // self.heads.keys
+            options["tiles"] = tiles_for(group, self.heads.dim, self.dtype.itemsize)._replace(**tiles)
+        return decode_attention(x.query, first=x.first, **x.held, **options)
 
     def _reason(self, x: CacheInputs) -> str | None:
         """Why Triton does not run, if so."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench import OURS, CannotRun, named
+from benchmarks.bench import OURS, named
 from benchmarks.bench_decode_attention import CacheInputs, eager, ours
 from benchmarks.bench_decode_attention_by_prefix import OWN, DecodeAttentionByPrefixBench
 from benchmarks.shapes import DECODE_ROWS, LLAMA_3B_HEADS
@@ -37,19 +37,11 @@ class DecodeAttentionByTilesBench(DecodeAttentionByPrefixBench):
     def contestants(self) -> Mapping[str, Callable[[CacheInputs], Any]]:
         ways = {
             named(f"{positions} positions, {warps} warp{'s' * (warps > 1)}, {stages} stages"): partial(
-                self._attend_by, positions, warps, stages
+                self._attend, POSITIONS=positions, num_warps=warps, num_stages=stages
             )
             for positions, warps, stages in TILES
         }
         return {OURS: ours, **ways, self.yardstick: eager}
-
-    def _attend_by(self, positions: int, warps: int, stages: int, x: CacheInputs) -> torch.Tensor:
-        if reason := self._reason(x):
-            raise CannotRun(reason)
-        from pmc_fast.kernels.decode_attention import tiles_for
-
-        usual = tiles_for(self.heads.queries // self.heads.keys, self.heads.dim, self.dtype.itemsize)
-        return self._attend(x, tiles=usual._replace(POSITIONS=positions, num_warps=warps, num_stages=stages))
 
 
 BENCHES = [

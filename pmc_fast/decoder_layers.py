@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
@@ -61,7 +61,8 @@ def _read_layers(lm: LanguageModel, calls: list[AttentionCall]) -> Layers[NormPa
     (unit,) = {getattr(module, "residual_multiplier", 1.0) for module in modules}
     if not unit > 0:
         raise Unknown
-    angles = _angles(_part(backbone, names.rotary), [_part(module, names.attention) for module in modules])
+    turns = [_turns(_part(module, names.attention), names) for module in modules]
+    angles = _angles(_part(backbone, names.rotary), unturned=not all(turns))
     embed = _embedding(backbone, names, unit)
     like = embed.weight
     return Layers(
@@ -77,24 +78,21 @@ def _part(module: nn.Module, path: str | None) -> Any:
     return None if path is None else attrgetter(path)(module)
 
 
-def _angles(rotary: nn.Module | None, attentions: Sequence[nn.Module]) -> Angles:
+def _angles(rotary: nn.Module | None, unturned: bool) -> Angles:
     several = isinstance(getattr(rotary, "rope_type", None), dict)
-    return Angles(rotary, tuple(rotary.rope_type) if several else (None,), not all(map(_turns, attentions)))
+    return Angles(rotary, tuple(rotary.rope_type) if several else (None,), unturned)
 
 
-def _turns(attention: nn.Module) -> bool:
-    """Whether queries and keys are turned, where there are angles.
-
-    SmolLM3 leaves every fourth layer's as they are, EXAONE 4 those of its layers without a window beside ones that have it.
-    """
-    if kind(attention).__name__ == "Exaone4Attention":
+def _turns(attention: nn.Module, names: Names) -> bool:
+    """Whether queries and keys are turned, where there are angles; SmolLM3 leaves every fourth layer's as they are."""
+    if names.windows_turn:
         return attention.sliding_window is None or attention.is_sliding
     return bool(getattr(attention, "use_rope", True))
 
 
-def _rotary(attention: nn.Module, angles: Angles) -> int:
+def _rotary(attention: nn.Module, names: Names, angles: Angles) -> int:
     """Which of the angles a layer's attention takes."""
-    if not _turns(attention):
+    if not _turns(attention, names):
         return len(angles.kinds)
     if angles.kinds == (None,):
         return 0
@@ -188,7 +186,7 @@ def _layer(
         activation=ACTIVATIONS[activation],
         down=_linear(_part(layer, names.down)),
         down_norm=down_norm,
-        rotary=_rotary(attention, angles),
+        rotary=_rotary(attention, names, angles),
         attention=call,
     )
 

@@ -105,6 +105,11 @@ def has_method(name: str, value: object, method: str, wanted: str, *, required: 
         raise UserError(f"{name}: got {got}, expected {wanted}")
 
 
+def check_pmc(value: object) -> None:
+    """That it is a PMC, or does what one does."""
+    has_method("pmc", value, "supervised_loss", "a PMC: pmc_fast.PMC(model, tokenizer)", required=True)
+
+
 def plain(value: Any) -> Any:
     """What tensors and arrays hold, as Python's own numbers."""
     return value.tolist() if hasattr(value, "tolist") else value

@@ -31,6 +31,7 @@ class Names:
     parallel: bool | str = False  # or the attribute that says it
     scales_query: bool = False  # whether attention is given queries that are scaled already
     clips: bool = False  # whether queries, keys and values are kept within what the configuration says
+    windows_turn: bool = False  # whether, beside layers with a window, those without one turn nothing
 
     layers: str = "layers"
     embed: str = "embed_tokens"
@@ -96,7 +97,7 @@ _OPT = Names(
 _OLMO2 = Names(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"))
 KINDS = {
     "CwmDecoderLayer": _LLAMA,
-    "Exaone4DecoderLayer": _OLMO2,
+    "Exaone4DecoderLayer": replace(_OLMO2, windows_turn=True),
     "GemmaDecoderLayer": replace(_LLAMA, scaled=True),
     "Gemma2DecoderLayer": _GEMMA,
     "Gemma3DecoderLayer": _GEMMA,

@@ -122,8 +122,8 @@ class LanguageModel:
             the model's "modules".
 
     Raises:
-        UserError: the model has no such head, it is on the meta device or a DTensor placed otherwise, or its logits are not what this class takes
-            them to be.
+        UserError: the model has no such head, it is on the meta device or a DTensor placed otherwise, or its logits are not what this
+            class takes them to be.
     """
 
     def __init__(self, model: nn.Module, check: bool = True) -> None:

@@ -47,5 +47,6 @@ def _target(path: Path) -> Path:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether nothing may take its place: what is there and no plain file, or the system's name for one, such as /dev/stdout."""
-    return path.exists() and (not path.is_file() or path.absolute().parts[1:2] in (("dev",), ("proc",)))
+    """Whether nothing may take its place: what is there and no plain file, or the system's link to one, such as /dev/stdout."""
+    of_the_system = path.is_symlink() and path.absolute().parts[1:2] in (("dev",), ("proc",))
+    return path.exists() and (not path.is_file() or of_the_system)

@@ -79,8 +79,8 @@ def unlearn(
         Seconds by phase: sample, score, train (backward and optimizer included), checkpoint; those before a resume too.
 
     Raises:
-        UserError: an argument is of another kind, there are no rows, or one has no text, nothing was initialised, or `checkpoint_every` is no integer of at least 1; the loss or
-            the model's outputs are not finite.
+        UserError: an argument is of another kind, there are no rows, or one has no text, nothing was initialised, or
+            `checkpoint_every` is no integer of at least 1; the loss or the model's outputs are not finite.
 
     Source: arXiv 2507.04219, algorithm 1 and appendix (hyperparameters).
     """
@@ -102,7 +102,7 @@ def unlearn(
 
 
 def _check_kinds(pmc: object, config: object, run: object) -> None:
-    inputs.has_method("pmc", pmc, "supervised_loss", "a PMC: pmc_fast.PMC(model, tokenizer)", required=True)
+    inputs.check_pmc(pmc)
     if not isinstance(config, PMCConfig):
         raise UserError(f"config: got {described(config)}, expected a PMCConfig, such as pmc.config")
     inputs.has_method("run", run, "save_checkpoint", "a Run: pmc_fast.runs.Run(folder, options), or None")

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -63,6 +64,17 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
     link.symlink_to("missing/out.json")
     with pytest.raises(UserError, match="^--json: .*missing is no folder"):
         check_file(link, "--json")
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm to write to")
+def test_a_file_in_the_systems_memory_is_replaced_like_any_other():
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "out.json"
+        write_file(path, "old")
+        held = path.stat().st_ino
+        with path.open() as reader:  # who holds the number of the old one
+            write_file(path, "new")
+            assert path.read_text() == "new" and reader.read() == "old" and path.stat().st_ino != held
 
 
 def test_the_systems_names_stay(tmp_path):

@@ -35,6 +35,11 @@ class _Request:
     seed: int
     sequences: list[int]
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ends that are tokens: -1 is none."""
+        return [end for end in self.ends if end >= 0]
+
     def of(self, rows: list[int]) -> _Request:
         """What is drawn for some of the prompts."""
         return replace(
@@ -144,7 +149,7 @@ class GenerateSampler(_EngineSampler):
                 "top_p": request.top_p,
             }
             draw |= {"min_p": request.min_p} if request.min_p else {}
-        ends = [end for end in request.ends if end >= 0]  # -1 is none
+        ends = request.end_ids
         wanted = GenerationConfig(
             max_new_tokens=max(request.limits),  # rows with less go on as long as others do
             eos_token_id=ends or None,
@@ -219,7 +224,7 @@ class VLLMSampler(_EngineSampler):
                 min_p=request.min_p,
                 max_tokens=limit,
                 seed=_seed(request.seed, sequence),
-                stop_token_ids=[end for end in request.ends if end >= 0],  # -1 is none
+                stop_token_ids=request.end_ids,
                 ignore_eos=True,  # none but these tokens end an answer
                 detokenize=False,
             )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pmc_fast.data import QA
 from pmc_fast.errors import UserError
-from pmc_fast.inputs import has_method, texts
+from pmc_fast.inputs import check_pmc, texts
 from pmc_fast.ledger import Ledger
 from pmc_fast.pmc import PMC
 from pmc_fast.sharding import begin_forward, is_tensor_parallel, is_zero3
@@ -27,7 +27,7 @@ class LossModule(nn.Module):
     """
 
     def __init__(self, pmc: PMC) -> None:
-        _check_pmc(pmc)
+        check_pmc(pmc)
         super().__init__()
         self.model = pmc.lm.model
         self.pmc = pmc
@@ -63,7 +63,7 @@ def initialise(
         UserError: on every rank: `pmc` is none, there is no question, one that is no text, the questions differ between ranks, an answer
             has no room after its prompt, or the model is tensor-parallel.
     """
-    _check_pmc(pmc)
+    check_pmc(pmc)
     if is_tensor_parallel(pmc.lm.model):
         raise UserError(
             "pmc: got a tensor-parallel model, of which all ranks answer the same questions together; expected "
@@ -120,17 +120,13 @@ def merge_ledgers(pmc: PMC, group: dist.ProcessGroup | None = None) -> None:
     Raises:
         UserError: `pmc` is none, a ledger that is empty on some rank, or ledgers that did not start from the same one.
     """
-    _check_pmc(pmc)
+    check_pmc(pmc)
     ledgers = from_all_ranks(pmc.ledger, group)
     if any(ledger is None for ledger in ledgers):
         raise UserError(
             "pmc: the ledger is empty on some rank; call initialise(forget_questions) or load it on every rank"
         )
     pmc.ledger = _merged(ledgers)
-
-
-def _check_pmc(pmc: object) -> None:
-    has_method("pmc", pmc, "supervised_loss", "a PMC: pmc_fast.PMC(model, tokenizer)", required=True)
 
 
 def _merged(ledgers: list[Ledger]) -> Ledger:

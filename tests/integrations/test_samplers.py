@@ -55,14 +55,20 @@ class TestGenerate:
         assert torch.equal(got.tokens, want.tokens)
 
     @pytest.mark.parametrize("ends", [-1, [-1], [-1, 257]])
-    def test_minus_1_is_no_end_token(self, ends, rng_seed, recwarn):
+    def test_minus_1_is_no_end_token(self, ends, monkeypatch, rng_seed):
         ids, mask = pad_left(PROMPTS, 256)
         options = {"max_new_tokens": 5, "num_samples": 2, "temperature": 0.0, "eos_token_id": ends}
-        model = make_model(seed=rng_seed)
+        model, asked = make_model(seed=rng_seed), []
+        monkeypatch.setattr(
+            model, "generate", lambda generate=model.generate, **given: asked.append(given) or generate(**given)
+        )
         got, want = (one.sample(ids, mask, **options) for one in (GenerateSampler(model), Sampler(model)))
         for name in ("tokens", "lengths", "finished"):
             assert torch.equal(getattr(got, name), getattr(want, name))
-        assert not recwarn.list
+        # transformers warns of tokens below 0, and of options beside a configuration.
+        assert asked[0].keys() == {"input_ids", "attention_mask", "generation_config"}
+        its = asked[0]["generation_config"]
+        assert its.eos_token_id == ([257] if ends == [-1, 257] else None) and its.pad_token_id >= 0
 
     def test_limits_that_fit_their_own_prompts_alone(self, rng_seed):
         model = make_model("gpt2", seed=rng_seed, n_positions=24)

@@ -74,6 +74,14 @@ def small_blocks(monkeypatch):
 
 
 @pytest.fixture
+def asked(monkeypatch):
+    """The options of each launch of `attend_kernel`."""
+    options, run = [], kernels.attend_kernel.run
+    monkeypatch.setattr(kernels.attend_kernel, "run", lambda *args, **its: options.append(its) or run(*args, **its))
+    return options
+
+
+@pytest.fixture
 def splits(monkeypatch):
     """As on a GPU that few rows do not fill; some splits have nothing to do."""
     monkeypatch.setattr(kernels, "LEAST_POSITIONS", 1)
@@ -87,12 +95,8 @@ def test_heads_and_dimensions_that_need_padding(group, dim, prefix_positions, dt
     assert_right(make(group, 2, dim, prefix_positions=prefix_positions, dtype=dtype))
 
 
-def test_fewer_positions_at_a_time_of_keys_that_no_vector_fits(monkeypatch):
+def test_fewer_positions_at_a_time_of_keys_that_no_vector_fits(asked):
     """On a GPU: of 64, a compiler reads weights elsewhere; nor is it told then that vectors fit."""
-    asked, whole = [], kernels.attend_kernel.run
-    monkeypatch.setattr(
-        kernels.attend_kernel, "run", lambda *args, **options: asked.append(options) or whole(*args, **options)
-    )
     whole_keys, wide = torch.zeros(2, 4, 2, 70, 128).bfloat16(), torch.zeros(2, 4, 2, 70, 144).bfloat16()
     query, first = torch.randn(4, 6, 128).bfloat16(), torch.zeros(4, dtype=torch.int64)
     for keys, positions in (
@@ -221,16 +225,12 @@ def test_splits_are_for_few_rows_and_many_positions(rows, kv_heads, positions, s
     assert kernels.splits_for(rows * kv_heads, positions, 132) == splits
 
 
-def test_the_benchmark_finds_all_tiles_right_and_takes_them(monkeypatch, rng_seed):
+def test_the_benchmark_finds_all_tiles_right_and_takes_them(asked, rng_seed):
     bench = DecodeAttentionByTilesBench(3, AttentionHeads(6, 2, 40), 43, torch.bfloat16, prefix=33)
     inputs = bench.make_inputs(rng_seed, torch.get_default_device())
-    oracle_of_bench, asked = bench.oracle(inputs), []
-    whole = kernels.attend_kernel.run
-    monkeypatch.setattr(
-        kernels.attend_kernel, "run", lambda *args, **options: asked.append(options) or whole(*args, **options)
-    )
+    exact = bench.oracle(inputs)
     runs = {name: run for name, run in bench.contestants().items() if "positions" in name}
     for run in runs.values():
-        assert bench.judge(run, run(inputs), inputs, oracle_of_bench, None).right
+        assert bench.judge(run, run(inputs), inputs, exact, None).right
     names = ("POSITIONS", "num_warps", "num_stages")
     assert tuple(tuple(options[name] for name in names) for options in asked) == TILES and len(runs) == len(TILES)
