@@ -59,6 +59,7 @@ class AttentionCall:
     scaling: float | None
     softcap: float | None
     window: int | None
+    sinks: bool  # a logit for each head that weighs in the softmax and has no value
 
 
 @dataclass
@@ -234,20 +235,28 @@ def _mask(*args, **kwargs) -> Tensor | None:
 
 
 def _as_mask(lengths: PackedLengths, window: int | None) -> Tensor:
-    """int64 [1 + sequences] on the CPU, or with a window [2, 1 + sequences]; real masks have four dimensions."""
+    """int64 [1, 1, 1, 1 + sequences] on the CPU, or with a window [1, 1, 2, 1 + sequences]; real masks are of another dtype.
+
+    Four dimensions as a mask has, since some models slice them (Gemma 4).
+    """
     mask = torch.tensor([lengths.shared, *lengths.own], device="cpu")
-    return mask if window is None else torch.stack([mask, torch.full_like(mask, window)])
+    rows = [mask] if window is None else [mask, torch.full_like(mask, window)]
+    return torch.stack(rows)[None, None]
+
+
+def _rows_of(mask: Tensor | None) -> list[list[int]]:
+    """Those that `_as_mask` stacked; none of a real mask."""
+    return mask[0, 0].tolist() if mask is not None and mask.dtype == torch.int64 and mask.dim() == 4 else []
 
 
 def _lengths_of(mask: Tensor | None) -> PackedLengths | None:
-    if mask is None or mask.dim() > 2:
-        return None
-    shared, *own = (mask if mask.dim() == 1 else mask[0]).tolist()
-    return PackedLengths(shared, tuple(own))
+    rows = _rows_of(mask)
+    return PackedLengths(rows[0][0], tuple(rows[0][1:])) if rows else None
 
 
 def _window_of(mask: Tensor | None) -> int | None:
-    return None if mask is None or mask.dim() != 2 else int(mask[1, 0])
+    rows = _rows_of(mask)
+    return rows[1][0] if len(rows) == 2 else None
 
 
 def _forward(
@@ -262,10 +271,9 @@ def _forward(
     sliding_window: int | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,  # sinks [heads]
     **kwargs,
 ) -> tuple[Tensor, None]:
-    if kwargs.get("s_aux") is not None:
-        raise UserError("model: its attention has sinks, which this version does not support")
     packed_lengths = _lengths_of(attention_mask) if packed_lengths is None else packed_lengths
     if (watched := _watched.get()) is not None:
         layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape
@@ -279,13 +287,14 @@ def _forward(
                 scaling,
                 softcap,
                 sliding_window,
+                s_aux is not None,
             )
         )
     if _decoding.get() is not None:
         token = (states[:, :, 0] for states in (query, key, value))
         options = {"window": sliding_window, "scale": scaling, "softcap": softcap}
         return attend(module.layer_idx, *token, **options)[:, None], None
-    if packed_lengths is None and softcap is None:
+    if packed_lengths is None and softcap is None and s_aux is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -297,9 +306,9 @@ def _forward(
         sliding_window = _window_of(attention_mask) if sliding_window is None else sliding_window
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         like = query.device, query.dtype, query.shape[3], softcap
-        if not packed_lengths.shared and dropout == 0 and varlen.takes(*like):
+        if not packed_lengths.shared and dropout == 0 and s_aux is None and varlen.takes(*like):
             return varlen.attend(*tokens, packed_lengths.own, sliding_window, scaling, softcap)[None], None
-        if _has_kernel(query, key, value, dropout):
+        if s_aux is None and _has_kernel(query, key, value, dropout):
             lengths = (packed_lengths.shared, *packed_lengths.own)
             out = packed_attention(*tokens, lengths, scale=scaling, softcap=softcap, window=sliding_window)
             return out[None], None
@@ -308,14 +317,14 @@ def _forward(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if packed_lengths is None:
         causal = attention_mask is None and query.shape[2] > 1
-        out = _attend(query, key, value, attention_mask, causal, None, softcap, dropout, scaling)
+        out = _attend(query, key, value, attention_mask, causal, None, softcap, dropout, scaling, s_aux)
         return out.transpose(1, 2).contiguous(), None
     shared, own = packed_lengths
     begin, *rest = zip(*(x.split([shared, *own], dim=2) for x in (query, key, value)), strict=True)
     pieces = [begin] if shared else []
     for q, k, v in rest:
         pieces.append((q, torch.cat([begin[1], k], dim=2), torch.cat([begin[2], v], dim=2)) if shared else (q, k, v))
-    pieces = [_attend(*piece, None, True, sliding_window, softcap, dropout, scaling) for piece in pieces]
+    pieces = [_attend(*piece, None, True, sliding_window, softcap, dropout, scaling, s_aux) for piece in pieces]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -339,20 +348,25 @@ def _attend(
     softcap: float | None,
     dropout: float,
     scaling: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     tokens, keys = query.shape[2], key.shape[2]
-    if causal and (softcap is not None or tokens < keys or (window is not None and keys > window)):
+    fused = softcap is None and sinks is None
+    if causal and (not fused or tokens < keys or (window is not None and keys > window)):
         mask, causal = _seen(tokens, keys, window, query.device), False
-    if softcap is None:
+    if fused:
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
         )
     scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1).to(scores.dtype)], dim=3)
     weights = nn.functional.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
-    return weights @ value
+    return weights[..., :keys] @ value
 
 
 @lru_cache(maxsize=64)  # all layers ask for the same

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+
+
+class CacheBytes(NamedTuple):
+    """What a row takes in all layers together: keys and values of a token, and states that do not grow."""
+
+    token: int
+    row: int
 
 
 class _Layer(CacheLayerMixin):
@@ -107,11 +115,23 @@ class SampleCache(Cache):
         for layer in self.layers:
             layer.arrange(source, destination, rows)
 
+    @property
+    def is_filled(self) -> bool:
+        return all(layer.keys is not None for layer in self.layers)
+
+    @property
+    def bytes(self) -> CacheBytes:
+        """Of the one token and row that it holds."""
+        return CacheBytes(sum(states.nbytes for layer in self.layers for states in layer.filled()), 0)
+
 
 def layers_of(config) -> int:
-    return config.get_text_config(decoder=True).num_hidden_layers
+    """How many layers have keys and values of their own; the last ones may take others' (Gemma 3n, Gemma 4)."""
+    config = config.get_text_config(decoder=True)
+    return config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
 
 
 def argument_of(backbone: nn.Module) -> str:
-    """The name by which it takes a cache: since transformers 5.24 another one, and the old one goes with 5.40."""
-    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+    """The name by which it takes a cache: since transformers 5.24 another one, and the old one goes with 5.40; Mamba's own."""
+    taken = inspect.signature(backbone.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), "past_key_values")

@@ -1,4 +1,4 @@
-"""How much memory sampling takes, and how much there is."""
+"""How much memory there is."""
 
 from __future__ import annotations
 
@@ -7,25 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
-from torch import nn
-
-from pmc_fast.errors import UserError
 
 _ROOT = Path("/")
-
-
-def cache_bytes_per_row(model: nn.Module) -> int:
-    """Bytes of keys and values of one token in one row, all layers together."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    if heads is None:
-        raise UserError(
-            f"model: {type(model).__name__} has no num_attention_heads in its configuration, so it cannot be sampled from; want a "
-            "decoder of attention alone"
-        )
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * next(model.parameters()).element_size()
 
 
 def free_bytes(device: torch.device) -> int:

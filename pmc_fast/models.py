@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, RLock
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -34,8 +34,8 @@ WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _new_turn = Lock()
 
-# What keeps a backbone, while its modules are of these classes, from running a packed batch; whoever wraps it.
-_unpackable: WeakKeyDictionary[nn.Module, tuple[tuple[type, ...], str | None]] = WeakKeyDictionary()
+# What a backbone does with sequences, while its modules are of these classes; whoever wraps it.
+_trials: WeakKeyDictionary[nn.Module, tuple[tuple[type, ...], Trial]] = WeakKeyDictionary()
 
 # Models whose modules a thread had changed when this process was forked, which nobody here will change back.
 _left: WeakSet[nn.Module] = WeakSet()
@@ -52,6 +52,13 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+class Trial(NamedTuple):
+    """unpackable: what keeps a model from running a packed batch, or None; sees_ahead: whether tokens see later ones."""
+
+    unpackable: str | None
+    sees_ahead: bool
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,10 @@ class LanguageModel:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
         unpackable: what keeps its modules from running a packed batch of several sequences, which is tried when it is first asked
-            of a model whose modules are of these classes; None if nothing does or nothing is to be checked.
-        packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), or
-            the model's "modules".
+            of a model whose modules are of these classes; None if nothing does or nothing is to be checked. Sequences are rows
+            with padding behind them then.
+        packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), the
+            model's "modules", or these over "padded rows".
 
     Raises:
         UserError: the model has no such head, it is on the meta device or a DTensor placed otherwise, or its logits are not what this
@@ -147,7 +155,8 @@ class LanguageModel:
         self.shards = self._shards()
         self.positions = Positions.of(model)
         config = model.config.get_text_config()
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        self._softcap = next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
         divisor = getattr(config, "logits_scaling", None)  # Granite
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(divisor or 1.0)
         self._checks = check
@@ -202,24 +211,28 @@ class LanguageModel:
 
     @property
     def unpackable(self) -> str | None:
+        return self._trial.unpackable
+
+    def check_causal(self) -> None:
+        """A UserError if its tokens see later ones."""
+        if self._trial.sees_ahead:
+            raise UserError(f"model: {type(self.model).__name__} sees later tokens; want a causal language model")
+
+    @property
+    def _trial(self) -> Trial:
         if not self._checks:
-            return None
+            return Trial(None, False)
         # To a compiler the passes of the trial would be hundreds of pieces more.
-        ask = torch.compiler.disable(self._unpackable) if torch.compiler.is_compiling() else self._unpackable
+        ask = torch.compiler.disable(self._tried) if torch.compiler.is_compiling() else self._tried
         return ask()
 
-    def _unpackable(self) -> str | None:
+    def _tried(self) -> Trial:
         classes = tuple(map(kind, self.backbone.modules()))
-        tried, why = _unpackable.get(self.backbone, (None, None))
-        if tried != classes:
+        of, trial = _trials.get(self.backbone, (None, None))
+        if of != classes:
             # Under no lock but the model's turn, which whoever samples has when they ask here: two threads may both try.
-            _unpackable[self.backbone] = classes, (why := self._why_not_packed())
-        return why
-
-    def check_packable(self) -> None:
-        """A UserError if its modules cannot run a packed batch of several sequences."""
-        if self.unpackable:
-            raise UserError(f"model: {self.unpackable}; want a decoder of attention alone, with position_ids")
+            _trials[self.backbone] = classes, (trial := self._try())
+        return trial
 
     def _shards(self) -> VocabShards | None:
         weight = self.head_module.weight
@@ -276,7 +289,7 @@ class LanguageModel:
         return values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values
 
     @contextmanager
-    def _at_rest(self) -> Iterator[None]:
+    def at_rest(self) -> Iterator[None]:
         """Around a pass that only looks: alone, with whole weights, in evaluation mode."""
         with self.turn, gathered(self.root), evaluating(self.model):
             yield
@@ -284,11 +297,17 @@ class LanguageModel:
     @torch.no_grad()
     def _check(self) -> None:
         """That head(backbone(ids)) is what the model itself computes, on three tokens."""
-        with self._at_rest():
+        with self.at_rest():
             ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head_module.weight.shape[0]
             head = self.head
             expected = self._own_logits(ids)[0].float()
             hidden = self.hidden(ids)[0]
+            given, takes = ((x.dtype, x.shape[1]) for x in (hidden, head.weight))
+            if given != takes:
+                raise UserError(
+                    f"model: {type(self.model).__name__} computes its logits in a way this version does not know (its backbone gives "
+                    f"{given[1]} values of {given[0]}, its head takes {takes[1]} of {takes[0]})"
+                )
             z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
         error, largest = (logits - expected).abs().max(), expected.abs().max()
@@ -298,32 +317,35 @@ class LanguageModel:
             raise UserError(
                 "model: its logits are NaN or infinite; want weights that are right, and a dtype that holds them"
             )
-        if not error <= 0.02 * largest + 1e-3:
+        # A soft cap far above the logits moves them by little.
+        rounded = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.02
+        if not error <= rounded * (largest + 0.05):
             raise UserError(
                 f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
 
     @torch.no_grad()
+    def _try(self) -> Trial:
+        with self.at_rest(), attention.implemented_by(attention.registered(), self.model):
+            why = self._why_not_packed()
+            return Trial(why, self._reaches(self._states, slice(0, 1), slice(1, 3)))
+
     def _why_not_packed(self) -> str | None:
-        """A sequence of a packed batch sees nothing of another one, and comes to the same wherever it is in it."""
+        """None if a sequence of a packed batch sees nothing of another one, and comes to the same wherever it is in it."""
         name = type(self.model).__name__
-        with self._at_rest():
-            with attention.implemented_by(attention.registered(), self.model):
-                try:
-                    states = self._packed_states()
-                except attention.LengthsLost:
-                    return None  # which a packed batch says again
-                except Exception as error:  # somebody else's modules raise what they like
-                    return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
-                mixes = self._reaches(self._packed_states, slice(3, 5), slice(0, 3))
-            if self._reaches(self._states, slice(0, 1), slice(1, 3)):
-                return f"{name} sees later tokens, which in a packed batch it would not"
+        try:
+            states = self._packed_states()
+        except attention.LengthsLost:
+            return f"{name} hands neither keyword arguments nor masks on to its attention"
+        except Exception as error:  # somebody else's modules raise what they like
+            return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
         # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the place: of SmolLM2's thirty
         # in bfloat16, those of each by 35.
         rounded = 1e-2 if states.dtype in (torch.float32, torch.float64) else 0.5
         first, second = states[:2].float(), states[3:].float()
-        if not mixes and not bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any()):  # nor if NaN
+        differ = bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any())  # not if NaN
+        if not differ and not self._reaches(self._packed_states, slice(3, 5), slice(0, 3)):
             return None
         return (
             f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache
@@ -46,31 +47,50 @@ class Packed:
     def hidden(self, lm: LanguageModel, cache: SampleCache | None = None) -> Tensor:
         """The hidden states that predict the labels, [N, D]; the same as each sequence would give on its own.
 
-        Unless the longest goes beyond what "dynamic" or "longrope" rotary embeddings were made for: they then turn all otherwise.
+        Of a model that cannot run packed batches (`LanguageModel.unpackable`) each sequence is a row, padded behind its end. Unless the longest goes beyond what "dynamic" or "longrope" rotary embeddings were made for: they then turn all otherwise.
 
         Args:
             cache: an empty one of T positions, which then holds the keys and values of all tokens.
 
         Raises:
-            UserError: a sequence does not fit in the model's table of positions, or in a chunk of its attention; or the model cannot
-                run packed batches, or not of so many tokens.
+            UserError: a sequence does not fit in the model's table of positions, or in a chunk of its attention; the model sees later
+                tokens, or cannot run packed batches of so many; it is to fill a cache, and its attention takes no lengths.
             ValueError: a token is none of the model's (on a CPU alone: a GPU would have to be waited for).
         """
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
-        lm.positions.check_packed(self.input_ids.shape[1])
         attention.install(lm.model)  # before what tries it, which puts back what was there, in other threads, too
         if self.count > 1:
-            lm.check_packable()
+            lm.check_causal()
         check_ids(self.input_ids, vocabulary_size(lm.model))
+        if self.count > 1 and lm.unpackable:
+            return self._hidden_of_rows(lm)
+        lm.positions.check_packed(self.input_ids.shape[1])
         hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows, cache)
         lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]
         if hidden is not None:
             return hidden
-        with attention.packed(self.lengths), wide_linear(lm):
-            options = {"attention_mask": None, "packed_lengths": self.lengths}
-            hidden = lm.hidden(self.input_ids, cache, position_ids=self.position_ids, **options)
+        try:
+            with attention.packed(self.lengths), wide_linear(lm):
+                options = {"attention_mask": None, "packed_lengths": self.lengths}
+                hidden = lm.hidden(self.input_ids, cache, position_ids=self.position_ids, **options)
+        except attention.LengthsLost:
+            if cache is not None:
+                raise
+            return self._hidden_of_rows(lm)
         return hidden[0, self.rows]
+
+    def _hidden_of_rows(self, lm: LanguageModel) -> Tensor:
+        lm.packed_by = "padded rows"
+        shared, own = self.lengths
+        begin, tokens = self.input_ids[0].split([shared, sum(own)])
+        sequences = [torch.cat([begin, rest]) for rest in tokens.split(own)]
+        mask = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
+        with wide_linear(lm):
+            hidden = lm.hidden(pad_sequence(sequences, batch_first=True), attention_mask=mask)
+        # Of the tokens behind the beginning, in which no label is: the sequence, and the place in it.
+        number = torch.cat([torch.full_like(ids, row) for row, ids in enumerate(tokens.split(own))])
+        return hidden[number[self.rows - shared], self.position_ids[0, self.rows]]
 
 
 def pack(

@@ -55,7 +55,7 @@ class PMC:
             parameters as they are at each call.
 
     Raises:
-        UserError: an argument is of another kind, the model has no head this library knows or cannot run packed batches, or the
+        UserError: an argument is of another kind, the model has no head this library knows or sees later tokens, or the
             tokenizer has no end token that the model has.
 
     Source: arXiv 2507.04219, equation 1 and algorithm 1.
@@ -83,7 +83,7 @@ class PMC:
             if isinstance(tokenizer, Prompts)
             else Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
         )
-        self.lm.check_packable()
+        self.lm.check_causal()
         check_tokens("tokenizer: its end token", self.prompts.end_ids[:1], vocabulary_size(self.lm.model))
         self.reward = RougeRecall(min_words=config.min_words) if reward is None else reward
         self.ledger: Ledger | None = None

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from pmc_fast import attention, packed_layers
-from pmc_fast.cache import SampleCache, layers_of
+from pmc_fast.cache import CacheBytes, SampleCache, layers_of
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack
+from pmc_fast.state_cache import StateCache, check_rows
 
 # Prompts are packed if that leaves so many of the tokens of the padded batch at most.
 MOST_TOKENS = 0.95
 
 # Backbones whose packed prompts were of no use, so that the padded ones had to be run as well: once is enough.
 _padded_only: WeakSet[nn.Module] = WeakSet()
+
+# What a row takes, by backbone, and the dtype of the head that it was found with.
+_cache_bytes: WeakKeyDictionary[nn.Module, tuple[torch.dtype, CacheBytes]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Prefill:
     """
 
     hidden: Tensor
-    cache: SampleCache
+    cache: SampleCache | StateCache
     mask: Tensor
     padded: bool
     position: Tensor
@@ -59,7 +63,6 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
     if (packed := _packed(lm, input_ids, mask)) is not None:
         hidden, cache, calls = packed
         return Prefill(hidden, cache, mask, padded, position[:, -1], calls, True)
-    cache = SampleCache(layers_of(lm.model.config), width)
     options = {"attention_mask": mask} if padded else {}
     name = type(lm.model).__name__
     if padded and lm.positions.table and "position_ids" not in inspect.signature(lm.backbone.forward).parameters:
@@ -67,20 +70,52 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
             f"attention_mask: got padding, but {name} takes a token's place in the row for its position (it has no position_ids); "
             "want prompts of one length"
         )
-    with attention.watching() as watched:
-        try:
+    try:
+        cache = _new_cache(lm, width)
+        with attention.watching() as watched:
             hidden = lm.hidden(input_ids, cache, position_ids=position, **options)
-        except UserError:
-            raise
-        except (AttributeError, ValueError) as error:  # what layers with states of their own raise at this cache
-            raise UserError(
-                f"model: {name} does not run over a cache of keys and values alone ({type(error).__name__}: {error}), so it "
-                "cannot be sampled from; want a decoder of attention alone"
-            ) from error
-    if cache.get_seq_length() != width or any(layer.keys is None for layer in cache.layers):
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:  # what layers with states that it knows no place for raise
+        raise UserError(
+            f"model: {name} does not run over the cache it is given ({type(error).__name__}: {error}), so it cannot be sampled from; "
+            "want one that keeps keys, values and what else it keeps where transformers has a place for them"
+        ) from error
+    if not cache.is_filled or (isinstance(cache, SampleCache) and cache.get_seq_length() != width):
         raise UserError("model: it does not fill the key/value cache it is given, so it cannot be sampled from")
-    suits = _suits_decode_attention(cache, watched)
+    suits = isinstance(cache, SampleCache) and _suits_decode_attention(cache, watched)
     return Prefill(hidden[:, -1], cache, mask, padded, position[:, -1], watched.calls, suits)
+
+
+def _new_cache(lm: LanguageModel, width: int) -> SampleCache | StateCache:
+    """An empty one of so many positions, or one that grows if the model has states besides keys and values."""
+    try:
+        theirs = StateCache(config=lm.model.config)
+    except (AttributeError, KeyError):  # layers of a kind that transformers has no cache for
+        theirs = None
+    if theirs is None or not theirs.keeps_states:
+        return SampleCache(layers_of(lm.model.config), width)
+    check_rows(lm)
+    return theirs
+
+
+@torch.no_grad()
+def cache_bytes(lm: LanguageModel) -> CacheBytes:
+    """What a row takes of keys, values and states, as a pass over a token leaves them, once for a model.
+
+    Configurations do not tell: layers differ (Gemma 4), take others' keys (Gemma 3n), keep what keys are made of (DeepSeek V3), or
+    a rank has a part of the heads.
+
+    Raises:
+        UserError: as `prefill`.
+    """
+    dtype = lm.head_module.weight.dtype
+    found_with, found = _cache_bytes.get(lm.backbone, (None, CacheBytes(0, 0)))
+    if found_with != dtype:
+        with lm.at_rest(), torch.autocast(lm.device.type, enabled=False):
+            found = prefill(lm, torch.zeros(1, 1, dtype=torch.int64, device=lm.device), None).cache.bytes
+        _cache_bytes[lm.backbone] = dtype, found
+    return found
 
 
 def _packed(
@@ -125,7 +160,7 @@ def _suits_decode_attention(cache: SampleCache, watched: attention.Watched) -> b
     calls, layers = watched.calls, cache.layers
     return (
         [call.layer for call in calls] == list(range(len(layers)))
-        and all(call.same_shape for call in calls)
+        and all(call.same_shape and not call.sinks for call in calls)
         and all(call.keys_at == layer.keys.data_ptr() for call, layer in zip(calls, layers, strict=True))
         and {call.window for call in calls} - {None} == watched.windows
         and not watched.other_masks

@@ -15,12 +15,12 @@ from pmc_fast import attention, backend
 from pmc_fast.compiled_modules import CompiledModules
 from pmc_fast.errors import described
 from pmc_fast.fast_linear import fast_linear
-from pmc_fast.memory import cache_bytes_per_row, free_bytes
+from pmc_fast.memory import free_bytes
 from pmc_fast.models import LanguageModel, evaluating
 from pmc_fast.modules import Modules
 from pmc_fast.ops import _checks
 from pmc_fast.phases import phase
-from pmc_fast.prefill import Prefill, prefill
+from pmc_fast.prefill import Prefill, cache_bytes, prefill
 from pmc_fast.running_rows import RunningRows
 from pmc_fast.sampling_inputs import answer_limits, check_places, check_sequence_ids, end_tokens
 from pmc_fast.sharding import gathered, smallest
@@ -106,13 +106,19 @@ class Sampler:
         self._modules = CompiledModules(self.lm) if compile_modules else Modules(self.lm)
 
     def cache_bytes(self, rows: int, positions: int) -> int:
-        """Bytes of keys and values for that many rows of that many tokens each, prompt and answer together.
+        """Bytes of keys, values and states for that many rows of that many tokens each, prompt and answer together.
 
-        Where rows share their prompts, a call holds less.
+        Where rows share their prompts, a call holds less. Of tensor-parallel layers, this rank's part; all ranks ask together, as for
+        weights in parts. The first time the model runs one token.
+
+        Raises:
+            ValueError, TypeError: a number that is none, or negative.
+            UserError: the model cannot be sampled from.
         """
         _checks.integer("rows", rows, "an integer of at least 0", 0)
         _checks.integer("positions", positions, "an integer of at least 0", 0)
-        return rows * positions * cache_bytes_per_row(self.lm.model)
+        each = cache_bytes(self.lm)
+        return rows * (positions * each.token + each.row)
 
     @torch.no_grad()
     def sample(

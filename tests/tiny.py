@@ -64,6 +64,32 @@ MORE = {
         "v_head_dim": 6,
         "first_k_dense_replace": 2,
     },
+    "gemma3n_text": {  # whose last layers take keys and values of others
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "intermediate_size": [48] * 6,
+        "activation_sparsity_pattern": [0.0] * 6,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+        "laurel_rank": 4,
+    },
+    "gemma4_text": {  # likewise; and heads of two sizes
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+    },
+    "gpt_oss": {  # with sinks
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "cwm": {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -90,6 +116,34 @@ MORE = {
     "starcoder2": {"sliding_window": 6},
 }
 
+# With states besides keys and values.
+STATES = {
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+MORE, STATES = ({name: kept[name] for name in kept if name in CONFIG_MAPPING} for kept in (MORE, STATES))
+
 # What the decoders of this library know, and what of it they are to see.
 KNOWN = {
     **dict.fromkeys(
@@ -107,7 +161,7 @@ ALIKE = ("cwm", "ministral", "seed_oss")
 
 def make_model(family: str = "llama", seed: int = 0, **changes):
     """A model with random weights, large enough that its distributions are not flat."""
-    sizes = {**_SIZES, **{**FAMILIES, **MORE}[family], **changes}
+    sizes = {**_SIZES, **{**FAMILIES, **MORE, **STATES}[family], **changes}
     if family == "gpt2":
         sizes = {
             "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,

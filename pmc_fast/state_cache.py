@@ -1,0 +1,102 @@
+"""The cache of models that keep states besides keys and values: linear attention, convolutions."""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from pmc_fast.cache import CacheBytes
+from pmc_fast.errors import UserError
+from pmc_fast.models import LanguageModel
+
+# Backbones that went on from rearranged rows as from the texts themselves.
+_tried: WeakSet[nn.Module] = WeakSet()
+
+
+class StateCache(DynamicCache):
+    """As transformers makes and grows it, in rows that go from prompts to samples."""
+
+    @property
+    def keeps_states(self) -> bool:
+        return any(hasattr(layer, "conv_states") for layer in self.layers)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether every layer has what it keeps."""
+        return all(getattr(layer, "is_initialized", False) or _states_of(layer) for layer in self.layers)
+
+    @property
+    def bytes(self) -> CacheBytes:
+        """Of the one token and row that it holds."""
+        keys = [held for layer in self.layers for held in (_held(layer, "keys"), _held(layer, "values"))]
+        states = [state for layer in self.layers for state in _states_of(layer)]
+        return CacheBytes(*(sum(x.nbytes for x in tensors if x is not None) for tensors in (keys, states)))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Of a model without attention 0, where transformers raises."""
+        return super().get_seq_length(layer_idx) if any(hasattr(layer, "keys") for layer in self.layers) else 0
+
+    def grow(self, rows: int, more: int) -> None:
+        """Nothing: it does so by itself."""
+
+    def arrange(self, source: Tensor, destination: Tensor, rows: int) -> None:
+        """Copy rows onto others, then keep the first `rows`."""
+        if len(source) or rows != self.rows:
+            row = torch.arange(rows, device=source.device)
+            row[destination] = source
+            self.reorder_cache(row)
+
+    @property
+    def rows(self) -> int | None:
+        return next((len(state) for layer in self.layers for state in _states_of(layer)), None)
+
+
+def _held(layer: object, name: str) -> Tensor | None:
+    return getattr(layer, name, None)
+
+
+def _states_of(layer: object) -> list[Tensor]:
+    kinds = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    return [state for states in kinds for state in states.values() if state is not None]
+
+
+@torch.no_grad()
+def check_rows(lm: LanguageModel) -> None:
+    """That rows can be padded on the left, copied and moved: two prompts become three rows, which go on as their texts do.
+
+    It is tried once for a model.
+
+    Raises:
+        UserError: they do not, since the model keeps states elsewhere, say, or takes padding for text.
+    """
+    if lm.backbone in _tried:
+        return
+    size = lm.head_module.weight.shape[0]
+
+    def last(ids: list[list[int]], cache: StateCache | None = None, **options) -> Tensor:
+        return lm.hidden(torch.tensor(ids, device=lm.device) % size, cache, **options)[:, -1].float()
+
+    long, short = [4, 5, 6, 7], [8, 9]
+    with lm.at_rest():
+        want = torch.cat([last([[*short, 10]]), last([[*short, 11]]), last([[*long, 12]])])
+        cache, mask = StateCache(config=lm.model.config), torch.ones(2, 4, dtype=torch.int64, device=lm.device)
+        mask[1, :2] = 0
+        last([long, [0, 0, *short]], cache, attention_mask=mask, position_ids=_positions(mask))
+        cache.arrange(*(torch.tensor(rows, device=lm.device) for rows in ([1, 0], [0, 2])), 3)
+        mask = torch.cat([mask[[1, 1, 0]], mask.new_ones(3, 1)], dim=1)
+        options = {"attention_mask": mask, "position_ids": _positions(mask)[:, -1:]}
+        got = last([[10], [11], [12]], cache, **options)
+    rounded = 1e-2 if lm.head_module.weight.dtype in (torch.float32, torch.float64) else 0.5
+    if not bool(((got - want).norm(dim=1) <= rounded * want.norm(dim=1)).all()):
+        raise UserError(
+            f"model: {type(lm.model).__name__} does not go on from its cache as from the text: it keeps states elsewhere or takes "
+            "padding for text, so it cannot be sampled from"
+        )
+    _tried.add(lm.backbone)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
