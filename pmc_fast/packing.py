@@ -47,7 +47,8 @@ class Packed:
     def hidden(self, lm: LanguageModel, cache: SampleCache | None = None) -> Tensor:
         """The hidden states that predict the labels, [N, D]; the same as each sequence would give on its own.
 
-        Of a model that cannot run packed batches (`LanguageModel.unpackable`) each sequence is a row, padded behind its end. Unless the longest goes beyond what "dynamic" or "longrope" rotary embeddings were made for: they then turn all otherwise.
+        Unless the longest goes beyond what "dynamic" or "longrope" rotary embeddings were made for: they then turn all otherwise. Of a
+        model that cannot run packed batches (`LanguageModel.unpackable`) each sequence is a row, padded behind its end.
 
         Args:
             cache: an empty one of T positions, which then holds the keys and values of all tokens.
