@@ -92,6 +92,8 @@ class _Layer(CacheLayerMixin):
 class SampleCache(Cache):
     """One `_Layer` per layer of the model, each of `capacity` positions."""
 
+    attends = True
+
     def __init__(self, layers: int, capacity: int) -> None:
         super().__init__(layers=[_Layer(capacity) for _ in range(layers)])
 

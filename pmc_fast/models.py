@@ -202,7 +202,10 @@ class LanguageModel:
         options = {"use_cache": cache is not None, **options}
         if cache is not None:
             options[argument_of(self.backbone)] = cache
-        return self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
+        states = self._autocast(self.backbone(input_ids=input_ids, **options).last_hidden_state)
+        if torch.is_autocast_enabled(states.device.type):
+            return states
+        return states.to(self.head_module.weight.dtype)  # Mamba's are float32 whatever its weights are
 
     def check_whole(self) -> None:
         """A UserError if this rank holds only a part of weights that are to be gathered."""
@@ -302,11 +305,11 @@ class LanguageModel:
             head = self.head
             expected = self._own_logits(ids)[0].float()
             hidden = self.hidden(ids)[0]
-            given, takes = ((x.dtype, x.shape[1]) for x in (hidden, head.weight))
+            given, takes = hidden.shape[1], head.weight.shape[1]
             if given != takes:
                 raise UserError(
                     f"model: {type(self.model).__name__} computes its logits in a way this version does not know (its backbone gives "
-                    f"{given[1]} values of {given[0]}, its head takes {takes[1]} of {takes[0]})"
+                    f"{given} values, its head takes {takes})"
                 )
             z = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

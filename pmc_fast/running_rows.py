@@ -102,7 +102,7 @@ class RunningRows:
             rows = attention.SharedPrompts(self._cache, first, self._prompt)
             return self._modules.hidden(token, position, rows, self._cache.get_seq_length())
         options = {}
-        if self._filled.padded:
+        if self._filled.padded and self._cache.attends:
             mask = self._filled.mask[self._prompt]
             options["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), self._generated)], dim=1)
         return self._lm.hidden(token[:, None], self._cache, position_ids=position[:, None], **options)[:, -1]

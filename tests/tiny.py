@@ -126,6 +126,7 @@ STATES = {
         "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
     },
+    "falcon_mamba": {"state_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "olmo_hybrid": {
         "layer_types": ["linear_attention", "full_attention"],
