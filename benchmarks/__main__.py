@@ -35,6 +35,10 @@ COMMANDS = {
     "compile": Command(
         "every Triton kernel, compiled for GPUs that need not be there and held to limits", measures=False
     ),
+    "models": Command(
+        "each kind of causal language model of transformers, tiny and random: what samples from it and trains it, and whether that is right",
+        measures=False,
+    ),
     "report": Command("the tables and pictures of result files", measures=False),
     "gpu": Command(
         "everything that there is to run on a GPU, unattended and within minutes: tests, ops, steps, profiles, a report",

@@ -208,6 +208,11 @@ def _gpu_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
     return [Section(_section_text(f"{stem}: everything on a GPU, unattended", where, text, content))]
 
 
+def _models_sections(stem: str, content: Mapping[str, Any]) -> list[Section]:
+    where = f"Tiny, of random weights, float32; transformers {content['environment']['versions']['transformers']}."
+    return [Section(_section_text(f"{stem}: kinds of models", where, tables.models(content), content))]
+
+
 _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
     "pmc_fast.benchmarks.ops/1": _ops_sections,
     "pmc_fast.benchmarks.parallel/1": _ops_sections,
@@ -218,6 +223,7 @@ _SECTIONS: dict[str, Callable[[str, Mapping[str, Any]], list[Section]]] = {
     "pmc_fast.benchmarks.profile/1": _profile_sections,
     "pmc_fast.benchmarks.compile/1": _compile_sections,
     "pmc_fast.benchmarks.gpu/1": _gpu_sections,
+    "pmc_fast.benchmarks.models/1": _models_sections,
 }
 
 

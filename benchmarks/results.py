@@ -13,7 +13,7 @@ from typing import Any
 from pmc_fast.errors import UserError
 from pmc_fast.outputs import write_file
 
-_KINDS = ("compile", "gpu", "ops", "parallel", "profile", "run", "sampling", "step", "train")
+_KINDS = ("compile", "gpu", "models", "ops", "parallel", "profile", "run", "sampling", "step", "train")
 SCHEMAS = tuple(f"pmc_fast.benchmarks.{kind}/1" for kind in _KINDS)
 
 

@@ -40,6 +40,25 @@ def ops(rows: Sequence[Content]) -> str:
     return "\n\n".join([*blocks, "\n".join(failed)] if failed else blocks)
 
 
+def models(content: Content) -> str:
+    """Kinds of models by what samples from them and trains them; then what is not done, and why."""
+    rows = [row for row in content["rows"] if row["built"] == "right"]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        kinds.setdefault((row["decoder"] or "-", row["layers"] or "-"), []).append(row["model"])
+    lines = [[*by, " ".join(f"`{name}`" for name in kinds[by])] for by in sorted(kinds)]
+    why = [
+        f"- `{row['model']}` is not {what}: {row[what]}"
+        for row in rows
+        for what in ("sampled", "trained")
+        if row[what] != "right"
+    ]
+    others = [row["model"] for row in content["rows"] if row["built"] != "right"]
+    blocks = [table(["sampled by", "trained by", "models"], lines, words=3), "\n".join(why)]
+    blocks.append("Not built at these sizes: " + " ".join(f"`{name}`" for name in others) if others else "")
+    return "\n\n".join(filter(None, blocks))
+
+
 def step(content: Content) -> str:
     """Both contestants' micro-batch, then the ratios between them."""
     repeats = len(content["turns"][OURS])

@@ -186,6 +186,7 @@ def rotate_kernel(
     ROTATED: tl.constexpr,
     AT_ONCE: tl.constexpr,  # heads
     COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether 16 divides all strides and addresses
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)[:, None]
@@ -197,6 +198,8 @@ def rotate_kernel(
     slot = row * keys_row + kv_head * keys_head.to(tl.int64) + (tl.load(length + row) - 1) * DIM
     target = tl.where(of_key, keys, values) + slot
     target = tl.where(of_query, turned + (row * HEADS + head) * DIM, target)
+    if ALIGNED:  # which Triton 3.8 does not see in a choice: it would load element by element
+        source, target = tl.multiple_of(source, (16, 16)), tl.multiple_of(target, (16, 16))
     inside = (head < HEADS + 2 * KV_HEADS) & (column < DIM)
     x = tl.load(source + column, mask=inside, other=0).to(tl.float32)
     if ROTATED:
@@ -236,6 +239,8 @@ def rotate_and_append(
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
     turned = query.new_empty(query.shape)
+    strides = (*query.stride()[:2], *key.stride()[:2], *keys.stride()[:2], dim)
+    aligned = all(n % 16 == 0 for n in (*strides, *(x.data_ptr() for x in (query, key, value, keys, values, turned))))
     rotate_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, HEADS_AT_ONCE))](
         query,
         *query.stride()[:2],
@@ -257,6 +262,7 @@ def rotate_and_append(
         ROTATED=cosine.shape[1],
         AT_ONCE=HEADS_AT_ONCE,
         COLUMNS=triton.next_power_of_2(dim),
+        ALIGNED=aligned,
         num_warps=4,
     )
     return turned
@@ -322,7 +328,8 @@ def variants(capability: int) -> list[Variant]:
                 name=f"rotate, {name}",
                 kernel=rotate_kernel,
                 signature=signature | dict.fromkeys((*strides, "keys_row", "keys_head"), "i32"),
-                constants=constants | {"AT_ONCE": HEADS_AT_ONCE, "COLUMNS": triton.next_power_of_2(dim)},
+                constants=constants
+                | {"AT_ONCE": HEADS_AT_ONCE, "COLUMNS": triton.next_power_of_2(dim), "ALIGNED": True},
                 num_warps=4,
                 num_stages=3,
                 aligned=("query", "key", "value", "turned", "keys", "values", "cosine", "sine", *strides),

@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 import pmc_fast
+from benchmarks import tables
 from benchmarks.__main__ import _parse as parse_benchmarks
+from benchmarks.models import is_wrong
+from benchmarks.results import load
 from pmc_fast.backend import IMPLEMENTATIONS, ONLY_IF_NAMED, PACKAGES
 from pmc_fast.cli import make_parser
 from pmc_fast.config import PMCConfig
@@ -177,6 +180,14 @@ def test_the_table_of_implementations():
     assert sorted(columns) == sorted(PACKAGES) and ONLY_IF_NAMED == ("cuda",)
     there = {op: {name for name, cell in zip(columns, cells, strict=True) if cell} for op, *cells in rows}
     assert there == {op: set(names) for op, names in IMPLEMENTATIONS.items()}
+
+
+def test_the_table_of_models():
+    """As it is in the committed result, of which none is wrong."""
+    content = load(DOCS.parent / "benchmarks" / "results" / "cpu_models.json")
+    assert tables.models(content) in TEXTS["models.md"]
+    assert content["environment"]["versions"]["transformers"] in TEXTS["models.md"]
+    assert len(content["rows"]) > 150 and not any(map(is_wrong, content["rows"]))
 
 
 def test_the_table_of_messages():

@@ -138,6 +138,38 @@ GPU = {
     "minutes": 9.0,
     "parts": [{"name": "tests", "status": "ok", "seconds": 61.5}, {"name": "ops", "status": "failed", "seconds": 0.0}],
 }
+MODELS = {
+    "schema": "pmc_fast.benchmarks.models/1",
+    "environment": {**WHERE, "versions": {"transformers": "5.23.0"}},
+    "rows": [
+        {
+            "model": "llama",
+            "built": "right",
+            "sampled": "right",
+            "trained": "right",
+            "decoder": "native",
+            "layers": "native",
+        },
+        {
+            "model": "bart",
+            "built": "right",
+            "sampled": "UserError: no",
+            "trained": "right",
+            "decoder": None,
+            "layers": "padded rows",
+        },
+        {
+            "model": "qwen3",
+            "built": "right",
+            "sampled": "right",
+            "trained": "right",
+            "decoder": "native",
+            "layers": "native",
+        },
+        {"model": "fuyu", "built": "ValueError: too large"},
+    ],
+    "command": "python -m benchmarks models",
+}
 ALL = {
     "ops": OPS,
     "step": STEP,
@@ -146,6 +178,7 @@ ALL = {
     "gpu-profile": GPU_PROFILE,
     "compile": COMPILE,
     "gpu": GPU,
+    "models": MODELS,
 }
 
 
@@ -217,6 +250,13 @@ def test_a_table_of_contestants():
     assert cells(table, "torch \\| eager")[:3] == ["40 ms", "one run", "2.00"]
     assert "- liger-kernel did not run: its kernels need a GPU" in table
     assert "- squares wrong, so not timed: value 1e-01 d_hidden 2e-01" in table
+
+
+def test_a_table_of_models():
+    """Kinds that are run alike share a line; what is not done is told with its reason."""
+    text = tables.models(MODELS)
+    assert "| native | native | `llama` `qwen3` |" in text and "| - | padded rows | `bart` |" in text
+    assert "- `bart` is not sampled: UserError: no\n" in text and text.endswith("Not built at these sizes: `fuyu`")
 
 
 def test_columns_that_no_row_knows_are_left_out():

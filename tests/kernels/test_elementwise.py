@@ -87,3 +87,23 @@ def test_rotate_and_append(heads, kv_heads, dim, rotated, dtype, rng_seed):
     written = ~its.isnan()
     assert torch.equal(written, ~mine.isnan()) and written.sum() == 2 * key.numel()
     assert_near(mine[written], its[written], dtype)
+
+
+@pytest.mark.parametrize(
+    ("offset", "dim", "gap", "aligned"), [(0, 64, 0, True), (1, 64, 0, False), (0, 24, 0, False), (0, 64, 8, False)]
+)
+def test_vectors_are_promised_only_where_they_fit(offset, dim, gap, aligned, monkeypatch):
+    """`offset` elements before the queries, `gap` between the rows of keys and values."""
+    told = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, ALIGNED, **constants: told.append(ALIGNED)
+
+    monkeypatch.setattr(elementwise, "rotate_kernel", Launch())
+    query = torch.zeros(2 * 3 * dim + 16, dtype=torch.bfloat16)[offset:][: 2 * 3 * dim].view(2, 3, dim)
+    key, value = (torch.zeros(2, dim + gap, dtype=torch.bfloat16)[:, None, :dim] for _ in range(2))
+    keys, values = torch.zeros(2, 2, 1, 5, dim, dtype=torch.bfloat16)
+    index, angles = torch.ones(2, dtype=torch.int64), torch.zeros(9, dim)
+    elementwise.rotate_and_append(query, key, value, angles, angles, index, index, keys, values)
+    assert told == [aligned]
