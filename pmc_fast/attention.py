@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 NAME = "pmc_fast"
 
+# Tensors that attention is given and has no use for.
+_HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
+
 # The packed forward pass under way; None outside of one.
 _packing: ContextVar[Packing | None] = ContextVar("pmc_fast_packing", default=None)
 
@@ -59,7 +62,7 @@ class AttentionCall:
     scaling: float | None
     softcap: float | None
     window: int | None
-    sinks: bool  # a logit for each head that weighs in the softmax and has no value
+    plain: bool  # nothing else that weighs: no sinks, no bias
 
 
 @dataclass
@@ -192,9 +195,11 @@ def _copies(model: nn.Module) -> list[PretrainedConfig]:
 
 def _implementations(config: PretrainedConfig) -> str | dict[str, Any]:
     """What `set_attn_implementation` takes: the configuration's own, and by their names those of the ones in it, of an image's say."""
-    inner = {name: held for name in config.sub_configs if (held := getattr(config, name, None)) is not None}
+    held = {name: getattr(config, name, None) for name in config.sub_configs}
+    inner = {name: _implementations(its) for name, its in held.items() if its is not None}
+    inner = {name: its for name, its in inner.items() if its is not None}  # MPT's has none
     own = config._attn_implementation
-    return {"": own, **{name: _implementations(held) for name, held in inner.items()}} if inner else own
+    return {"": own, **inner} if inner else own
 
 
 @contextmanager
@@ -287,7 +292,7 @@ def _forward(
                 scaling,
                 softcap,
                 sliding_window,
-                s_aux is not None,
+                s_aux is None and not any(isinstance(kwargs[name], Tensor) for name in kwargs.keys() - _HARMLESS),
             )
         )
     if _decoding.get() is not None:

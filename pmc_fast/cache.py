@@ -11,10 +11,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class CacheBytes(NamedTuple):
-    """What a row takes in all layers together: keys and values of a token, and states that do not grow."""
+    """In all layers together."""
 
-    token: int
-    row: int
+    token: int  # keys and values, which tokens add
+    row: int  # states, which do not grow
 
 
 class _Layer(CacheLayerMixin):
@@ -122,8 +122,8 @@ class SampleCache(Cache):
         return all(layer.keys is not None for layer in self.layers)
 
     @property
-    def bytes(self) -> CacheBytes:
-        """Of the one token and row that it holds."""
+    def held(self) -> CacheBytes:
+        """Of all tokens, of all rows."""
         return CacheBytes(sum(states.nbytes for layer in self.layers for states in layer.filled()), 0)
 
 

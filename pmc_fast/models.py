@@ -117,15 +117,14 @@ class LanguageModel:
             sharded on dimension 0, and the layers parallelized in any way whose last hidden states are plain tensors, the
             same on every rank; all ranks then make the same calls with the same arguments.
         check: whether to compare head(backbone(ids)) with the model's own logits, in a forward pass of three tokens, and, before
-            the first packed batch of several sequences, two of them with one another, in a pass of five tokens, one of five and one
-            of three with their gradients.
+            the first packed batch, two sequences with one another and with the model's own attention, in two passes of three tokens
+            and two of five, one of each with their gradients.
 
     Attributes:
         shards: which part of the vocabulary this rank's part of the head holds; None if it holds all of it.
         positions: how many tokens it has positions for.
-        unpackable: what keeps its modules from running a packed batch of several sequences, which is tried when it is first asked
-            of a model whose modules are of these classes; None if nothing does or nothing is to be checked. Sequences are rows
-            with padding behind them then.
+        unpackable: what keeps its modules from running a packed batch, which is tried when it is first asked of a model whose modules
+            are of these classes; None if nothing does or nothing is to be checked. Sequences are rows with padding behind them then.
         packed_by: what ran the layers for the last packed batch: this library's kernels ("native" on a CPU, "triton" on a GPU), the
             model's "modules", or these over "padded rows".
 
@@ -330,12 +329,18 @@ class LanguageModel:
 
     @torch.no_grad()
     def _try(self) -> Trial:
-        with self.at_rest(), attention.implemented_by(attention.registered(), self.model):
-            why = self._why_not_packed()
+        with self.at_rest():
+            own = self._states()
+            with attention.implemented_by(attention.registered(), self.model):
+                why = self._why_not_packed(own)
             return Trial(why, self._reaches(self._states, slice(0, 1), slice(1, 3)))
 
-    def _why_not_packed(self) -> str | None:
-        """None if a sequence of a packed batch sees nothing of another one, and comes to the same wherever it is in it."""
+    def _why_not_packed(self, own: Tensor) -> str | None:
+        """None if sequences of a packed batch see nothing of one another, and come to what they do by themselves.
+
+        Args:
+            own: the hidden states [3, D] of the first of them by itself, with the model's own attention.
+        """
         name = type(self.model).__name__
         try:
             states = self._packed_states()
@@ -343,17 +348,13 @@ class LanguageModel:
             return f"{name} hands neither keyword arguments nor masks on to its attention"
         except Exception as error:  # somebody else's modules raise what they like
             return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
-        # Of models that can, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the place: of SmolLM2's thirty
-        # in bfloat16, those of each by 35.
-        rounded = 1e-2 if states.dtype in (torch.float32, torch.float64) else 0.5
-        first, second = states[:2].float(), states[3:].float()
-        differ = bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any())  # not if NaN
-        if not differ and not self._reaches(self._packed_states, slice(3, 5), slice(0, 3)):
-            return None
-        return (
-            f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
-            "attention, or does not ask for position_ids"
-        )
+        first, second = states[:3], states[3:]
+        if _differ(first[:2], second) or self._reaches(self._packed_states, slice(3, 5), slice(0, 3)):
+            return (
+                f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
+                "attention, or does not ask for position_ids"
+            )
+        return f"{name} attends in a way this version does not know" if _differ(first, own) else None
 
     def _reaches(self, run: Callable[[], Tensor], rows: slice, tokens: slice) -> bool:
         """Whether these rows of hidden states depend on these tokens; if not, the gradient is 0 to the bit, in any dtype.
@@ -371,7 +372,7 @@ class LanguageModel:
                 gradients = torch.autograd.grad(states, embedded.leaves, uneven.expand_as(states), allow_unused=True)
         except Exception:  # of reentrant checkpointing, say
             return False
-        return any(bool((gradient[0, tokens].abs() > 0).any()) for gradient in gradients if gradient is not None)
+        return any(bool((found.flatten(0, 1)[tokens].abs() > 0).any()) for found in gradients if found is not None)
 
     def _states(self) -> Tensor:
         """The hidden states [3, D] of three tokens."""
@@ -396,6 +397,17 @@ class LanguageModel:
         return own_logits(self.model, self.backbone, ids, self.shards)
 
 
+def _differ(first: Tensor, second: Tensor) -> bool:
+    """Whether rows are further apart than roundings; False if they are NaN.
+
+    Of models that can be packed, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the place: of SmolLM2's thirty
+    in bfloat16, those of each by 35.
+    """
+    rounded = 1e-2 if first.dtype in (torch.float32, torch.float64) else 0.5
+    first, second = first.float(), second.float()
+    return bool(((first - second).norm(dim=1) > rounded * first.norm(dim=1)).any())
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model that PEFT wraps, into whose layers it puts its adapters."""
     if kind(model).__name__ == "PeftMixedModel":  # which has no get_base_model
@@ -410,7 +422,7 @@ def _hooks(module: nn.Module) -> list[Callable]:
 
 
 class _FromEmbeddings(TorchFunctionMode):
-    """Within a with block, graphs begin at the leaves [1, T, D] that embeddings give; other threads see nothing of it."""
+    """Within a with block, graphs begin at the leaves [1, T, D] or [T, 1, D] that embeddings give; other threads see nothing of it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,12 +60,11 @@ class Packed:
         """
         for number, own in enumerate(self.lengths.own):
             lm.positions.check_sequence(f"sequence {number}", self.lengths.shared + own)
-        attention.install(lm.model)  # before what tries it, which puts back what was there, in other threads, too
-        if self.count > 1:
-            lm.check_causal()
+        lm.check_causal()
         check_ids(self.input_ids, vocabulary_size(lm.model))
-        if self.count > 1 and lm.unpackable:
+        if lm.unpackable:
             return self._hidden_of_rows(lm)
+        attention.install(lm.model)
         lm.positions.check_packed(self.input_ids.shape[1])
         hidden = packed_layers.hidden_of(lm, self.input_ids, self.position_ids, self.lengths, self.rows, cache)
         lm.packed_by = "modules" if hidden is None else packed_layers.KERNELS[lm.device.type]

@@ -93,7 +93,7 @@ def _new_cache(lm: LanguageModel, width: int) -> SampleCache | StateCache:
         theirs = StateCache(config=lm.model.config)
     except (AttributeError, KeyError):  # layers of a kind that transformers has no cache for
         theirs = None
-    if theirs is None or not theirs.keeps_states:
+    if theirs is None or not theirs.keeps_more:
         return SampleCache(layers_of(lm.model.config), width)
     check_rows(lm)
     return theirs
@@ -113,7 +113,7 @@ def cache_bytes(lm: LanguageModel) -> CacheBytes:
     found_with, found = _cache_bytes.get(lm.backbone, (None, CacheBytes(0, 0)))
     if found_with != dtype:
         with lm.at_rest(), torch.autocast(lm.device.type, enabled=False):
-            found = prefill(lm, torch.zeros(1, 1, dtype=torch.int64, device=lm.device), None).cache.bytes
+            found = prefill(lm, torch.zeros(1, 1, dtype=torch.int64, device=lm.device), None).cache.held
         _cache_bytes[lm.backbone] = dtype, found
     return found
 
@@ -160,7 +160,7 @@ def _suits_decode_attention(cache: SampleCache, watched: attention.Watched) -> b
     calls, layers = watched.calls, cache.layers
     return (
         [call.layer for call in calls] == list(range(len(layers)))
-        and all(call.same_shape and not call.sinks for call in calls)
+        and all(call.same_shape and call.plain for call in calls)
         and all(call.keys_at == layer.keys.data_ptr() for call, layer in zip(calls, layers, strict=True))
         and {call.window for call in calls} - {None} == watched.windows
         and not watched.other_masks

@@ -12,6 +12,9 @@ from pmc_fast.cache import CacheBytes
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel
 
+# Layers of transformers' caches that keep keys and values, or nothing.
+_KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+
 # Backbones that went on from rearranged rows as from the texts themselves.
 _tried: WeakSet[nn.Module] = WeakSet()
 
@@ -23,8 +26,9 @@ class StateCache(DynamicCache):
     """
 
     @property
-    def keeps_states(self) -> bool:
-        return any(hasattr(layer, "conv_states") for layer in self.layers)
+    def keeps_more(self) -> bool:
+        """Whether any layer has something besides keys and values."""
+        return any(type(layer).__name__ not in _KEYS_AND_VALUES for layer in self.layers)
 
     @property
     def attends(self) -> bool:
@@ -36,11 +40,11 @@ class StateCache(DynamicCache):
         return all(getattr(layer, "is_initialized", False) or _states_of(layer) for layer in self.layers)
 
     @property
-    def bytes(self) -> CacheBytes:
-        """Of the one token and row that it holds."""
-        keys = [held for layer in self.layers for held in (_held(layer, "keys"), _held(layer, "values"))]
+    def held(self) -> CacheBytes:
+        """Of all tokens, of all rows."""
+        keys = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
         states = [state for layer in self.layers for state in _states_of(layer)]
-        return CacheBytes(*(sum(x.nbytes for x in tensors if x is not None) for tensors in (keys, states)))
+        return CacheBytes(sum(x.nbytes for x in keys if x is not None), sum(state.nbytes for state in states))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of a model without attention 0, where transformers raises."""
@@ -59,10 +63,6 @@ class StateCache(DynamicCache):
     @property
     def rows(self) -> int | None:
         return next((len(state) for layer in self.layers for state in _states_of(layer)), None)
-
-
-def _held(layer: object, name: str) -> Tensor | None:
-    return getattr(layer, name, None)
 
 
 def _states_of(layer: object) -> list[Tensor]:

@@ -14,6 +14,7 @@ from draws import assert_same
 from tiny import FAMILIES, MORE, VOCAB, make_model, make_tokenizer
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pmc_fast import PMC, Sampler, attention
 from pmc_fast.data import QA
@@ -137,6 +138,7 @@ OTHERS = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2,
     },
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},  # a part of its configuration names no attention
     "recurrent_gemma": {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "lru_width": 32, "attention_window_size": 6,
@@ -205,13 +207,13 @@ def test_models_that_can_be_packed(family, dtype, rng_seed):
 @pytest.fixture
 def tried(monkeypatch):
     """The models whose sequences were tried together."""
-    why_not_packed, models = LanguageModel._why_not_packed, []
+    tries, models = LanguageModel._try, []
 
     def trying(lm):
         models.append(lm.model)
-        return why_not_packed(lm)
+        return tries(lm)
 
-    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
+    monkeypatch.setattr(LanguageModel, "_try", trying)
     return models
 
 
@@ -262,6 +264,48 @@ def test_a_model_that_sees_ahead_is_refused(rng_seed):
             PMC(lm.model, make_tokenizer())
 
 
+def test_a_model_that_sees_ahead_with_tokens_first_is_refused(rng_seed):
+    """XLNet embeds them so, [T, 1, D]."""
+    torch.manual_seed(rng_seed)
+    config = CONFIG_MAPPING["xlnet"](vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    lm = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    with pytest.raises(UserError, match="^model: XLNetLMHeadModel sees later tokens"):
+        pack([[1, 2]], [[3]]).hidden(lm)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_attention_of_another_kind_is_left_alone(family, monkeypatch, rng_seed):
+    """That weighs by more than this library's attention knows of."""
+    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def biased(module, query, key, value, mask, **kwargs):
+        out, weights = inner(module, query, key, value, mask, **kwargs)
+        return out * 1.5, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", biased)
+    model = make_model(family, seed=rng_seed)
+    want = torch.cat(
+        [model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, 1:] for ids in ([1, 2], [3, 4, 5])]
+    )
+    lm = LanguageModel(model)
+    got = pack([[1, 2], [3, 4]], [[6], [5, 7]]).hidden(lm)
+    assert lm.unpackable.endswith("attends in a way this version does not know") and lm.packed_by == "padded rows"
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_that_is_given_more_is_not_plain(rng_seed):
+    model, ids = make_model(seed=rng_seed), torch.tensor([[1, 2, 3]])
+    layer = model.model.layers[1].self_attn
+    forward = type(layer).forward
+    with attention.implemented_by(attention.registered(), model):
+        for given, plain in (({}, True), ({"position_ids": ids}, True), ({"position_bias": ids.float()}, False)):
+            layer.forward = lambda *args, _given=given, **kwargs: forward(layer, *args, **{**kwargs, **_given})
+            with attention.watching() as watched:
+                model(input_ids=ids)
+            assert [call.plain for call in watched.calls] == [True, plain]
+
+
 def test_modules_without_a_backward_pass_are_compared_alone(monkeypatch, rng_seed):
     model = make_model(seed=rng_seed)
     norm = model.model.norm
@@ -288,11 +332,10 @@ def test_modules_that_fail_at_a_packed_batch_do_so_alone(monkeypatch, rng_seed):
     assert lm.unpackable == "LlamaForCausalLM fails at a packed batch (IndexError: too many)"
 
 
-def test_sequences_are_tried_together_before_the_first_batch_of_several(tried, rng_seed):
+def test_sequences_are_tried_together_before_the_first_packed_batch(tried, rng_seed):
     lm = LanguageModel(model := make_model(seed=rng_seed).train())
     sampler, options = Sampler(lm), {"max_new_tokens": 2, "eos_token_id": 257}
     sampler.sample(torch.tensor([[1, 2], [3, 4]]), **options)  # which do not begin alike
-    pack([[1, 2]], [[3]]).hidden(lm)
     assert tried == []
     alike = torch.tensor([[*range(1, 10)], [*range(1, 9), 10]])
     sampler.sample(alike, **options)

@@ -56,7 +56,7 @@ def test_bytes_are_those_that_a_call_holds(family, rng_seed):
     cache = StateCache(config=model.config)
     with torch.no_grad():
         lm.hidden(torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]), cache)
-    held = cache.bytes
+    held = cache.held
     assert cache_bytes(lm).row > 0
     assert Sampler(lm).cache_bytes(2, 5) == held.token + held.row
     model.bfloat16()
