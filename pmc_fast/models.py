@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, RLock
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -34,8 +34,8 @@ WEIGHT, BIAS = "model: the weight of its head", "model: the bias of its head"
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _new_turn = Lock()
 
-# What a backbone does with sequences, while its modules are of these classes; whoever wraps it.
-_trials: WeakKeyDictionary[nn.Module, tuple[tuple[type, ...], Trial]] = WeakKeyDictionary()
+# What was found out about a backbone, by what was asked, while its modules are of these classes; whoever wraps it.
+_found: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[type, ...], Any]]] = WeakKeyDictionary()
 
 # Models whose modules a thread had changed when this process was forked, which nobody here will change back.
 _left: WeakSet[nn.Module] = WeakSet()
@@ -52,13 +52,6 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
-
-
-class Trial(NamedTuple):
-    """unpackable: what keeps a model from running a packed batch, or None; sees_ahead: whether tokens see later ones."""
-
-    unpackable: str | None
-    sees_ahead: bool
 
 
 @dataclass(frozen=True)
@@ -213,28 +206,25 @@ class LanguageModel:
 
     @property
     def unpackable(self) -> str | None:
-        return self._trial.unpackable
+        return self._once("unpackable", self._why_not_packed) if self._checks else None
 
     def check_causal(self) -> None:
-        """A UserError if its tokens see later ones."""
-        if self._trial.sees_ahead:
+        """A UserError if its tokens see later ones, which is tried when it is first asked, in a pass of three tokens."""
+        if self._checks and self._once("sees ahead", self._sees_ahead):
             raise UserError(f"model: {type(self.model).__name__} sees later tokens; want a causal language model")
 
-    @property
-    def _trial(self) -> Trial:
-        if not self._checks:
-            return Trial(None, False)
-        # To a compiler the passes of the trial would be hundreds of pieces more.
-        ask = torch.compiler.disable(self._tried) if torch.compiler.is_compiling() else self._tried
-        return ask()
+    def _once(self, question: str, find_out: Callable[[], Any]) -> Any:
+        # To a compiler the passes of a trial would be hundreds of pieces more.
+        ask = torch.compiler.disable(self._answer) if torch.compiler.is_compiling() else self._answer
+        return ask(question, find_out)
 
-    def _tried(self) -> Trial:
-        classes = tuple(map(kind, self.backbone.modules()))
-        of, trial = _trials.get(self.backbone, (None, None))
+    def _answer(self, question: str, find_out: Callable[[], Any]) -> Any:
+        classes, answers = tuple(map(kind, self.backbone.modules())), _found.setdefault(self.backbone, {})
+        of, answer = answers.get(question, (None, None))
         if of != classes:
             # Under no lock but the model's turn, which whoever samples has when they ask here: two threads may both try.
-            _trials[self.backbone] = classes, (trial := self._try())
-        return trial
+            answers[question] = classes, (answer := find_out())
+        return answer
 
     def _shards(self) -> VocabShards | None:
         weight = self.head_module.weight
@@ -327,29 +317,26 @@ class LanguageModel:
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
 
+    def _sees_ahead(self) -> bool:
+        with self.at_rest():
+            return self._reaches(self._states, slice(0, 1), slice(1, 3))
+
     @torch.no_grad()
-    def _try(self) -> Trial:
+    def _why_not_packed(self) -> str | None:
+        """None if sequences of a packed batch see nothing of one another, and come to what they do by themselves."""
+        name = type(self.model).__name__
         with self.at_rest():
             own = self._states()
             with attention.implemented_by(attention.registered(), self.model):
-                why = self._why_not_packed(own)
-            return Trial(why, self._reaches(self._states, slice(0, 1), slice(1, 3)))
-
-    def _why_not_packed(self, own: Tensor) -> str | None:
-        """None if sequences of a packed batch see nothing of one another, and come to what they do by themselves.
-
-        Args:
-            own: the hidden states [3, D] of the first of them by itself, with the model's own attention.
-        """
-        name = type(self.model).__name__
-        try:
-            states = self._packed_states()
-        except attention.LengthsLost:
-            return f"{name} hands neither keyword arguments nor masks on to its attention"
-        except Exception as error:  # somebody else's modules raise what they like
-            return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
+                try:
+                    states = self._packed_states()
+                except attention.LengthsLost:
+                    return f"{name} hands neither keyword arguments nor masks on to its attention"
+                except Exception as error:  # somebody else's modules raise what they like
+                    return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
+                mixes = self._reaches(self._packed_states, slice(3, 5), slice(0, 3))
         first, second = states[:3], states[3:]
-        if _differ(first[:2], second) or self._reaches(self._packed_states, slice(3, 5), slice(0, 3)):
+        if mixes or _differ(first[:2], second):
             return (
                 f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
                 "attention, or does not ask for position_ids"

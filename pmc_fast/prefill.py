@@ -112,6 +112,7 @@ def cache_bytes(lm: LanguageModel) -> CacheBytes:
     dtype = lm.head_module.weight.dtype
     found_with, found = _cache_bytes.get(lm.backbone, (None, CacheBytes(0, 0)))
     if found_with != dtype:
+        lm.check_causal()
         with lm.at_rest(), torch.autocast(lm.device.type, enabled=False):
             found = prefill(lm, torch.zeros(1, 1, dtype=torch.int64, device=lm.device), None).cache.held
         _cache_bytes[lm.backbone] = dtype, found
@@ -134,6 +135,7 @@ def _packed(
     packed = pack(prompts, [[0]] * len(prompts))
     if packed.input_ids.numel() > MOST_TOKENS * input_ids.numel() or lm.unpackable:
         return None
+    lm.check_causal()  # here, so that nobody watches
     shared = packed.lengths.shared
     cache = SampleCache(layers_of(model.config), packed.input_ids.shape[1])
     try:

@@ -207,13 +207,13 @@ def test_models_that_can_be_packed(family, dtype, rng_seed):
 @pytest.fixture
 def tried(monkeypatch):
     """The models whose sequences were tried together."""
-    tries, models = LanguageModel._try, []
+    why_not_packed, models = LanguageModel._why_not_packed, []
 
     def trying(lm):
         models.append(lm.model)
-        return tries(lm)
+        return why_not_packed(lm)
 
-    monkeypatch.setattr(LanguageModel, "_try", trying)
+    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
     return models
 
 
@@ -262,6 +262,8 @@ def test_a_model_that_sees_ahead_is_refused(rng_seed):
             pack([[1, 2], [3]], [[4], [5]]).hidden(lm)
         with nullcontext() if decodes else pytest.raises(UserError, match="^model: BertGenerationDecoder sees later"):
             PMC(lm.model, make_tokenizer())
+        with nullcontext() if decodes else pytest.raises(UserError, match="^model: BertGenerationDecoder sees later"):
+            Sampler(lm).sample(torch.tensor([[1, 2]]), max_new_tokens=2, eos_token_id=257)
 
 
 def test_a_model_that_sees_ahead_with_tokens_first_is_refused(rng_seed):
@@ -349,12 +351,12 @@ def test_sequences_are_tried_together_before_the_first_packed_batch(tried, rng_s
 
 
 def test_who_samples_asks_while_another_thread_waits_to_try(monkeypatch, rng_seed):
-    lm, tries = LanguageModel(make_model(seed=rng_seed)), LanguageModel._try
+    lm, why_not_packed = LanguageModel(make_model(seed=rng_seed)), LanguageModel._why_not_packed
     waits, answers = Event(), []
 
     def trying(lm):
         waits.set()
-        return tries(lm)
+        return why_not_packed(lm)
 
     def ask():
         answers.append(lm.unpackable)
@@ -365,7 +367,7 @@ def test_who_samples_asks_while_another_thread_waits_to_try(monkeypatch, rng_see
             waits.wait()
             ask()
 
-    monkeypatch.setattr(LanguageModel, "_try", trying)
+    monkeypatch.setattr(LanguageModel, "_why_not_packed", trying)
     one, other = (Thread(target=target, daemon=True) for target in (ask_in_turn, ask))
     one.start()
     one.join(60)

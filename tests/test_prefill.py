@@ -24,6 +24,7 @@ QUESTIONS = [[1, 2, 3], [4], [1, 2, 9, 10, 11, 12, 13, 14], [4]]  # one asked tw
 def test_same_hidden_states_and_cache(family, template, monkeypatch, rng_seed):
     lm = LanguageModel(make_model(family, seed=rng_seed))
     ids, mask = pad_left([template + question for question in QUESTIONS], 256)
+    lm.check_causal()
     assert lm.unpackable is None  # was tried
     tokens = []
     lm.backbone.register_forward_pre_hook(
