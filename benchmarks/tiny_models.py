@@ -29,6 +29,9 @@ _SIZES = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "global_head_dim"), 16),
+    **dict.fromkeys(("index_topk", "index_block_size"), 4),
+    "index_n_heads": 16,  # of few, many scores tie at 0
+    "index_topk_blocks": 2,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCABULARY,
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
@@ -72,6 +75,12 @@ _OTHER_SIZES = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", *["minimax_m3_sparse"] * 3],
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_local_blocks": 1,
+    },
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8},
     **dict.fromkeys(("olmo_hybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), {"layer_types": _TURNS}),
     "phi3": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4},

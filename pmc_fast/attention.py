@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "pmc_fast"
 
-# Tensors that attention is given and has no use for.
+# Tensors that attention is given and may do without.
 _HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}
 
 # The packed forward pass under way; None outside of one.
@@ -62,7 +62,7 @@ class AttentionCall:
     scaling: float | None
     softcap: float | None
     window: int | None
-    plain: bool  # nothing else that weighs: no sinks, no bias
+    sinks: bool  # a logit for each head that weighs in the softmax and has no value
 
 
 @dataclass
@@ -132,6 +132,10 @@ def registered() -> str:
     AttentionInterface.register(NAME, _forward)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME
+
+
+class Unknown(UserError):
+    """A model gives its attention what this module's has no use for."""
 
 
 class LengthsLost(UserError):
@@ -279,6 +283,10 @@ def _forward(
     s_aux: Tensor | None = None,  # sinks [heads]
     **kwargs,
 ) -> tuple[Tensor, None]:
+    if unknown := [
+        name for name in kwargs.keys() - _HARMLESS if isinstance(kwargs[name], Tensor)
+    ]:  # a bias, what to attend to
+        raise Unknown(f"model: its attention is given {sorted(unknown)[0]}, which this version does not know")
     packed_lengths = _lengths_of(attention_mask) if packed_lengths is None else packed_lengths
     if (watched := _watched.get()) is not None:
         layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape
@@ -292,7 +300,7 @@ def _forward(
                 scaling,
                 softcap,
                 sliding_window,
-                s_aux is None and not any(isinstance(kwargs[name], Tensor) for name in kwargs.keys() - _HARMLESS),
+                s_aux is not None,
             )
         )
     if _decoding.get() is not None:

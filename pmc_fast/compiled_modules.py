@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmc_fast import attention
+from pmc_fast.cache import SampleCache
 from pmc_fast.decoder_layers import is_hooked
 from pmc_fast.errors import UserError
 from pmc_fast.models import LanguageModel
@@ -37,6 +38,8 @@ class CompiledModules(Modules):
             got = "a model with hooks or replaced forwards"
         elif is_tensor_parallel(self._lm.backbone):
             got = "a tensor-parallel model"
+        elif not isinstance(filled.cache, SampleCache):
+            got = "a model that keeps more than keys and values"
         elif not filled.suits_decode_attention:
             got = "a model whose attention is not torch's SDPA, or has masks that are more than causal and a window"
         if got is not None:

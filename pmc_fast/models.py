@@ -213,6 +213,11 @@ class LanguageModel:
         if self._checks and self._once("sees ahead", self._sees_ahead):
             raise UserError(f"model: {type(self.model).__name__} sees later tokens; want a causal language model")
 
+    @property
+    def attends_as_known(self) -> bool:
+        """Whether this library's attention may stand in for torch's, which is tried when it is first asked, in a pass of three tokens."""
+        return self._once("attention", self._attends_as_known)
+
     def _once(self, question: str, find_out: Callable[[], Any]) -> Any:
         # To a compiler the passes of a trial would be hundreds of pieces more.
         ask = torch.compiler.disable(self._answer) if torch.compiler.is_compiling() else self._answer
@@ -316,6 +321,15 @@ class LanguageModel:
                 f"model: {type(self.model).__name__} computes its logits in a way this version does not know (they "
                 f"differ by {float(error):.3g} from head(backbone(ids)))"
             )
+
+    @torch.no_grad()
+    def _attends_as_known(self) -> bool:
+        with self.at_rest(), attention.implemented_by(attention.registered(), self.model):
+            try:
+                self._states()
+            except attention.Unknown:
+                return False
+        return True
 
     def _sees_ahead(self) -> bool:
         with self.at_rest():

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pmc_fast import attention, packed_layers
 from pmc_fast.cache import SampleCache
-from pmc_fast.errors import described
+from pmc_fast.errors import UserError, described
 from pmc_fast.models import LanguageModel
 from pmc_fast.vocabulary import check_ids, vocabulary_size
 from pmc_fast.wide_linear import wide_linear
@@ -63,6 +63,8 @@ class Packed:
         lm.check_causal()
         check_ids(self.input_ids, vocabulary_size(lm.model))
         if lm.unpackable:
+            if cache is not None:
+                raise UserError(f"cache: got one, but {lm.unpackable}; expected None")
             return self._hidden_of_rows(lm)
         attention.install(lm.model)
         lm.positions.check_packed(self.input_ids.shape[1])
@@ -77,7 +79,7 @@ class Packed:
         except attention.LengthsLost:
             if cache is not None:
                 raise
-            return self._hidden_of_rows(lm)
+            return self._hidden_of_rows(lm)  # of a model that was not to be tried
         return hidden[0, self.rows]
 
     def _hidden_of_rows(self, lm: LanguageModel) -> Tensor:

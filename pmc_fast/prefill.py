@@ -22,8 +22,8 @@ MOST_TOKENS = 0.95
 # Backbones whose packed prompts were of no use, so that the padded ones had to be run as well: once is enough.
 _padded_only: WeakSet[nn.Module] = WeakSet()
 
-# What a row takes, by backbone, and the dtype of the head that it was found with.
-_cache_bytes: WeakKeyDictionary[nn.Module, tuple[torch.dtype, CacheBytes]] = WeakKeyDictionary()
+# What a row takes, by backbone, and the dtypes that it was found with.
+_cache_bytes: WeakKeyDictionary[nn.Module, tuple[frozenset[torch.dtype], CacheBytes]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,6 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
     mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     padded = not bool(mask.all())
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    if (packed := _packed(lm, input_ids, mask)) is not None:
-        hidden, cache, calls = packed
-        return Prefill(hidden, cache, mask, padded, position[:, -1], calls, True)
     options = {"attention_mask": mask} if padded else {}
     name = type(lm.model).__name__
     if padded and lm.positions.table and "position_ids" not in inspect.signature(lm.backbone.forward).parameters:
@@ -71,6 +68,9 @@ def prefill(lm: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None)
             "want prompts of one length"
         )
     try:
+        if (packed := _packed(lm, input_ids, mask)) is not None:
+            hidden, cache, calls = packed
+            return Prefill(hidden, cache, mask, padded, position[:, -1], calls, True)
         cache = _new_cache(lm, width)
         with attention.watching() as watched:
             hidden = lm.hidden(input_ids, cache, position_ids=position, **options)
@@ -109,13 +109,13 @@ def cache_bytes(lm: LanguageModel) -> CacheBytes:
     Raises:
         UserError: as `prefill`.
     """
-    dtype = lm.head_module.weight.dtype
+    dtypes = frozenset(parameter.dtype for parameter in lm.backbone.parameters())
     found_with, found = _cache_bytes.get(lm.backbone, (None, CacheBytes(0, 0)))
-    if found_with != dtype:
+    if found_with != dtypes:
         lm.check_causal()
         with lm.at_rest(), torch.autocast(lm.device.type, enabled=False):
             found = prefill(lm, torch.zeros(1, 1, dtype=torch.int64, device=lm.device), None).cache.held
-        _cache_bytes[lm.backbone] = dtype, found
+        _cache_bytes[lm.backbone] = dtypes, found
     return found
 
 
@@ -162,7 +162,7 @@ def _suits_decode_attention(cache: SampleCache, watched: attention.Watched) -> b
     calls, layers = watched.calls, cache.layers
     return (
         [call.layer for call in calls] == list(range(len(layers)))
-        and all(call.same_shape and call.plain for call in calls)
+        and all(call.same_shape and not call.sinks for call in calls)
         and all(call.keys_at == layer.keys.data_ptr() for call, layer in zip(calls, layers, strict=True))
         and {call.window for call in calls} - {None} == watched.windows
         and not watched.other_masks

@@ -203,7 +203,7 @@ class Sampler:
             gathered(self.lm.root),
             torch.autocast(device.type, enabled=False),  # casting the weights for each token costs more
             evaluating(model),
-            attention.replacing_sdpa(model),
+            attention.replacing_sdpa(model) if self.lm.attends_as_known else nullcontext(),
         ):
             check_places(self.lm.device, "the model is", {"input_ids": input_ids})  # weights may come here to be whole
             at_once = self._prompts_at_once(input_ids, limits, num_samples, cache_budget)
@@ -256,13 +256,13 @@ class Sampler:
         if not given:
             # What is kept this call uses again, or frees first. What graphs hold for themselves counts as free as it is.
             kept = self._kept.held_bytes if self._kept else 0
-            cache_budget = smallest(self.lm.model, int((free_bytes(input_ids.device) + kept) * CACHE_SHARE))
+            cache_budget = int((free_bytes(input_ids.device) + kept) * CACHE_SHARE)
         if needed > cache_budget and given:
             raise ValueError(
                 f"cache_budget: got {cache_budget} bytes, expected at least {needed}, the keys and values of "
                 f"{num_samples} answers to one prompt"
             )
-        fits = max(1, cache_budget // needed)
+        fits = smallest(self.lm.model, max(1, cache_budget // needed))
         if self._kept is None or fits >= len(input_ids):
             return fits
         # A last wave of fewer prompts has memory of its own, which is kept beside the others'.

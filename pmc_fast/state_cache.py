@@ -14,6 +14,8 @@ from pmc_fast.models import LanguageModel
 
 # Layers of transformers' caches that keep keys and values, or nothing.
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+# Where those are that this version knows; a model's own may count places, which padding shifts, by more than is tried.
+_KNOWN = "transformers.cache_utils"
 
 # Backbones that went on from rearranged rows as from the texts themselves.
 _tried: WeakSet[nn.Module] = WeakSet()
@@ -42,9 +44,9 @@ class StateCache(DynamicCache):
     @property
     def held(self) -> CacheBytes:
         """Of all tokens, of all rows."""
-        keys = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
+        keys = [x for layer in self.layers for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 2]
         states = [state for layer in self.layers for state in _states_of(layer)]
-        return CacheBytes(sum(x.nbytes for x in keys if x is not None), sum(state.nbytes for state in states))
+        return CacheBytes(sum(x.nbytes for x in keys), sum(state.nbytes for state in states))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of a model without attention 0, where transformers raises."""
@@ -81,6 +83,12 @@ def check_rows(lm: LanguageModel) -> None:
     """
     if lm.backbone in _tried:
         return
+    for layer in StateCache(config=lm.model.config).layers:
+        if type(layer).__module__ != _KNOWN:
+            raise UserError(
+                f"model: {type(lm.model).__name__} keeps {type(layer).__name__}, a cache of its own that this version does not know, so it "
+                "cannot be sampled from"
+            )
     size = lm.head_module.weight.shape[0]
 
     def last(ids: list[list[int]], cache: StateCache | None = None, **options) -> Tensor:

@@ -296,16 +296,21 @@ def test_attention_of_another_kind_is_left_alone(family, monkeypatch, rng_seed):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_that_is_given_more_is_not_plain(rng_seed):
-    model, ids = make_model(seed=rng_seed), torch.tensor([[1, 2, 3]])
-    layer = model.model.layers[1].self_attn
-    forward = type(layer).forward
-    with attention.implemented_by(attention.registered(), model):
-        for given, plain in (({}, True), ({"position_ids": ids}, True), ({"position_bias": ids.float()}, False)):
-            layer.forward = lambda *args, _given=given, **kwargs: forward(layer, *args, **{**kwargs, **_given})
-            with attention.watching() as watched:
-                model(input_ids=ids)
-            assert [call.plain for call in watched.calls] == [True, plain]
+def test_attention_that_is_given_more_is_its_own(rng_seed):
+    """Neither sampling nor training puts this library's in its place; what all models hand on does not count."""
+    for given, known in (({"position_ids": torch.arange(3)[None]}, True), ({"indices": torch.ones(1)}, False)):
+        model = make_model(seed=rng_seed)
+        layer = model.model.layers[1].self_attn
+        layer.forward = lambda *args, _layer=layer, _given=given, **kwargs: type(_layer).forward(
+            _layer, *args, **{**kwargs, **_given}
+        )
+        lm = LanguageModel(model)
+        assert lm.attends_as_known == known
+        drawn = Sampler(lm).sample(torch.tensor([[1, 2], [3, 4]]), max_new_tokens=3, eos_token_id=257, seed=rng_seed)
+        assert drawn.count > 0 and lm.attends_as_known == known
+        assert (lm.unpackable is None) == known
+        if not known:
+            assert "its attention is given indices, which this version does not know" in lm.unpackable
 
 
 def test_modules_without_a_backward_pass_are_compared_alone(monkeypatch, rng_seed):

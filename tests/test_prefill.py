@@ -160,7 +160,7 @@ def test_layers_that_lose_the_lengths_are_seen_where_nothing_is_tried(monkeypatc
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "one", [{"layer": 0}, {"same_shape": False}, {"keys_at": 0}, {"window": 3}, {"plain": False}, {}]
+    "one", [{"layer": 0}, {"same_shape": False}, {"keys_at": 0}, {"window": 3}, {"sinks": True}, {}]
 )
 def test_one_call_is_enough_to_keep_decode_attention_away(one, rng_seed):
     lm = LanguageModel(make_model(seed=rng_seed))

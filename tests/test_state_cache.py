@@ -59,7 +59,7 @@ def test_bytes_are_those_that_a_call_holds(family, rng_seed):
     held = cache.held
     assert cache_bytes(lm).row > 0
     assert Sampler(lm).cache_bytes(2, 5) == held.token + held.row
-    model.bfloat16()
+    model.base_model.bfloat16()  # the head stays as it is
     assert Sampler(lm).cache_bytes(2, 5) < held.token + held.row
 
 
@@ -83,6 +83,26 @@ def test_rows_that_go_astray_are_found_out(family, monkeypatch, rng_seed):
         check_rows(lm)
     monkeypatch.undo()
     check_rows(lm)
+
+
+def test_layers_of_a_models_own_are_refused(monkeypatch, rng_seed):
+    """Whatever they do with padding beyond what is tried."""
+    lm = LanguageModel(make_model([*STATES][-1], seed=rng_seed))
+    monkeypatch.setattr("pmc_fast.state_cache._KNOWN", "elsewhere")
+    with pytest.raises(UserError, match="a cache of its own that this version does not know"):
+        Sampler(lm).sample(torch.tensor([[1, 2]]), max_new_tokens=2, eos_token_id=257)
+
+
+def test_no_cache_is_filled_by_rows(rng_seed):
+    lm = LanguageModel(make_model([*STATES][-1], seed=rng_seed))
+    with pytest.raises(UserError, match="^cache: got one, but .* gives a sequence in a packed batch"):
+        pack([[1, 2], [3]], [[4], [5]]).hidden(lm, StateCache(config=lm.model.config))
+
+
+def test_what_is_not_compiled_is_told(rng_seed):
+    sampler = Sampler(make_model([*STATES][-1], seed=rng_seed), compile_modules=True)
+    with pytest.raises(UserError, match="^compile_modules: got a model that keeps more than keys and values"):
+        sampler.sample(torch.tensor([[1, 2]]), max_new_tokens=2, eos_token_id=257)
 
 
 def test_pmc_step(rng_seed):
