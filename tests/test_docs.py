@@ -185,7 +185,8 @@ def test_the_table_of_implementations():
 def test_the_table_of_models():
     """As it is in the committed result, of which none is wrong."""
     content = load(DOCS.parent / "benchmarks" / "results" / "cpu_models.json")
-    assert tables.models(content) in TEXTS["models.md"]
+    table, page = (" ".join(text.split()) for text in (tables.models(content), TEXTS["models.md"]))
+    assert table in page
     assert content["environment"]["versions"]["transformers"] in TEXTS["models.md"]
     assert len(content["rows"]) > 150 and not any(map(is_wrong, content["rows"]))
 
