@@ -283,10 +283,9 @@ def _forward(
     s_aux: Tensor | None = None,  # sinks [heads]
     **kwargs,
 ) -> tuple[Tensor, None]:
-    if unknown := [
-        name for name in kwargs.keys() - _HARMLESS if isinstance(kwargs[name], Tensor)
-    ]:  # a bias, what to attend to
-        raise Unknown(f"model: its attention is given {sorted(unknown)[0]}, which this version does not know")
+    for name in kwargs.keys() - _HARMLESS:
+        if isinstance(kwargs[name], Tensor):  # a bias, which keys to attend to
+            raise Unknown(f"model: its attention is given {name}, which this version does not know")
     packed_lengths = _lengths_of(attention_mask) if packed_lengths is None else packed_lengths
     if (watched := _watched.get()) is not None:
         layer, same_shape = getattr(module, "layer_idx", None), key.shape == value.shape

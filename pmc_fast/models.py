@@ -216,7 +216,7 @@ class LanguageModel:
     @property
     def attends_as_known(self) -> bool:
         """Whether this library's attention may stand in for torch's, which is tried when it is first asked, in a pass of three tokens."""
-        return self._once("attention", self._attends_as_known)
+        return not self._checks or self._once("attention", self._attends_as_known)
 
     def _once(self, question: str, find_out: Callable[[], Any]) -> Any:
         # To a compiler the passes of a trial would be hundreds of pieces more.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, MORE, checkpoint_activations, make_model
 
-from pmc_fast import attention, packed_attention
+from pmc_fast import Sampler, attention, packed_attention
 from pmc_fast.models import LanguageModel
 from pmc_fast.packing import pack, pad_left
 
@@ -128,6 +128,27 @@ def test_an_installed_model_still_answers_a_single_token(rng_seed):
     expected = model(input_ids=ids).logits
     attention.install(model)
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("gpt_oss" not in MORE, reason="transformers has no gpt-oss")
+def test_sinks_weigh_in_an_installed_models_other_calls_too(rng_seed):
+    model, ids = (
+        make_model("gpt_oss", seed=rng_seed),
+        torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11, 12]]),
+    )
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"num_samples": 3, "max_new_tokens": 9, "eos_token_id": 257, "seed": rng_seed}
+    logits, drawn = model(input_ids=ids, attention_mask=mask).logits, Sampler(model).sample(ids, mask, **options)
+    attention.install(model)
+    assert model.config._attn_implementation == attention.NAME
+    seen = mask.bool()
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=mask).logits[seen], logits[seen], rtol=1e-4, atol=1e-5
+    )
+    again = Sampler(model).sample(ids, mask, **options)
+    assert torch.equal(again.tokens, drawn.tokens)
+    torch.testing.assert_close(again.logprobs, drawn.logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_an_installed_model_drops_attention_in_training_as_before(rng_seed):
