@@ -213,6 +213,11 @@ class LanguageModel:
         if self._checks and self._once("sees ahead", self._sees_ahead):
             raise UserError(f"model: {type(self.model).__name__} sees later tokens; want a causal language model")
 
+    def try_packing(self) -> None:
+        """Find out now what the first packed batch would: of weights in parts, while all ranks are here. Raises as `check_causal`."""
+        self.check_causal()
+        _ = self.unpackable
+
     @property
     def attends_as_known(self) -> bool:
         """Whether this library's attention may stand in for torch's, which is tried when it is first asked, in a pass of three tokens."""

@@ -83,7 +83,7 @@ class PMC:
             if isinstance(tokenizer, Prompts)
             else Prompts(tokenizer, style=config.prompt_style, system=config.system_prompt)
         )
-        self.lm.check_causal()
+        self.lm.try_packing()
         check_tokens("tokenizer: its end token", self.prompts.end_ids[:1], vocabulary_size(self.lm.model))
         self.reward = RougeRecall(min_words=config.min_words) if reward is None else reward
         self.ledger: Ledger | None = None
