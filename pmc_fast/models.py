@@ -355,12 +355,12 @@ class LanguageModel:
                     return f"{name} fails at a packed batch ({type(error).__name__}: {error})"
                 mixes = self._reaches(self._packed_states, slice(3, 5), slice(0, 3))
         first, second = states[:3], states[3:]
-        if mixes or _differ(first[:2], second):
+        if mixes or differ(first[:2], second):
             return (
                 f"{name} gives a sequence in a packed batch other hidden states behind another one: it mixes tokens other than by "
                 "attention, or does not ask for position_ids"
             )
-        return f"{name} attends in a way this version does not know" if _differ(first, own) else None
+        return f"{name} attends in a way this version does not know" if differ(first, own) else None
 
     def _reaches(self, run: Callable[[], Tensor], rows: slice, tokens: slice) -> bool:
         """Whether these rows of hidden states depend on these tokens; if not, the gradient is 0 to the bit, in any dtype.
@@ -403,7 +403,7 @@ class LanguageModel:
         return own_logits(self.model, self.backbone, ids, self.shards)
 
 
-def _differ(first: Tensor, second: Tensor) -> bool:
+def differ(first: Tensor, second: Tensor) -> bool:
     """Whether rows are further apart than roundings; False if they are NaN.
 
     Of models that can be packed, 0 was seen on a CPU. Layers magnify roundings, should a GPU's depend on the place: of SmolLM2's thirty

@@ -55,7 +55,7 @@ class Packed:
 
         Raises:
             UserError: a sequence does not fit in the model's table of positions, or in a chunk of its attention; the model sees later
-                tokens, or cannot run packed batches of so many; it is to fill a cache, and its attention takes no lengths.
+                tokens, or cannot run packed batches of so many; or it is to fill a cache, and cannot run packed batches.
             ValueError: a token is none of the model's (on a CPU alone: a GPU would have to be waited for).
         """
         for number, own in enumerate(self.lengths.own):

@@ -45,7 +45,8 @@ def test_equals_each_sequence_alone(family, shared, monkeypatch, rng_seed):
     torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
     logprob.sum().backward()
     for name, parameter in model.named_parameters():
-        bound = 2e-4 * max(1, float(gradients[name].abs().max()))
+        # Those of Gemma 4's six layers reach 100.
+        bound = 2e-4 * (max(1, float(gradients[name].abs().max())) if family == "gemma4_text" else 1)
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=2e-3, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
         )
