@@ -48,7 +48,7 @@ pmc::PackedAttentionTasks tasks(const pmc::PackedAttentionArgs& args) {
 // A decoder's weights, as native/decoder.py hands them over.
 using Norm = std::tuple<uintptr_t, uintptr_t, int64_t, float, bool>;
 using Adapter = std::tuple<uintptr_t, uintptr_t, int64_t>;
-using Linear = std::tuple<uintptr_t, int, int64_t, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
+using Linear = std::tuple<uintptr_t, int, int64_t, bool, uintptr_t, int64_t, int64_t, std::vector<Adapter>>;
 
 pmc::NormWeights norm(const Norm& from) {
     const auto& [weight, bias, size, epsilon, centered] = from;
@@ -56,10 +56,11 @@ pmc::NormWeights norm(const Norm& from) {
 }
 
 pmc::LinearWeights linear(const Linear& from) {
-    const auto& [weight, dtype, row_stride, bias, out_features, in_features, adapters] = from;
+    const auto& [weight, dtype, row_stride, rounded, bias, out_features, in_features, adapters] = from;
     pmc::LinearWeights to{pointer<const void>(weight),
                           static_cast<pmc::Dtype>(dtype),
                           row_stride,
+                          rounded,
                           pointer<const float>(bias),
                           out_features,
                           in_features,
@@ -282,25 +283,28 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "packed_weight_elements",
-        [](int64_t out_features, int64_t in_features) {
-            return pmc::kernels().packed_weight_elements(out_features, in_features);
+        [](int64_t out_features, int64_t in_features, bool rounded) {
+            return pmc::kernels().packed_weight_elements(out_features, in_features, rounded);
         },
-        py::arg("out_features"), py::arg("in_features"));
+        py::arg("out_features"), py::arg("in_features"), py::arg("rounded"));
+    m.def("has_dot_product", [] { return pmc::kernels().has_dot_product(); });
     m.def(
         "pack_weight",
         [](uintptr_t weight, int dtype, int64_t out_features, int64_t in_features, int64_t row_stride, uintptr_t packed,
-           int threads) {
+           bool rounded, int threads) {
             pmc::kernels().pack_weight({pointer<const void>(weight), static_cast<pmc::Dtype>(dtype), out_features,
-                                        in_features, row_stride, pointer<void>(packed), threads});
+                                        in_features, row_stride, pointer<void>(packed), rounded, threads});
         },
         release());
     m.def(
         "packed_linear",
         [](uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t weight, int dtype, int64_t row_stride, uintptr_t bias,
-           int64_t out_features, int64_t in_features, uintptr_t y, int64_t y_stride, bool accumulate, int threads) {
+           int64_t out_features, int64_t in_features, uintptr_t y, int64_t y_stride, bool accumulate, bool rounded,
+           int threads) {
             pmc::kernels().packed_linear({pointer<const float>(x), rows, x_stride, pointer<const void>(weight),
                                           static_cast<pmc::Dtype>(dtype), row_stride, pointer<const float>(bias),
-                                          out_features, in_features, pointer<float>(y), y_stride, accumulate, threads});
+                                          out_features, in_features, pointer<float>(y), y_stride, accumulate, rounded,
+                                          threads});
         },
         release());
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from pmc_fast import huge_pages
 from pmc_fast.backend import missing_library
 from pmc_fast.memory import free_bytes
-from pmc_fast.native.packed_linear import PackedWeight, in_place, pack, packed_bytes, packed_linear
+from pmc_fast.native.packed_linear import (
+    PackedWeight,
+    in_place,
+    multiplies_bfloat16,
+    pack,
+    packed_bytes,
+    packed_linear,
+)
 from pmc_fast.sharding import is_dtensor, kind
 
 # Of the memory that is free, how much copies of weights in the library's own layout take at most, for one sampling call.
@@ -34,11 +41,13 @@ class _Copies:
         parts: dict[tuple, tuple[Tensor, int, int]] = {}
         end = 0
         for weight in weights:
-            if _identity(weight) not in parts and end + (needed := packed_bytes(weight)) <= room:
+            if _identity(weight) not in parts and end + (needed := packed_bytes(weight, _rounded(weight))) <= room:
                 parts[_identity(weight)] = weight, end, end + needed
                 end += needed
         memory = huge_pages.empty(end)
-        self._held = {name: pack(weight, memory[begin:end]) for name, (weight, begin, end) in parts.items()}
+        self._held = {
+            name: pack(weight, memory[begin:end], _rounded(weight)) for name, (weight, begin, end) in parts.items()
+        }
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, weight: Tensor) -> PackedWeight | None:
@@ -100,6 +109,14 @@ def has_fast_bfloat16() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     return torch.cpu._is_amx_tile_supported() or not _is_intel()
+
+
+def rounds_inputs() -> bool:
+    """Whether this library's products with bfloat16 weights round their inputs to bfloat16, too, and multiply two at a time.
+
+    On AMD's CPUs with an instruction for it, whether or not torch's products are fast, since a step of few rows is no large product.
+    """
+    return not _is_intel() and missing_library() is None and multiplies_bfloat16()
 
 
 @cache
@@ -190,7 +207,7 @@ def operand(weight: Tensor, begin: int = 0, end: int | None = None) -> PackedWei
         return None
     end = len(weight) if end is None else end
     copy = packed(weight)
-    return (copy and copy.rows(begin, end)) or in_place(weight[begin:end])
+    return (copy and copy.rows(begin, end)) or in_place(weight[begin:end], _rounded(weight))
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -198,8 +215,12 @@ def _identity(weight: Tensor) -> tuple:
 
 
 def _gains(weight: Tensor) -> bool:
-    slow = weight.dtype == torch.bfloat16 and not has_fast_bfloat16()
-    return weight.device.type == "cpu" and weight.numel() > 0 and (weight.dtype == torch.float32 or slow)
+    narrow = weight.dtype == torch.bfloat16 and (rounds_inputs() or not has_fast_bfloat16())
+    return weight.device.type == "cpu" and weight.numel() > 0 and (weight.dtype == torch.float32 or narrow)
+
+
+def _rounded(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and rounds_inputs()
 
 
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:

@@ -106,13 +106,48 @@ def test_a_weight_that_lies_as_it_is_gives_the_same_to_the_bit(isa, shape, dtype
     assert in_place(weight.T) is None and in_place(weight[:1].expand(9, -1)) is None
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @LAID
-def test_a_row_depends_on_nothing_but_itself(isa, laid, rng_seed):
+def test_a_row_depends_on_nothing_but_itself(isa, laid, rounded, rng_seed):
     """Whatever company a row is in: retiring rows must not change what the others draw."""
-    x, weight = torch.randn(41, 50), laid(torch.randn(37, 50))
+    x, weight = torch.randn(41, 50), torch.randn(37, 50)
+    weight = laid(weight.bfloat16(), rounded=True) if rounded else laid(weight)
     whole = packed_linear(x, weight)
     for rows in (1, 5, 6, 7, 12, 13, 30):
         assert torch.equal(packed_linear(x[:rows], weight), whole[:rows])
+
+
+@LAID
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (41, 517, 33), (9, 4099, 5), (30, 600, 70)], ids=str)
+def test_rounded_inputs(isa, shape, accumulate, laid, rng_seed):
+    """By pairs, of which the last may be half: as exact as other products are with inputs that are rounded before."""
+    rows, inputs, outputs = shape
+    memory = torch.full((rows, inputs + 1), torch.nan)
+    x, weight = memory[:, 1:].copy_(torch.randn(rows, inputs)), torch.full((outputs, inputs + 3), torch.nan).bfloat16()
+    weight, bias = weight[:, 1 : inputs + 1].copy_(torch.randn(outputs, inputs)), torch.randn(outputs)
+    held = torch.full((rows, outputs + 9), torch.nan)
+    out = held[:, 2 : outputs + 2]
+    before = out.copy_(torch.randn(rows, outputs)).double() if accumulate else 0
+    assert packed_linear(x, laid(weight, rounded=True), bias, out, accumulate=accumulate) is out
+    want = before + F.linear(x.bfloat16().double(), weight.double(), bias.double())
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5 * max(1, inputs) ** 0.5)
+    assert held[:, :2].isnan().all() and held[:, outputs + 2 :].isnan().all()
+    whole, copied = laid(weight, rounded=True), pack(weight, rounded=True)
+    assert packed_bytes(weight, rounded=True) == copied.memory.nbytes
+    assert torch.equal(packed_linear(x, whole), packed_linear(x, copied))
+    if laid is pack and outputs > 32 and (part := whole.rows(32, outputs)):
+        assert torch.equal(packed_linear(x, part), packed_linear(x, whole)[:, 32:])
+
+
+def test_rounding_to_nearest_with_ties_to_even_and_what_is_no_number(isa, rng_seed):
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, torch.inf, -torch.inf, torch.nan])
+    ties = torch.cat([ties, torch.tensor([0x7F800001, -1, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])
+    for position in (0, 1, 2):  # of a pair, and alone
+        x, weight = torch.zeros(len(ties), 3), torch.zeros(1, 3).bfloat16()
+        x[:, position], weight[:, position] = ties, 1
+        got = packed_linear(x, pack(weight, rounded=True))[:, 0]
+        torch.testing.assert_close(got, ties.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

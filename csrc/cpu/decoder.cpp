@@ -46,13 +46,14 @@ void Decoder::normalize(const std::optional<NormWeights>& norm, const Rows& x, c
 
 void Decoder::multiply(const LinearWeights& linear, const Rows& x, const Rows& y, bool accumulate) {
     kernels().packed_linear({x.at, rows_, x.stride, linear.weight, linear.dtype, linear.row_stride, linear.bias,
-                             linear.out_features, linear.in_features, y.at, y.stride, accumulate, threads_});
+                             linear.out_features, linear.in_features, y.at, y.stride, accumulate, linear.rounded,
+                             threads_});
     for (const LinearWeights::Adapter& adapter : linear.adapters) {
         const Rows low = rows_of(low_rank_, adapter.rank, kPadding);
         kernels().packed_linear({x.at, rows_, x.stride, adapter.down, Dtype::kFloat32, kPacked, nullptr, adapter.rank,
-                                 linear.in_features, low.at, low.stride, false, threads_});
+                                 linear.in_features, low.at, low.stride, false, false, threads_});
         kernels().packed_linear({low.at, rows_, low.stride, adapter.up, Dtype::kFloat32, kPacked, nullptr,
-                                 linear.out_features, adapter.rank, y.at, y.stride, true, threads_});
+                                 linear.out_features, adapter.rank, y.at, y.stride, true, false, threads_});
     }
 }
 

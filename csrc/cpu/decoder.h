@@ -27,6 +27,7 @@ struct LinearWeights {
     const void* weight;
     Dtype dtype;
     int64_t row_stride;  // or kPacked
+    bool rounded;        // as in PackedLinearArgs
     const float* bias;   // may be null
     int64_t out_features, in_features;
     std::vector<Adapter> adapters;

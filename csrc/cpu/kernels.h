@@ -176,6 +176,7 @@ struct PackWeightArgs {
     Dtype dtype;
     int64_t out_features, in_features, row_stride;
     void* packed;
+    bool rounded;  // for products with inputs rounded to bfloat16, the dtype of the weight
     int threads;
 };
 
@@ -192,6 +193,7 @@ struct PackedLinearArgs {
     float* y;  // [rows, out_features], y_stride elements apart
     int64_t y_stride;
     bool accumulate;  // the product is added to what y holds
+    bool rounded;     // x is rounded to bfloat16, the dtype of the weight, which was packed for that
     int threads;
 };
 
@@ -275,9 +277,10 @@ struct Kernels {
     int64_t (*decode_attention)(const DecodeAttentionArgs&);
     void (*packed_attention)(const PackedAttentionArgs&);
     void (*packed_attention_backward)(const PackedAttentionBackwardArgs&);
-    int64_t (*packed_weight_elements)(int64_t out_features, int64_t in_features);
+    int64_t (*packed_weight_elements)(int64_t out_features, int64_t in_features, bool rounded);
     void (*pack_weight)(const PackWeightArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
+    bool (*has_dot_product)();  // whether this CPU multiplies pairs in bfloat16 by one instruction
     void (*normalize)(const NormalizeArgs&);
     void (*normalize_gradient)(const NormalizeGradientArgs&);
     void (*activate)(const ActivateArgs&);

@@ -15,9 +15,10 @@ void gumbel(const GumbelArgs& args);
 int64_t decode_attention(const DecodeAttentionArgs& args);
 void packed_attention(const PackedAttentionArgs& args);
 void packed_attention_backward(const PackedAttentionBackwardArgs& args);
-int64_t packed_weight_elements(int64_t out_features, int64_t in_features);
+int64_t packed_weight_elements(int64_t out_features, int64_t in_features, bool rounded);
 void pack_weight(const PackWeightArgs& args);
 void packed_linear(const PackedLinearArgs& args);
+bool has_dot_product();
 void normalize(const NormalizeArgs& args);
 void normalize_gradient(const NormalizeGradientArgs& args);
 void activate(const ActivateArgs& args);
@@ -38,6 +39,7 @@ const Kernels kernels = {PMC_STRING(PMC_ISA),
                          packed_weight_elements,
                          pack_weight,
                          packed_linear,
+                         has_dot_product,
                          normalize,
                          normalize_gradient,
                          activate,

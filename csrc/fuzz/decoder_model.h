@@ -54,9 +54,9 @@ struct Matrix {
 
     // Packed for the instruction set in use; `held` keeps it.
     const void* pack(std::vector<Numbers>* held) {
-        held->emplace_back(stored.dtype(), kernels().packed_weight_elements(rows, columns),
+        held->emplace_back(stored.dtype(), kernels().packed_weight_elements(rows, columns, false),
                            std::numeric_limits<float>::quiet_NaN());
-        kernels().pack_weight({stored.data(), stored.dtype(), rows, columns, columns, held->back().data(), 1});
+        kernels().pack_weight({stored.data(), stored.dtype(), rows, columns, columns, held->back().data(), false, 1});
         return held->back().data();
     }
 };
@@ -82,8 +82,8 @@ struct Linear {
     }
 
     LinearWeights pack(std::vector<Numbers>* held) {
-        LinearWeights made{weight.pack(held), weight.stored.dtype(), kPacked, or_null(bias),
-                           weight.rows,       weight.columns,        {}};
+        LinearWeights made{weight.pack(held), weight.stored.dtype(), kPacked,        false,
+                           or_null(bias),     weight.rows,           weight.columns, {}};
         for (Adapter& a : adapters)
             made.adapters.push_back({static_cast<const float*>(a.down.pack(held)),
                                      static_cast<const float*>(a.up.pack(held)), a.down.rows});

@@ -36,13 +36,19 @@ void fuzz_packed_linear(Case& c) {
         x.set(random.between(0, rows - 1) * x_stride + random.between(0, inputs - 1),
               random.pick({INFINITY, -INFINITY, random.nan()}));
 
+    const bool rounded = weight.dtype() == Dtype::kBFloat16 && random.one_in(2);
+    const auto input = [&](int64_t r, int64_t k) -> double {
+        const float value = x.get(r * x_stride + k);
+        return rounded && value == value ? widen(narrow(value)) : value;
+    };
+
     std::vector<double> expected(rows * outputs), tolerance(rows * outputs);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t o = 0; o < outputs; ++o) {
             double sum = (biased ? bias[o] : 0.0) + (accumulate ? before.get(r * y_stride + o) : 0.0);
             double magnitude = std::abs(sum);
             for (int64_t k = 0; k < inputs; ++k) {
-                const double product = static_cast<double>(x.get(r * x_stride + k)) * weight.get(o * w_stride + k);
+                const double product = input(r, k) * weight.get(o * w_stride + k);
                 sum += product;
                 magnitude += std::abs(product);
             }
@@ -50,13 +56,14 @@ void fuzz_packed_linear(Case& c) {
             tolerance[r * outputs + o] = 0x1p-23 * static_cast<double>(inputs + 2) * magnitude;
         }
     c.for_each_isa([&] {
-        Numbers packed(weight.dtype(), kernels().packed_weight_elements(outputs, inputs), kNaN);
-        kernels().pack_weight({weight.data(), weight.dtype(), outputs, inputs, w_stride, packed.data(), threads});
+        Numbers packed(weight.dtype(), kernels().packed_weight_elements(outputs, inputs, rounded), kNaN);
+        kernels().pack_weight(
+            {weight.data(), weight.dtype(), outputs, inputs, w_stride, packed.data(), rounded, threads});
         for (const auto& [of, row_stride] : {std::pair{packed.data(), kPacked}, {weight.data(), w_stride}}) {
             Numbers y = before;
             kernels().packed_linear({static_cast<const float*>(x.data()), rows, x_stride, of, weight.dtype(),
                                      row_stride, biased ? bias.data() : nullptr, outputs, inputs,
-                                     static_cast<float*>(y.data()), y_stride, accumulate, threads});
+                                     static_cast<float*>(y.data()), y_stride, accumulate, rounded, threads});
             for (int64_t r = 0; r < rows; ++r) {
                 for (int64_t o = 0; o < outputs; ++o)
                     c.check_near("y", r, o, y.get(r * y_stride + o), expected[r * outputs + o],

@@ -105,5 +105,5 @@ def _linear(linear: Linear) -> tuple:
     weight = linear.weight
     adapters = [(down.memory.data_ptr(), up.memory.data_ptr(), down.out_features) for down, up in linear.adapters]
     sizes = weight.out_features, weight.in_features
-    at = weight.memory.data_ptr(), dtype_code(weight.memory.dtype), weight.row_stride
+    at = weight.memory.data_ptr(), dtype_code(weight.memory.dtype), weight.row_stride, weight.rounded
     return *at, address(linear.bias), *sizes, adapters

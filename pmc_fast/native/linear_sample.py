@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmc_fast.fast_linear import scratch
+from pmc_fast.fast_linear import operand, scratch
 from pmc_fast.native.gemm import compute_dtype, even_chunks, write_logits
 from pmc_fast.native.sample import sample
 from pmc_fast.phases import phase
@@ -26,7 +26,7 @@ def linear_sample(
     hidden_row: Tensor | None = None,
     **sampling,
 ) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(weight.dtype)
+    dtype = compute_dtype(weight.dtype) if operand(weight) is None else torch.float32
     results, chunks = None, even_chunks(len(hidden), CHUNK_ROWS)
     for rows in chunks:
         draws, row = rows, None
