@@ -145,11 +145,14 @@ def test_layers_that_keep_their_weight_transposed_are_multiplied_from_a_copy(dty
 
 @torch.no_grad()
 @pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
+@pytest.mark.parametrize("rounds", [True, False], ids=["rounded", "not rounded"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fast bfloat16", "slow bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_which_product_a_layer_takes(dtype, fast, room, monkeypatch, rng_seed):
-    """The library's own from a copy, or in place of a slow one of bfloat16; what is left to torch has no operand either."""
+def test_which_product_a_layer_takes(dtype, fast, rounds, room, monkeypatch, rng_seed):
+    """The library's own from a copy, or in place of one of bfloat16 that is slow or takes rounded inputs; what is left to torch has no
+    operand either."""
     monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(the_module, "rounds_inputs", lambda: rounds)
     monkeypatch.setattr(the_module, "free_bytes", lambda device: 2**30 * room)
     taken = []
     for name in ("packed_linear", "_onednn"):
@@ -158,12 +161,13 @@ def test_which_product_a_layer_takes(dtype, fast, room, monkeypatch, rng_seed):
             the_module, name, lambda *args, name=name, product=product: taken.append(name) or product(*args)
         )
     layer, head = nn.Linear(7, 5, dtype=dtype), torch.randn(9, 7, dtype=dtype)
-    gains = dtype == torch.float32 or (dtype == torch.bfloat16 and not fast)
+    gains = dtype == torch.float32 or (dtype == torch.bfloat16 and (rounds or not fast))
     with fast_linear(layer, head):
         layer(torch.randn(3, 7, dtype=dtype))
         for weight in (layer.weight, head):
             assert (packed(weight) is not None) == (gains and room)
             assert (operand(weight) is not None) == gains
+            assert not gains or operand(weight).rounded == (rounds and dtype == torch.bfloat16)
     own = room or dtype == torch.bfloat16
     assert taken == (["packed_linear" if own else "_onednn"] if gains else [])
 
@@ -191,6 +195,26 @@ def test_where_bfloat16_is_fast(supported, amx, vendor, fast, monkeypatch):
     monkeypatch.setattr(the_module, "_is_intel", the_module._is_intel.__wrapped__)
     monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"))
     assert the_module.has_fast_bfloat16.__wrapped__() == fast
+
+
+@pytest.mark.parametrize(
+    ("has", "vendor", "missing", "rounds"),
+    [
+        (True, "AuthenticAMD", None, True),
+        (False, "AuthenticAMD", None, False),
+        (True, "GenuineIntel", None, False),
+        (True, "AuthenticAMD", "it was not built", False),
+    ],
+)
+def test_where_inputs_are_rounded(has, vendor, missing, rounds, monkeypatch):
+    monkeypatch.setattr(the_module, "multiplies_bfloat16", lambda: has)
+    monkeypatch.setattr(the_module, "_is_intel", lambda: vendor == "GenuineIntel")
+    monkeypatch.setattr(the_module, "missing_library", lambda: missing)
+    assert the_module.rounds_inputs() == rounds
+
+
+def test_an_older_instruction_set_has_none_for_pairs(isa):
+    assert not the_module.multiplies_bfloat16() or isa == "avx512"
 
 
 def test_memory_is_kept_until_the_block_ends():

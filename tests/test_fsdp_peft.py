@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from pmc_fast import PMC, PMCConfig, parallel
 from pmc_fast.data import QA
-from pmc_fast.fast_linear import has_fast_bfloat16
+from pmc_fast.fast_linear import has_fast_bfloat16, rounds_inputs
 from pmc_fast.packing import pad_left
 
 peft = pytest.importorskip("peft")
@@ -121,7 +121,7 @@ def _low_precision(rank, ranks, seed, out):
     for parameter in single.lm.model.parameters():
         parameter.data = parameter.data.bfloat16()
     assert torch.equal(_sample(mine, seed).tokens, _sample(single, seed).tokens)
-    assert mine.sampler.decoder == ("modules" if has_fast_bfloat16() else "native")
+    assert mine.sampler.decoder == ("modules" if has_fast_bfloat16() and not rounds_inputs() else "native")
     for pmc in (single, mine):
         pmc.initialise(QUESTIONS)
     loss = loss_module([0, 1], RETAIN)

@@ -5,8 +5,11 @@ import torch
 from tiny import make_model
 from torch.nn import functional as F
 
+from pmc_fast import fast_linear as the_module
+from pmc_fast import linear_sample
 from pmc_fast.fast_linear import fast_linear, operand, packed
 from pmc_fast.models import LanguageModel
+from pmc_fast.native import gemm
 from pmc_fast.native.packed_linear import PackedWeight, in_place, pack, packed_bytes, packed_linear
 
 SHAPES = [
@@ -167,3 +170,19 @@ def test_head_and_layers_are_packed_within_the_block_only(rng_seed, monkeypatch)
     outside = lm.head.sample(hidden, sequence=sequence, position=sequence, seed=3, impl="native")
     assert torch.equal(inside.token, outside.token)
     torch.testing.assert_close(inside.logprob, outside.logprob, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_logits_of_a_bfloat16_head_are_not_rounded_there(fast, rounds, isa, rng_seed, monkeypatch):
+    """But where torch multiplies, whose product of bfloat16 is bfloat16."""
+    monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(gemm, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(the_module, "rounds_inputs", lambda: rounds)
+    hidden, weight, row = torch.randn(5, 33).bfloat16(), torch.randn(97, 33).bfloat16(), torch.arange(5)
+    with fast_linear(torch.nn.Identity(), weight):
+        drawn = linear_sample(hidden, weight, sequence=row, position=row, seed=rng_seed, impl="native")
+    want = F.linear(hidden.double(), weight.double()).log_softmax(-1).gather(1, drawn.token[:, None])[:, 0]
+    error = (drawn.logprob - want).abs().max()
+    assert error < (0.2 if fast and not rounds else 1e-4)
