@@ -3,6 +3,7 @@
 #include <limits>
 #include <utility>
 
+#include "common/host_device.h"
 #include "fuzz/fuzz.h"
 
 namespace pmc::fuzz {
