@@ -45,9 +45,9 @@ def by_pieces(query, key, value, ends_q, window_size, scale, softcap):
 @pytest.fixture(params=["grouped", "repeated"])
 def heads(request, monkeypatch):
     """Whether torch's function takes fewer heads of keys than of queries; before 2.12 it does not say so."""
-    monkeypatch.setattr(varlen, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: None)
     if not GPU:
-        monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+        monkeypatch.setattr(varlen, "_torchs", lambda: stand_in)
     known = {"scale", "window_size"} | ({"enable_gqa"} if request.param == "grouped" else set())
     if GPU and not known <= varlen._parameters():
         pytest.skip("this torch's function lacks what is asked of it")
@@ -80,8 +80,8 @@ def test_values_and_gradients(kv_heads, window, heads, rng_seed):
 @pytest.mark.parametrize("kv_heads", [6, 2])
 def test_flash_attn_where_it_is_installed(kv_heads, window, softcap, monkeypatch, rng_seed):
     if not GPU:
-        monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
-    elif varlen.flash_attn_varlen_func is None:
+        monkeypatch.setattr(varlen, "_flash_attn", lambda: flash_stand_in)
+    elif varlen._flash_attn() is None:
         pytest.skip("flash-attn is not installed")
     agrees(kv_heads, window, softcap)
 
@@ -103,7 +103,7 @@ def agrees(kv_heads, window, softcap):
 
 
 def test_what_it_takes(monkeypatch):
-    monkeypatch.setattr(varlen, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: None)
     device, known = torch.device(DEVICE), GPU and {"scale", "window_size"} <= varlen._parameters()
     assert varlen.takes(device, torch.bfloat16, 64, None) == known
     for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 12), (torch.bfloat16, 320)):
@@ -111,7 +111,7 @@ def test_what_it_takes(monkeypatch):
     assert not varlen.takes(device, torch.bfloat16, 64, 2.0)
     monkeypatch.setattr(varlen, "_parameters", set)
     assert not varlen.takes(device, torch.bfloat16, 64, None)
-    monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: flash_stand_in)
     assert varlen.takes(device, torch.bfloat16, 64, 2.0) == varlen.takes(device, torch.bfloat16, 64, None) == GPU
 
 

@@ -50,5 +50,5 @@ pybind11_add_module(_cuda NO_EXTRAS csrc/cuda/bindings.cpp ${cuda_sources})
 target_include_directories(_cuda PRIVATE csrc)
 target_compile_definitions(_cuda PRIVATE PMC_CUDA_MODULE=_cuda "PMC_CUDA_TARGETS=\"${targets}\"")
 target_compile_options(_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra>
+  $<$<COMPILE_LANGUAGE:CXX>:-O1;-Wall;-Wextra>
   "$<$<COMPILE_LANGUAGE:CUDA>:-O3;--threads=2;-Werror=all-warnings;-Xcompiler=-Wall,-Wextra>")
