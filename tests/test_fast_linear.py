@@ -172,6 +172,21 @@ def test_which_product_a_layer_takes(dtype, fast, rounds, room, monkeypatch, rng
     assert taken == (["packed_linear" if own else "_onednn"] if gains else [])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "fast", "own"), [(3, True, True), (4, True, False), (4, False, True)])
+def test_many_rows_of_bfloat16_are_torchs_where_it_is_fast(rows, fast, own, monkeypatch, rng_seed):
+    monkeypatch.setattr(the_module, "TORCH_ROWS", 4)
+    monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(the_module, "rounds_inputs", lambda: True)
+    taken, product = [], the_module.packed_linear
+    monkeypatch.setattr(the_module, "packed_linear", lambda *args: taken.append(args) or product(*args))
+    layer, x = nn.Linear(7, 5).bfloat16(), torch.randn(1, rows, 7).bfloat16()
+    with fast_linear(layer):
+        got = layer(x)
+    assert bool(taken) == own and got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, layer(x), rtol=2**-7, atol=1e-3)
+
+
 def test_a_copy_is_of_one_view_of_the_memory(rng_seed):
     weight = torch.randn(9, 9)
     with fast_linear(nn.Identity(), weight):
