@@ -318,7 +318,8 @@ def _forward(
         sliding_window = _window_of(attention_mask) if sliding_window is None else sliding_window
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         like = query.device, query.dtype, query.shape[3], softcap
-        if not packed_lengths.shared and dropout == 0 and s_aux is None and varlen.takes(*like):
+        alike = key.shape == value.shape and query.dtype == key.dtype == value.dtype
+        if alike and not packed_lengths.shared and dropout == 0 and s_aux is None and varlen.takes(*like):
             return varlen.attend(*tokens, packed_lengths.own, sliding_window, scaling, softcap)[None], None
         if s_aux is None and _has_kernel(query, key, value, dropout):
             lengths = (packed_lengths.shared, *packed_lengths.own)

@@ -28,6 +28,7 @@ class JointLinear:
     weight: Tensor
     bias: Tensor | None
     _copies: tuple[tuple[Tensor, tuple[Tensor, ...]], ...]  # and what they are copies of
+    columns: tuple[tuple[Tensor, ...], ...]  # the parts' weights, and their biases if they have any
 
     @property
     def copied_bytes(self) -> int:
@@ -39,7 +40,7 @@ class JointLinear:
             torch.cat(sources, out=copy)
 
 
-# Those that somebody uses, by the weights and biases that they are made of: these stay where they are meanwhile.
+# Those that somebody uses, by where the weights and biases that they are made of lay then.
 _in_use: WeakValueDictionary[tuple, JointLinear] = WeakValueDictionary()
 
 
@@ -58,8 +59,11 @@ class JointLinears:
             columns.append([part.bias for part in parts])
         if any(x is None or x.dtype != column[0].dtype for column in columns for x in column):
             return None
-        name = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for column in columns for x in column)
-        if (joint := _in_use.get(name)) is None and (joint := self._make(columns)) is not None:
+        name = _name(columns)
+        joint = _in_use.get(name)
+        if joint is not None and _name(joint.columns) != name:  # `model.to` moved those, and others lie there now
+            joint = None
+        if joint is None and (joint := self._make(columns)) is not None:
             _in_use[name] = joint
         return joint
 
@@ -75,7 +79,11 @@ class JointLinears:
             first = columns[place][0]
             whole[place] = first.new_empty(sum(map(len, columns[place])), *first.shape[1:])
             copies.append((whole[place], tuple(columns[place])))
-        return JointLinear(whole[0], whole[1] if len(whole) > 1 else None, tuple(copies))
+        return JointLinear(whole[0], whole[1] if len(whole) > 1 else None, tuple(copies), tuple(map(tuple, columns)))
+
+
+def _name(columns: Sequence[Sequence[Tensor]]) -> tuple:
+    return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for column in columns for x in column)
 
 
 def _below_one_another(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -212,6 +212,7 @@ class StaticDecoder:
             # thread_local: other threads, which pin memory or watch collectives, may call CUDA meanwhile.
             with (
                 _capturing,
+                _own_workspaces(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(
                     graph,
@@ -237,6 +238,20 @@ class StaticDecoder:
         draws = {"seed": rows.seed, "sequence": rows.sequence, "position": rows.step, "hidden_row": rows.row}
         token, logprob, *_ = self._linear_sample(hidden, self._lm.head.weight, **draws, **self._draw_options)
         self._rows.record(token, logprob)
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Within a with block a graph's products take workspaces of its own memory, and later ones do not take these.
+
+    cuBLAS keeps one for each stream, wherever the first product on it found memory: that of a graph which may be gone before the others.
+    torch's compiler does the same (torch/_inductor/cudagraph_trees.py).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @cache

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 _NEEDED = {"scale", "window_size"}
 
@@ -19,7 +27,7 @@ def takes(device: torch.device, dtype: torch.dtype, dim: int, softcap: float | N
         and dtype in (torch.bfloat16, torch.float16)
         and dim % 8 == 0
         and dim <= 256
-        and (_flash_attn() is not None or (softcap is None and _parameters() >= _NEEDED))
+        and (flash_attn_varlen_func is not None or (softcap is None and _parameters() >= _NEEDED))
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
@@ -45,37 +53,21 @@ def attend(
     """
     ends, longest = _ends(lengths, query.device), max(lengths)
     seen = (-1 if window is None else window - 1, 0)
-    if (flash_attn := _flash_attn()) is not None:
+    if flash_attn_varlen_func is not None:
         options = {"softmax_scale": scale, "causal": True, "window_size": seen, "softcap": softcap or 0.0}
-        return flash_attn(query, key, value, ends, ends, longest, longest, **options)
+        return flash_attn_varlen_func(query, key, value, ends, ends, longest, longest, **options)
     groups = query.shape[1] // key.shape[1]
     options = {"scale": scale, "window_size": seen}
     if groups > 1 and "enable_gqa" in _parameters():
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return _torchs()(query, key, value, ends, ends, longest, longest, **options)
-
-
-@cache
-def _flash_attn() -> Callable[..., Tensor] | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
-
-
-@cache
-def _torchs() -> Callable[..., Tensor]:
-    from torch.nn.attention.varlen import varlen_attn  # not at the top: it brings torch's compiler
-
-    return varlen_attn
+    return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
 
 
 @cache
 def _parameters() -> set[str]:
-    return set(inspect.signature(_torchs()).parameters)
+    return set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
 
 
 @lru_cache(maxsize=4)  # all layers ask for the same

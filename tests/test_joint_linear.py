@@ -55,6 +55,28 @@ def test_parts_of_one_weight_are_joined_where_they_lie(transposed, bias, rng_see
     assert_joins(some, parts[1:])
 
 
+@torch.no_grad()
+def test_weights_that_were_moved_leave_their_place_to_others(rng_seed):
+    """As `model.to` moves them; a later model's may lie where they lay."""
+    memory = torch.randn(9, 6)
+
+    def weights():
+        return [torch.nn.Parameter(memory[rows]) for rows in (slice(4, 9), slice(0, 4))]
+
+    def joined(weights):
+        return joint_linear([LinearParts(weight, None, (), weight) for weight in weights], ROOM)
+
+    moved, theirs = weights(), weights()
+    joint = joined(moved)
+    assert joined(theirs) is joint
+    for weight in moved:
+        weight.data = torch.randn_like(weight)
+    other = joined(theirs)
+    assert other is not joint and joined(theirs) is other
+    other.refresh()
+    assert torch.equal(other.weight, memory[[4, 5, 6, 7, 8, 0, 1, 2, 3]])
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_others_are_copied_and_follow(bias, rng_seed):
     parts = parts_of(4, 2, 3, bias=bias)

@@ -276,6 +276,7 @@ def captured(monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("a GPU captures by itself")
     seen, capturing, pools, run = [], [], [None], static_decoder.StaticDecoder._step
+    workspaces = ["another's"]
 
     class Graph:
         def pool(self):
@@ -296,11 +297,13 @@ def captured(monkeypatch):
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
         assert static_decoder._capturing.locked()  # other threads have the same stream
+        assert workspaces == ["anew"]
         assert pool == pools[-1]  # one for all graphs
         pools.append("pool")
         capturing.append(graph)
         yield
         capturing.clear()
+        workspaces[0] = "the graph's"
 
     init = static_decoder.StaticDecoder.__init__
 
@@ -316,7 +319,11 @@ def captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(static_decoder, "_capture_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    return seen
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: workspaces.__setitem__(0, "anew"), raising=False
+    )
+    yield seen
+    assert workspaces != ["the graph's"]  # which nobody else finds
 
 
 def test_the_second_step_of_so_many_rows_is_captured(captured, built, monkeypatch, rng_seed):
@@ -331,6 +338,22 @@ def test_the_second_step_of_so_many_rows_is_captured(captured, built, monkeypatc
     captured.clear()
     assert_same(sample(sampler, rng_seed + 1, **options), by_modules(sampler.lm, rng_seed + 1, monkeypatch, **options))
     assert ("capture", 80) not in captured and captured.count(("replay", 80)) > 1  # kept from the call before
+
+
+def test_kept_graphs_do_not_need_those_of_another_sampler(built, monkeypatch, rng_seed):
+    """On a GPU, whose library of products keeps memory by stream, which all captures share."""
+    gone, stays = (Sampler(make_model(seed=rng_seed + i).to(DEVICE), keep_graphs=True) for i in range(2))
+    options = {"num_samples": 6, "max_new_tokens": 6, "eos_token_id": 257}
+    for sampler in (gone, stays):
+        for seed in (rng_seed, rng_seed + 1):
+            sample(sampler, seed, **options)
+    want = by_modules(stays.lm, rng_seed + 2, monkeypatch, **options)
+    del gone, sampler
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.full((2**26,), torch.nan, device=DEVICE)
+    assert_same(sample(stays, rng_seed + 2, **options), want)
 
 
 def test_what_cannot_be_captured_is_launched_one_by_one(captured, built, monkeypatch, rng_seed):

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from tiny import make_model
 
 from pmc_fast import varlen
+from pmc_fast.models import LanguageModel
+from pmc_fast.packing import pack
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -45,9 +48,9 @@ def by_pieces(query, key, value, ends_q, window_size, scale, softcap):
 @pytest.fixture(params=["grouped", "repeated"])
 def heads(request, monkeypatch):
     """Whether torch's function takes fewer heads of keys than of queries; before 2.12 it does not say so."""
-    monkeypatch.setattr(varlen, "_flash_attn", lambda: None)
+    monkeypatch.setattr(varlen, "flash_attn_varlen_func", None)
     if not GPU:
-        monkeypatch.setattr(varlen, "_torchs", lambda: stand_in)
+        monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     known = {"scale", "window_size"} | ({"enable_gqa"} if request.param == "grouped" else set())
     if GPU and not known <= varlen._parameters():
         pytest.skip("this torch's function lacks what is asked of it")
@@ -80,8 +83,8 @@ def test_values_and_gradients(kv_heads, window, heads, rng_seed):
 @pytest.mark.parametrize("kv_heads", [6, 2])
 def test_flash_attn_where_it_is_installed(kv_heads, window, softcap, monkeypatch, rng_seed):
     if not GPU:
-        monkeypatch.setattr(varlen, "_flash_attn", lambda: flash_stand_in)
-    elif varlen._flash_attn() is None:
+        monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
+    elif varlen.flash_attn_varlen_func is None:
         pytest.skip("flash-attn is not installed")
     agrees(kv_heads, window, softcap)
 
@@ -103,7 +106,7 @@ def agrees(kv_heads, window, softcap):
 
 
 def test_what_it_takes(monkeypatch):
-    monkeypatch.setattr(varlen, "_flash_attn", lambda: None)
+    monkeypatch.setattr(varlen, "flash_attn_varlen_func", None)
     device, known = torch.device(DEVICE), GPU and {"scale", "window_size"} <= varlen._parameters()
     assert varlen.takes(device, torch.bfloat16, 64, None) == known
     for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 12), (torch.bfloat16, 320)):
@@ -111,8 +114,23 @@ def test_what_it_takes(monkeypatch):
     assert not varlen.takes(device, torch.bfloat16, 64, 2.0)
     monkeypatch.setattr(varlen, "_parameters", set)
     assert not varlen.takes(device, torch.bfloat16, 64, None)
-    monkeypatch.setattr(varlen, "_flash_attn", lambda: flash_stand_in)
+    monkeypatch.setattr(varlen, "flash_attn_varlen_func", flash_stand_in)
     assert varlen.takes(device, torch.bfloat16, 64, 2.0) == varlen.takes(device, torch.bfloat16, 64, None) == GPU
+
+
+@torch.no_grad()
+def test_values_of_another_size_than_keys_go_another_way(monkeypatch, rng_seed):
+    model = make_model("deepseek_v3", seed=rng_seed)
+    packed, ids = pack([[1, 2, 3], [4]], [[5, 6], [7]]), [[1, 2, 3, 5], [4]]
+    monkeypatch.setattr(varlen, "takes", lambda *args: True)
+    monkeypatch.setattr(varlen, "attend", None)
+    lm = LanguageModel(model)
+    hidden = packed.hidden(lm)
+    assert lm.packed_by == "modules"
+    want = [
+        model.model(torch.tensor([row])).last_hidden_state[0, -count:] for row, count in zip(ids, (2, 1), strict=True)
+    ]
+    torch.testing.assert_close(hidden, torch.cat(want), rtol=1e-4, atol=1e-4)
 
 
 def test_what_inference_asked_for_first_serves_backward_passes():
