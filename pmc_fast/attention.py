@@ -382,8 +382,14 @@ def _attend(
     return weights[..., :keys] @ value
 
 
-@lru_cache(maxsize=64)  # all layers ask for the same
 def _seen(tokens: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """bool [tokens, keys]: which keys the last `tokens` of so many see."""
-    ahead = torch.arange(keys - tokens, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (ahead >= 0) & (ahead < (window or keys))
+    size = max(64, 1 << (keys - 1).bit_length())
+    square = _square(size, None if window is None or window >= keys else window, device)
+    return square[keys - tokens : keys, :keys]
+
+
+@lru_cache(maxsize=4)  # all layers ask for the same, and sequences of any length for parts of one
+def _square(size: int, window: int | None, device: torch.device) -> Tensor:
+    ahead = torch.arange(size, device=device)[:, None] - torch.arange(size, device=device)
+    return (ahead >= 0) & (ahead < (window or size))

@@ -99,6 +99,21 @@ def test_other_dtypes_than_the_kernels_are_left_to_torch(dtypes, monkeypatch, rn
     assert out.shape == (1, 7, 2, 8) and out.dtype == dtypes[2]
 
 
+def test_masks_of_sequences_are_parts_of_one():
+    """One for each length would stay: 64 MB for 8192 tokens."""
+    attention._square.cache_clear()
+    device = torch.device("cpu")
+    for keys in (1, 2, 9, 63, 64, 65, 130):
+        for tokens in {1, max(1, keys // 2), keys}:
+            for window in (None, 1, 5, keys, 200):
+                mask = attention._seen(tokens, keys, window, device)
+                query, key = torch.arange(keys - tokens, keys)[:, None], torch.arange(keys)
+                assert torch.equal(mask, (key <= query) & (query - key < (window or keys)))
+    masks = [attention._seen(keys, keys, None, device) for keys in range(65, 129)]
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
+    assert attention._square.cache_info().maxsize <= 4
+
+
 def test_what_prompts_have_in_common():
     begin, answers = list(range(20)), [[1], [2, 3]]
     assert pack([[*begin, 50], [*begin, 51]], answers).lengths == (20, (1, 2))
