@@ -52,6 +52,7 @@ def doctor(options: argparse.Namespace) -> int:
         print(f"instructions  {library.instruction_set()} (usable here: {usable}); threads by {library.THREADING}")
     else:
         print("instructions  unknown: the compiled module is not available")
+    print(f"bfloat16      {_bfloat16()}")
     print(f"huge pages    {_huge_pages()}")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -83,6 +84,15 @@ def _huge_pages() -> str:
     if setting is None:
         return "none that Linux tells of"
     return "switched off here; see Speed in docs/troubleshooting.md" if setting == "never" else f"used ({setting})"
+
+
+def _bfloat16() -> str:
+    from pmc_fast.fast_linear import has_fast_bfloat16, rounds_inputs
+
+    trained = "trained by torch's products" if has_fast_bfloat16() else "trained by products of float32"
+    if rounds_inputs():
+        return f"sampled by this library's products of pairs, {trained}"
+    return f"sampled and {trained}"
 
 
 def _cuda_kernels() -> str:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pmc_fast import fast_linear as the_module
+from pmc_fast.cli import main
 from pmc_fast.fast_linear import _multiply_unseen, add_linear, fast_linear, is_fast, linear, operand, packed, scratch
 from pmc_fast.native.packed_linear import packed_bytes
 
@@ -226,6 +227,22 @@ def test_where_inputs_are_rounded(has, vendor, missing, rounds, monkeypatch):
     monkeypatch.setattr(the_module, "_is_intel", lambda: vendor == "GenuineIntel")
     monkeypatch.setattr(the_module, "missing_library", lambda: missing)
     assert the_module.rounds_inputs() == rounds
+
+
+@pytest.mark.parametrize(
+    ("rounds", "fast", "said"),
+    [
+        (True, True, "sampled by this library's products of pairs, trained by torch's products"),
+        (False, True, "sampled and trained by torch's products"),
+        (False, False, "sampled and trained by products of float32"),
+    ],
+)
+def test_doctor_says_how_bfloat16_is_multiplied(rounds, fast, said, monkeypatch, capsys):
+    monkeypatch.setattr(the_module, "rounds_inputs", lambda: rounds)
+    monkeypatch.setattr(the_module, "has_fast_bfloat16", lambda: fast)
+    assert main(["doctor"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bfloat16")]
+    assert line.removeprefix("bfloat16").strip() == said
 
 
 def test_an_older_instruction_set_has_none_for_pairs(isa):
