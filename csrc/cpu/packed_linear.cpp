@@ -106,7 +106,7 @@ struct Pair {
     }
 };
 
-// What a tile fetches from memory meanwhile, with each of its inputs: where it is alone, what comes kFarAhead of it.
+// What a tile fetches from memory meanwhile, with each of its steps: where it is alone, what comes kFarAhead of it.
 template <class T>
 struct FarAhead {
     const char* at;
@@ -121,16 +121,16 @@ struct FarAhead {
 // Else its share of the same part of the next panel.
 struct NextPanel {
     const char* at;
-    int64_t bytes_per_input;
+    int64_t bytes_per_step;
 
-    void fetch(int64_t k) const { __builtin_prefetch(at + k * bytes_per_input, 0, 2); }
+    void fetch(int64_t k) const { __builtin_prefetch(at + k * bytes_per_step, 0, 2); }
     NextPanel share(int64_t index, int64_t tiles, int64_t depth) const {
-        return {at + depth * index / tiles * bytes_per_input,
-                std::min(kLineBytes, (bytes_per_input + tiles - 1) / tiles)};
+        return {at + depth * index / tiles * bytes_per_step,
+                std::min(kLineBytes, (bytes_per_step + tiles - 1) / tiles)};
     }
 };
 
-// Or so many bytes of each of kPanel rows, row_bytes apart: an input's address is in the row after the last one's.
+// Or so many bytes of each of kPanel rows, row_bytes apart: a step's address is in the row after the last one's.
 struct NextRows {
     const char* at;
     int64_t row_bytes, bytes;
