@@ -17,12 +17,15 @@ RUN_BY = {
     "glm_moe_dsa": ("modules", "padded rows"),  # whose cache holds what it chooses keys by
     "inkling2_text": ("modules", "padded rows"),  # whose attention is given biases and sinks by names of its own
 }
+# Where scores of keys are as good as equal, rounding chooses which 4 of them are seen: with seed 1767888455 the fourth and fifth differ
+# by 7e-9 once, and log-probabilities by 0.29. With this one the nearest differ by 7e-5.
+SEEDS = {"glm_moe_dsa": 1}
 
 
 @pytest.mark.parametrize("name", [name for name in RUN_BY if name in tiny_models.names()])
 def test_what_samples_and_what_trains(name, rng_seed):
     decoder, layers = RUN_BY[name]
-    row = models.judge(name, "cpu", rng_seed)
+    row = models.judge(name, "cpu", SEEDS.get(name, rng_seed))
     assert (row.built, row.decoder, row.layers, row.trained) == ("right", decoder, layers, "right")
     assert not models.is_wrong(vars(row)) and row.gradient_error < models.MOST_GRADIENT_ERROR
     assert ("got padding" in row.sampled) if decoder is None else row.logprob_error < models.MOST_LOGPROB_ERROR
